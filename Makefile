@@ -1,0 +1,41 @@
+# Two commands from a clean clone: make setup && make demo.  make help lists the rest.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+UV     := $(VENV)/bin/uv
+
+.PHONY: help setup demo test test-fast lint bench cuda clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+setup: $(VENV)/.ready  ## make .venv with pdserve, SGLang and all tools, at the versions of constraints.txt
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check uv==0.13.8
+	$(UV) pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[dev,demo]'
+	touch $@
+
+demo: setup  ## start 1 prefill + 1 decode server with the embedded model and ask one question
+	$(PY) -m pdserve.demo
+
+test: setup  ## everything that runs without a GPU, real SGLang servers included
+	$(PY) -m pytest -m "not gpu"
+
+test-fast: setup  ## no SGLang: the inner loop
+	$(PY) -m pytest -m "not gpu and not engine and not slow"
+
+lint: setup  ## ruff and mypy --strict
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: setup  ## measure start-up, idle CPU and memory; prints a table, then one JSON line
+	$(PY) bench/startup.py
+
+cuda:  ## compile the CUDA kernels (none before the KV data plane lands)
+	@ls cuda/*.cu >/dev/null 2>&1 || echo "cuda/: no kernels yet"
+
+clean:  ## remove the virtual environment and every cache of the checkout
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build dist

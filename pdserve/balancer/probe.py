@@ -1,0 +1,203 @@
+"""Does a real token come through this pair? One tiny request over both legs.
+
+    POST /generate, same body and room ──► prefill ┐ both 200 and
+                                       └─► decode  ┘ decode's answer has output
+
+``max_new_tokens`` is 2: prefill makes the first token, so only the second
+proves that decode got the KV and ran a step. Any failure ends both legs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from pdserve.errors import WorkerError, WorkerUnreachable
+from pdserve.types import MAX_ROOM, Pair, Role, WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+ABORT_S = 2.0
+JSON_HEADERS = ((b"content-type", b"application/json"),)
+
+
+class Response(Protocol):
+    """What a pool's ``fetch`` returns."""
+
+    @property
+    def status(self) -> int:
+        """HTTP status."""
+        ...
+
+    @property
+    def body(self) -> bytes:
+        """The whole body."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProbePassed:
+    """A token came through; ``took_s`` from sending to the decode answer."""
+
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeFailed:
+    """``role`` is the leg that failed first, None if only time ran out on both.
+
+    ``unreachable``: its connection could not be made or broke.
+    """
+
+    role: Role | None
+    message: str
+    unreachable: bool = False
+
+
+ProbeResult = ProbePassed | ProbeFailed
+
+
+class _LegFailed(Exception):
+    def __init__(self, failure: ProbeFailed) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+class Fetcher(Protocol):
+    """The one method of the upstream pool that probes need."""
+
+    async def fetch(
+        self,
+        url: str,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+        timeout_s: float,
+    ) -> Response:
+        """One exchange, body read to the end; raises WorkerUnreachable or WorkerTimeout."""
+        ...
+
+
+class _Meta(msgspec.Struct):
+    finish_reason: dict[str, Any] | None = None
+    completion_tokens: int = 0
+
+
+class _Generated(msgspec.Struct):
+    text: str = ""
+    output_ids: list[int] | None = None
+    meta_info: _Meta = msgspec.field(default_factory=_Meta)
+
+
+async def probe_pair(pool: Fetcher, pair: Pair, timeout_s: float) -> ProbeResult:
+    """Send the two-token request to both workers and judge the answers.
+
+    Never raises for what the workers do. Failed or cancelled, it ends both legs
+    before it returns.
+    """
+    rid = uuid.uuid4().hex
+    result: ProbeResult | None = None
+    try:
+        result = await _run_legs(pool, pair, _probe_body(pair.prefill, rid), timeout_s)
+    finally:
+        if not isinstance(result, ProbePassed):
+            await abort_both(pool, pair, rid)
+    return result
+
+
+async def abort_both(pool: Fetcher, pair: Pair, rid: str) -> None:
+    """Tell both servers to drop a request; a server that cannot be told is logged and left."""
+
+    async def abort(worker: WorkerInfo) -> None:
+        body = msgspec.json.encode({"rid": rid})
+        try:
+            await pool.fetch(
+                worker.url, "POST", "/abort_request", body, headers=JSON_HEADERS, timeout_s=ABORT_S
+            )
+        except WorkerError as exc:
+            logger.debug("abort not delivered rid=%s worker=%s: %s", rid, worker.worker_id, exc)
+
+    await asyncio.gather(abort(pair.prefill), abort(pair.decode))
+
+
+async def _run_legs(pool: Fetcher, pair: Pair, body: bytes, timeout_s: float) -> ProbeResult:
+    answered: set[Role] = set()
+    started_s = time.monotonic()
+
+    async def leg(worker: WorkerInfo) -> bytes:
+        answer = await _ask(pool, worker, body, timeout_s)
+        answered.add(worker.role)
+        return answer
+
+    try:
+        async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as twins:
+            twins.create_task(leg(pair.prefill))
+            decode = twins.create_task(leg(pair.decode))
+        _check_output(pair.decode, decode.result())
+    except ExceptionGroup as group:
+        matching, others = group.split(_LegFailed)
+        if matching is None or others is not None:
+            raise
+        return next(exc.failure for exc in matching.exceptions if isinstance(exc, _LegFailed))
+    except _LegFailed as exc:
+        return exc.failure
+    except TimeoutError:
+        return _silent(answered, timeout_s)
+    return ProbePassed(time.monotonic() - started_s)
+
+
+async def _ask(pool: Fetcher, worker: WorkerInfo, body: bytes, timeout_s: float) -> bytes:
+    try:
+        answer = await pool.fetch(
+            worker.url, "POST", "/generate", body, headers=JSON_HEADERS, timeout_s=timeout_s
+        )
+    except WorkerError as exc:
+        unreachable = isinstance(exc, WorkerUnreachable)
+        raise _LegFailed(ProbeFailed(worker.role, f"{worker.role} {exc}", unreachable)) from exc
+    if answer.status != 200:
+        text = answer.body[:300].decode(errors="replace")
+        raise _LegFailed(ProbeFailed(worker.role, f"{worker.role} {worker.url}: HTTP {answer.status}: {text}"))
+    return answer.body
+
+
+def _probe_body(prefill: WorkerInfo, rid: str) -> bytes:
+    return msgspec.json.encode(
+        {
+            "rid": rid,
+            "input_ids": [1, 2, 3, 4, 5, 6, 7, 8],
+            "sampling_params": {"max_new_tokens": 2, "temperature": 0, "ignore_eos": True},
+            "bootstrap_host": prefill.bootstrap_host,
+            "bootstrap_port": prefill.bootstrap_port,
+            "bootstrap_room": secrets.randbelow(MAX_ROOM) + 1,
+        }
+    )
+
+
+def _check_output(worker: WorkerInfo, body: bytes) -> None:
+    """SGLang reports some aborts as 200 with ``finish_reason.type == "abort"``: that is no output."""
+    try:
+        answer = msgspec.json.decode(body, type=_Generated)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise _LegFailed(ProbeFailed(worker.role, f"decode {worker.url}: not an answer: {exc}")) from exc
+    reason = answer.meta_info.finish_reason or {}
+    if reason.get("type") == "abort":
+        raise _LegFailed(ProbeFailed(worker.role, f"decode {worker.url}: aborted: {reason.get('message', '')}"))
+    if not answer.output_ids and not answer.text:
+        raise _LegFailed(ProbeFailed(worker.role, f"decode {worker.url}: answered without output"))
+
+
+def _silent(answered: set[Role], timeout_s: float) -> ProbeFailed:
+    missing = [role for role in Role if role not in answered]
+    return ProbeFailed(
+        missing[0] if len(missing) == 1 else None,
+        f"no answer from {' and '.join(missing) or 'the pair'} within {timeout_s:g} s",
+    )

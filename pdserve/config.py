@@ -1,0 +1,226 @@
+"""Every setting of pdserve, read once and validated once; the only module that reads the environment.
+
+Files are TOML, one table per section, keys named as the fields below. A flag
+given on the command line wins over the file, the file over the default.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pdserve.errors import ConfigError
+from pdserve.types import Role
+
+T = TypeVar("T")
+
+DEVICES = ("auto", "cpu", "cuda")
+START_METHODS = ("auto", "fork", "spawn")
+
+
+@dataclass(frozen=True, slots=True)
+class BalancerConfig:
+    """Listening address, policy and limits of the balancer. Times in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 30000
+    policy: str = "least_load"
+    bootstrap_url: str = ""
+    prefill: tuple[tuple[str, int | None], ...] = ()
+    """Static prefill servers, ``(url, bootstrap_port)``; for fleets without a bootstrap service."""
+    decode: tuple[str, ...] = ()
+    load_poll_s: float = 0.25
+    connect_s: float = 5.0
+    request_s: float = 1800.0
+    """Longest silence of a worker inside one response."""
+    probe_s: float = 120.0
+    max_body_bytes: int = 512 * 2**20
+    max_retries: int = 2
+    pair_wait_s: float = 30.0
+    """How long a request waits for a ready pair before 503."""
+    log_level: str = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class BootstrapConfig:
+    """Where the bootstrap service listens. ``port_range`` bounds the per-prefill ports (0-0: any)."""
+
+    host: str = "127.0.0.1"
+    port: int = 8997
+    port_range: tuple[int, int] = (0, 0)
+    lease_s: float = 10.0
+    log_level: str = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchConfig:
+    """A whole fleet on one machine: what ``pdserve launch`` starts."""
+
+    model: str = ""
+    """Local path or hub id; empty serves the embedded SmolLM2-135M-Instruct."""
+    prefill: int = 1
+    decode: int = 1
+    host: str = "127.0.0.1"
+    port: int = 30000
+    bootstrap_port: int = 0
+    """0 picks a free port."""
+    worker_base_port: int = 31000
+    """First port tried for workers; a taken one is skipped."""
+    device: str = "auto"
+    tp: int = 1
+    policy: str = "least_load"
+    start_method: str = "auto"
+    """``fork``: workers are forked from one preloaded process (CPU only); ``spawn``: each imports SGLang anew."""
+    log_dir: str = ""
+    """Folder for one log file per process; empty: a new folder under the cache directory."""
+    ready_timeout_s: float = 600.0
+    drain_s: float = 30.0
+    max_restarts: int = 5
+    """Restarts in a row of one worker (a run of 60 s resets the count) before the fleet gives up on it."""
+    sglang_args: tuple[str, ...] = ()
+    prefill_args: tuple[str, ...] = ()
+    decode_args: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.prefill < 1 or self.decode < 1:
+            raise ConfigError(
+                f"need at least one prefill and one decode server, got -p {self.prefill} -d {self.decode}"
+            )
+        if self.device not in DEVICES:
+            raise ConfigError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+        if self.start_method not in START_METHODS:
+            raise ConfigError(
+                f"start_method must be one of {', '.join(START_METHODS)}, got {self.start_method!r}"
+            )
+        if self.tp < 1:
+            raise ConfigError(f"tp must be at least 1, got {self.tp}")
+        for name in ("port", "bootstrap_port", "worker_base_port"):
+            check_port(name, getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnv:
+    """What the launcher told a worker process through its environment."""
+
+    is_active: bool = False
+    role: Role | None = None
+    worker_id: str = ""
+    instance_id: str = ""
+    bootstrap_url: str = ""
+    parent_pid: int = 0
+    fork_children: bool = False
+    advertise_host: str = ""
+    """Host by which other machines reach this worker; empty: the host it listens on."""
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] | None = None) -> WorkerEnv:
+        """Read ``PDSERVE_*``; an inactive plugin ignores everything else.
+
+        Raises:
+            ConfigError: if PDSERVE_ACTIVE is set and another value is malformed.
+        """
+        env = os.environ if environ is None else environ
+        if env.get("PDSERVE_ACTIVE", "") != "1":
+            return cls()
+        role = env.get("PDSERVE_ROLE", "")
+        if role not in ("", *Role):
+            raise ConfigError(f"PDSERVE_ROLE must be prefill or decode, got {role!r}")
+        parent = env.get("PDSERVE_PARENT_PID", "0")
+        if not parent.isdigit():
+            raise ConfigError(f"PDSERVE_PARENT_PID must be a process id, got {parent!r}")
+        return cls(
+            is_active=True,
+            role=Role(role) if role else None,
+            worker_id=env.get("PDSERVE_WORKER_ID", ""),
+            instance_id=env.get("PDSERVE_INSTANCE_ID", ""),
+            bootstrap_url=env.get("PDSERVE_BOOTSTRAP_URL", "").rstrip("/"),
+            parent_pid=int(parent),
+            fork_children=env.get("PDSERVE_FORK_CHILDREN", "") == "1",
+            advertise_host=env.get("PDSERVE_ADVERTISE_HOST", ""),
+        )
+
+
+def adopt_worker_defaults() -> WorkerEnv:
+    """Complete this process's own worker environment, so that its SGLang children inherit it.
+
+    A missing PDSERVE_INSTANCE_ID is made here: new at every start of a worker.
+    """
+    os.environ["PDSERVE_ACTIVE"] = "1"
+    if not os.environ.get("PDSERVE_INSTANCE_ID"):
+        os.environ["PDSERVE_INSTANCE_ID"] = uuid.uuid4().hex
+    return WorkerEnv.from_environ()
+
+
+def replace_environ(values: Mapping[str, str]) -> None:
+    """Make ``values`` this process's whole environment; for a freshly forked worker."""
+    os.environ.clear()
+    os.environ.update(values)
+
+
+def check_port(name: str, port: int) -> None:
+    """Raise ConfigError unless ``0 <= port <= 65535``."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"{name} must be 0..65535, got {port}")
+
+
+def cache_dir() -> Path:
+    """``$PDSERVE_CACHE``, else ``$XDG_CACHE_HOME/pdserve``, else ``~/.cache/pdserve``; not created here."""
+    explicit = os.environ.get("PDSERVE_CACHE")
+    if explicit:
+        return Path(explicit).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pdserve"
+
+
+@dataclass(frozen=True, slots=True)
+class FileConfig:
+    """A parsed configuration file: only the keys it names, by section."""
+
+    launch: Mapping[str, Any] = field(default_factory=dict)
+    balancer: Mapping[str, Any] = field(default_factory=dict)
+    bootstrap: Mapping[str, Any] = field(default_factory=dict)
+
+
+_SECTIONS: dict[str, type[Any]] = {
+    "launch": LaunchConfig,
+    "balancer": BalancerConfig,
+    "bootstrap": BootstrapConfig,
+}
+
+
+def load_file(path: Path) -> FileConfig:
+    """Parse a TOML file and check its names.
+
+    Raises:
+        ConfigError: if the file is missing, is not TOML, or has an unknown section or key.
+    """
+    try:
+        raw = tomllib.loads(path.read_text())
+    except OSError as exc:
+        raise ConfigError(f"cannot read config file {path}: {exc.strerror}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
+    for section, values in raw.items():
+        known = _SECTIONS.get(section)
+        if known is None or not isinstance(values, dict):
+            raise ConfigError(f"{path}: unknown section [{section}]; known: {', '.join(_SECTIONS)}")
+        names = {f.name for f in fields(known)}
+        for key in values:
+            if key not in names:
+                raise ConfigError(f"{path}: unknown key {section}.{key}; known: {', '.join(sorted(names))}")
+    return FileConfig(**raw)
+
+
+def merge(default: T, file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> T:
+    """Default < file < flags; a flag that is ``None`` was not given. Lists become tuples."""
+    values = {**file_values, **{k: v for k, v in flags.items() if v is not None}}
+    clean = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return replace(default, **clean)  # type: ignore[type-var]
+    except TypeError as exc:
+        raise ConfigError(f"bad configuration value: {exc}") from exc

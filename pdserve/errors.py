@@ -1,0 +1,72 @@
+"""Every error pdserve raises on purpose, one class per decision the caller can make.
+
+PdserveError
+├── ConfigError               wrong flag, file or environment: fix it and start again
+├── StartupError              a process did not come up; carries the tail of its log
+├── NoWorkerError             no usable pair now: wait or shed (HTTP 503)
+├── WorkerError               one leg failed: blame that worker, maybe retry on another pair
+│   ├── WorkerUnreachable     no connection, or it broke before the response ended
+│   ├── WorkerTimeout         connected, but silent for too long
+│   └── WorkerRejected        it answered with an HTTP error status; 4xx blames the client
+├── KVLayoutMismatch          two workers whose KV bytes do not fit: refuse to pair them
+└── ProtocolMismatch          peer speaks another version, or SGLang is not the supported one
+"""
+
+from __future__ import annotations
+
+
+class PdserveError(Exception):
+    """Root of all deliberate errors; ``str(exc)`` is fit to be shown to a user."""
+
+
+class ConfigError(PdserveError):
+    """A flag, file or environment value is wrong. The message says what was expected and what to do."""
+
+
+class StartupError(PdserveError):
+    """A process of the fleet failed to become ready. ``log_tail`` holds its last log lines."""
+
+    def __init__(self, message: str, log_tail: str = "") -> None:
+        super().__init__(message)
+        self.log_tail = log_tail
+
+
+class NoWorkerError(PdserveError):
+    """No pair can take the request now. ``retry_after_s`` is a hint for the client."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class WorkerError(PdserveError):
+    """One worker failed one exchange. ``url`` names it."""
+
+    def __init__(self, url: str, message: str) -> None:
+        super().__init__(f"{url}: {message}")
+        self.url = url
+
+
+class WorkerUnreachable(WorkerError):
+    """The connection could not be made, or broke before the response was complete."""
+
+
+class WorkerTimeout(WorkerError):
+    """The worker kept silent longer than the limit that the message names."""
+
+
+class WorkerRejected(WorkerError):
+    """The worker answered with an error status; ``body`` is what it said (bytes, maybe JSON)."""
+
+    def __init__(self, url: str, status: int, body: bytes = b"") -> None:
+        super().__init__(url, f"HTTP {status}: {body[:300]!r}")
+        self.status = status
+        self.body = body
+
+
+class KVLayoutMismatch(PdserveError):
+    """Two workers hold KV of different geometry. The message names each difference."""
+
+
+class ProtocolMismatch(PdserveError):
+    """Different pdserve protocol, or an SGLang release the plugin was not read against."""

@@ -1,0 +1,142 @@
+"""Our KV manager and bootstrap server behind SGLang's backend name ``nixl``.
+
+The name stays ``nixl`` because many of SGLang's gates test for it; the classes
+are swapped by REPLACE hooks (``hooks.py``). In this module the base classes are
+the originals: it must be imported before the hooks are applied.
+
+    rank starts ── reports layout + route ──► bootstrap service
+    decode heartbeat fails ── asks the prefill itself ──► only then gives it up
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+from typing import Any
+
+from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
+from sglang.srt.disaggregation.nixl.conn import NixlKVBootstrapServer, NixlKVManager
+from sglang.srt.disaggregation.utils import DisaggregationMode
+
+from pdserve.bootstrap.client import LeaseClient
+from pdserve.bootstrap.messages import RankRoute
+from pdserve.config import WorkerEnv
+from pdserve.plugin.geometry import describe_layout, rank_index
+from pdserve.transfer.nixl import set_progress_delay
+from pdserve.types import InstanceId, Role
+
+logger = logging.getLogger(__name__)
+
+INSTANCE_PATH = "/pdserve/instance"
+"""Added to every pdserve worker's HTTP server: who are you, really (see worker.py)."""
+
+
+PROGRESS_DELAY_US = 5000
+"""On CPU, how long NIXL's progress thread may sleep when no UCX event wakes it. 200 wake-ups/s cost 0.3 % of a core."""
+
+
+class PdserveKVManager(NixlKVManager):
+    """SGLang's NIXL manager with DRAM pools on CPU and membership in the bootstrap service."""
+
+    def __init__(
+        self, args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool | None = False
+    ) -> None:
+        self._pdserve_env = WorkerEnv.from_environ()
+        if _pools_are_host_memory(server_args):
+            set_progress_delay(PROGRESS_DELAY_US)
+            # NIXL refuses host memory announced as VRAM; the kinds travel to the peer with the registration.
+            args.kv_data_mem_kinds = ["DRAM"] * len(args.kv_data_ptrs)
+        super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
+        if disaggregation_mode == DisaggregationMode.DECODE:
+            self._report_rank(None)
+
+    def _register_topology_row(self, url: str, payload: dict[str, Any]) -> None:
+        """Prefill ranks: tell the bootstrap service instead of a server on the own host."""
+        if self._pdserve_env.bootstrap_url:
+            self._report_rank(payload)
+        else:
+            super()._register_topology_row(url, payload)
+
+    def _report_rank(self, route: dict[str, Any] | None) -> None:
+        env = self._pdserve_env
+        if not env.bootstrap_url:
+            return
+        rank, num_ranks = rank_index(self)
+        report = RankRoute(
+            role=Role.DECODE if route is None else Role.PREFILL,
+            rank=rank,
+            num_ranks=num_ranks,
+            kv_layout=describe_layout(self.kv_args, is_mla=self.is_mla_backend),
+            route=route,
+        )
+        LeaseClient(env.bootstrap_url).report_rank(InstanceId(env.instance_id), report)
+
+    def _handle_node_failure(self, failed_bootstrap_addr: str) -> None:
+        """Two missed heartbeats may mean a lost *service*: ask the prefill before failing its rooms."""
+        if self._prefill_is_alive(failed_bootstrap_addr):
+            logger.warning(
+                "bootstrap service silent at %s but the prefill server answers; its requests go on",
+                failed_bootstrap_addr,
+            )
+            self.heartbeat_failures[failed_bootstrap_addr] = 0
+            return
+        super()._handle_node_failure(failed_bootstrap_addr)
+
+    def _prefill_is_alive(self, bootstrap_addr: str) -> bool:
+        """True if the very instance that was registered at this address still answers HTTP."""
+        with self.connection_lock:
+            info = self.prefill_info_table.get(bootstrap_addr)
+            ips = {
+                entry.get("rank_ip")
+                for key, entries in self.connection_pool.items()
+                if key.startswith(bootstrap_addr)
+                for entry in entries
+            }
+            ports = {
+                int(entry["rank_port"])
+                for key, entries in self.connection_pool.items()
+                if key.startswith(bootstrap_addr)
+                for entry in entries
+            }
+        if info is None or info.prefill_http_port is None or not ips:
+            return False
+        for ip in ips:
+            answer = _ask_instance(str(ip), int(info.prefill_http_port))
+            # The rank ports are new at every start: equal ports mean the same instance.
+            if not ports & set(answer.get("rank_ports", [])):
+                return False
+        return True
+
+
+class PdserveKVBootstrapServer(NixlKVBootstrapServer):
+    """Silent when the fleet has a bootstrap service; SGLang's own server when it has none."""
+
+    def __init__(self, host: str, port: int) -> None:
+        if WorkerEnv.from_environ().bootstrap_url:
+            self.host, self.port = host, port
+            return
+        super().__init__(host, port)
+
+    def close(self) -> None:
+        """Stop the server if one was started."""
+        if hasattr(self, "thread"):
+            CommonKVBootstrapServer.close(self)
+
+
+def _pools_are_host_memory(server_args: Any) -> bool:
+    return str(server_args.device) == "cpu"
+
+
+def _ask_instance(host: str, port: int) -> dict[str, Any]:
+    connection = http.client.HTTPConnection(host, port, timeout=2)
+    try:
+        connection.request("GET", INSTANCE_PATH)
+        response = connection.getresponse()
+        body = response.read()
+        return dict(json.loads(body)) if response.status == 200 else {}
+    except (OSError, http.client.HTTPException, ValueError):
+        return {}
+    finally:
+        connection.close()
+

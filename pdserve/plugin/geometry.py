@@ -1,0 +1,50 @@
+"""From SGLang's KVArgs to the layout descriptor the fleet compares. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pdserve.types import KVLayoutDescriptor
+
+
+def describe_layout(kv_args: Any, *, is_mla: bool) -> KVLayoutDescriptor:
+    """Geometry of this rank's pools, scaled to the whole model.
+
+    MHA registers K regions then V regions, ``2 * num_layers`` in all; MLA one
+    region per layer. ``kv_item_lens`` are bytes of one page of this rank's
+    heads (sglang/srt/disaggregation/base/conn.py, KVArgs).
+    """
+    items = list(kv_args.kv_item_lens)
+    page_size = int(kv_args.page_size)
+    regions_per_layer = 1 if is_mla else 2
+    num_layers = len(items) // regions_per_layer
+    local_heads = 1 if is_mla else int(kv_args.kv_head_num)
+    total_heads = 1 if is_mla else int(kv_args.total_kv_head_num)
+    # Ranks hold copies of a head when TP exceeds the head count: never scale below one whole set.
+    scale = max(total_heads // max(local_heads, 1), 1)
+    layer_page_bytes = items[0] * regions_per_layer if items else 0
+    return KVLayoutDescriptor(
+        page_size=page_size,
+        dtype=str(kv_args.kv_cache_dtype_str),
+        num_layers=num_layers,
+        num_kv_heads=total_heads,
+        token_bytes=layer_page_bytes * scale // max(page_size, 1),
+        kind="mla" if is_mla else "mha",
+        layout=str(kv_args.kv_layout or "NHD"),
+    )
+
+
+def rank_index(manager: Any) -> tuple[int, int]:
+    """``(rank, num_ranks)`` of a KV manager in [dp][cp][tp][pp] order, as SGLang's bootstrap table."""
+    system_dp = int(manager.system_dp_size)
+    dp_size = int(manager.attn_dp_size) if system_dp == 1 else system_dp
+    dp_rank = int(manager.attn_dp_rank) if system_dp == 1 else int(manager.system_dp_rank)
+    rank = dp_rank
+    for index, size in (
+        (manager.attn_cp_rank, manager.attn_cp_size),
+        (manager.attn_tp_rank, manager.attn_tp_size),
+        (manager.pp_rank, manager.pp_size),
+    ):
+        rank = rank * int(size) + int(index)
+    total = dp_size * int(manager.attn_cp_size) * int(manager.attn_tp_size) * int(manager.pp_size)
+    return rank, total

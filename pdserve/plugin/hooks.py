@@ -1,0 +1,137 @@
+"""Every SGLang hook target in one table, and the check that each one took.
+
+SGLang only logs a plugin that fails, so a silent half-plugin would serve wrong
+or slow. ``register`` therefore applies the table itself and ends the process
+with one clear line when a target is missing or unchanged.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pdserve import SUPPORTED_SGLANG
+from pdserve.config import WorkerEnv
+from pdserve.errors import ProtocolMismatch
+
+logger = logging.getLogger(__name__)
+
+EXIT_HOOKS_FAILED = 78
+"""Exit status of a process whose hooks did not take (EX_CONFIG of sysexits.h)."""
+
+
+@dataclass(frozen=True, slots=True)
+class HookTarget:
+    """One place where SGLang is changed. ``replacement`` is ``module:name``, imported when applied."""
+
+    path: str
+    kind: str
+    replacement: str
+    why: str
+    cpu_only: bool = False
+
+
+HOOKS: tuple[HookTarget, ...] = (
+    HookTarget(
+        "sglang.srt.disaggregation.nixl.conn.NixlKVManager",
+        "replace",
+        "pdserve.plugin.backend:PdserveKVManager",
+        "DRAM pools on CPU; ranks report to the bootstrap service; a lost service fails no request",
+    ),
+    HookTarget(
+        "sglang.srt.disaggregation.nixl.conn.NixlKVBootstrapServer",
+        "replace",
+        "pdserve.plugin.backend:PdserveKVBootstrapServer",
+        "one bootstrap service for the fleet instead of one per prefill server",
+    ),
+    HookTarget(
+        "sglang.srt.managers.scheduler.Scheduler.on_idle",
+        "around",
+        "pdserve.plugin.idle:sleep_when_parked",
+        "P/D loops spin while a request waits elsewhere",
+    ),
+    HookTarget(
+        "sglang.srt.mem_cache.pool_host.common._cuda_host_register",
+        "replace",
+        "pdserve.plugin.cpu:skip_host_register",
+        "page-locking host memory is a CUDA call",
+        cpu_only=True,
+    ),
+    HookTarget(
+        "sglang.srt.entrypoints.engine._set_envs_and_config",
+        "around",
+        "pdserve.plugin.cpu:fork_scheduler_processes",
+        "children forked from a process that has imported everything start in milliseconds",
+        cpu_only=True,
+    ),
+)
+
+
+def register() -> None:
+    """Entry point ``sglang.srt.plugins``: apply every hook and check it, or end the process.
+
+    Does nothing unless pdserve's launcher asked for it (``PDSERVE_ACTIVE=1``).
+    """
+    if not WorkerEnv.from_environ().is_active:
+        return
+    try:
+        check_sglang_version(importlib.import_module("sglang.version").__version__)
+        apply_hooks(HOOKS, on_cpu=not _has_cuda())
+    except Exception as exc:
+        # SGLang would log this and serve without us: stop here instead.
+        logger.error("pdserve plugin could not be applied: %s", exc)
+        sys.stderr.write(f"pdserve: plugin could not be applied: {exc}\n")
+        sys.stderr.flush()
+        os._exit(EXIT_HOOKS_FAILED)
+
+
+def check_sglang_version(found: str) -> None:
+    """Raise ProtocolMismatch unless ``found`` is the release whose internals the hooks name."""
+    if found != SUPPORTED_SGLANG:
+        raise ProtocolMismatch(
+            f"SGLang {found} is installed but this pdserve hooks into SGLang {SUPPORTED_SGLANG}; "
+            f"install sglang=={SUPPORTED_SGLANG}"
+        )
+
+
+def apply_hooks(hooks: tuple[HookTarget, ...], *, on_cpu: bool) -> None:
+    """Register ``hooks`` with SGLang, apply them, and verify that each target changed.
+
+    Raises:
+        ProtocolMismatch: naming the first target that is missing or did not change.
+    """
+    registry = importlib.import_module("sglang.srt.plugins.hook_registry")
+    wanted = [hook for hook in hooks if on_cpu or not hook.cpu_only]
+    before = {hook.path: _resolve(hook.path) for hook in wanted}
+    for hook in wanted:
+        registry.HookRegistry.register(hook.path, load(hook.replacement), registry.HookType(hook.kind))
+    registry.HookRegistry.apply_hooks()
+    for hook in wanted:
+        if _resolve(hook.path) is before[hook.path]:
+            raise ProtocolMismatch(f"hook on {hook.path} did not take ({hook.why})")
+    logger.info("pdserve plugin active: %d hooks applied and checked", len(wanted))
+
+
+def load(reference: str) -> Callable[..., Any]:
+    """Import ``module:name``."""
+    module, _, name = reference.partition(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return loaded
+
+
+def _resolve(path: str) -> Any:
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError) as exc:
+        raise ProtocolMismatch(f"hook target {path} does not exist in this SGLang: {exc}") from exc
+
+
+def _has_cuda() -> bool:
+    torch = importlib.import_module("torch")
+    return bool(torch.cuda.is_available())

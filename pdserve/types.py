@@ -1,0 +1,158 @@
+"""The nouns both towers share: workers, pairs, loads, tickets, KV layouts.
+
+No I/O and no heavy imports. What crosses a wire is a ``msgspec.Struct``; what
+stays in one process is a frozen dataclass. Field names keep SGLang's spelling.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NewType
+
+import msgspec
+
+WorkerId = NewType("WorkerId", str)
+"""Operator's name of a worker, stable over restarts: ``prefill-0``."""
+
+InstanceId = NewType("InstanceId", str)
+"""32 hex digits, new at every start of a worker process: never confuse it with a predecessor."""
+
+Rid = NewType("Rid", str)
+"""Request id, the same on both legs; fixed length because SGLang aborts by prefix match."""
+
+MAX_ROOM = 2**63 - 1
+"""Rooms are 1..MAX_ROOM: SGLang's metadata gate treats room 0 as 'not written yet' and hangs."""
+
+
+class Role(enum.StrEnum):
+    """What a worker does for a request."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class KVLayoutDescriptor(msgspec.Struct, frozen=True, kw_only=True):
+    """Byte geometry of one worker's KV pool, as its ranks report it.
+
+    Two workers may be paired on SGLang's stock transfer path only if every
+    field is equal. ``token_bytes`` counts K and V of one token in one layer
+    over all attention heads of the model, so it does not depend on TP.
+    """
+
+    page_size: int
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    token_bytes: int
+    kind: str = "mha"
+    layout: str = "NHD"
+
+    def differences(self, other: KVLayoutDescriptor) -> list[str]:
+        """Name each field that differs, as ``field: ours != theirs``; empty means pairable."""
+        return [
+            f"{name}: {getattr(self, name)} != {getattr(other, name)}"
+            for name in self.__struct_fields__
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One live SGLang server process. ``bootstrap_*`` are set for prefill only.
+
+    ``url`` is how the balancer reaches the server (``http://127.0.0.1:31001``);
+    ``bootstrap_host:bootstrap_port`` is what goes into a request so that the
+    decode server finds this very prefill *instance*.
+    """
+
+    worker_id: WorkerId
+    instance_id: InstanceId
+    role: Role
+    url: str
+    model: str
+    served_model_name: str = ""
+    bootstrap_host: str = ""
+    bootstrap_port: int | None = None
+    kv_layout: KVLayoutDescriptor | None = None
+    tp_size: int = 1
+    dp_size: int = 1
+    max_total_num_tokens: int = 0
+    sglang_version: str = ""
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """One sample of ``GET /v1/loads`` summed over DP ranks. Names as SGLang's LoadSnapshot.
+
+    ``timestamp_s`` is the balancer's monotonic clock at receipt. Queue fields
+    of the other role are 0. ``decode_moments`` are SGLang's cumulative sums
+    (n, batch, time_us, batch^2, batch*time, generated tokens).
+    """
+
+    timestamp_s: float
+    num_running_reqs: int = 0
+    num_waiting_reqs: int = 0
+    num_waiting_uncached_tokens: int = 0
+    num_used_tokens: int = 0
+    num_total_tokens: int = 0
+    max_total_num_tokens: int = 0
+    max_running_requests: int = 0
+    token_usage: float = 0.0
+    gen_throughput: float = 0.0
+    total_prefill_uncached_tokens: int = 0
+    total_prefill_busy_us: int = 0
+    decode_moments: tuple[float, ...] = ()
+    prefill_bootstrap_queue_reqs: int = 0
+    prefill_inflight_queue_reqs: int = 0
+    decode_prealloc_queue_reqs: int = 0
+    decode_transfer_queue_reqs: int = 0
+    decode_retracted_queue_reqs: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """True when nothing runs, waits or is in transfer; cached prefixes may still hold pages."""
+        return self.queued_reqs == 0 and self.num_running_reqs == 0
+
+    @property
+    def queued_reqs(self) -> int:
+        """Requests that hold a place but do not run: waiting and every P/D queue."""
+        return (
+            self.num_waiting_reqs
+            + self.prefill_bootstrap_queue_reqs
+            + self.prefill_inflight_queue_reqs
+            + self.decode_prealloc_queue_reqs
+            + self.decode_transfer_queue_reqs
+            + self.decode_retracted_queue_reqs
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestShape:
+    """What a policy may know of a request before it runs. ``prefix_key`` groups equal prefixes."""
+
+    prompt_tokens: int
+    max_new_tokens: int
+    prefix_key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The prefill and the decode worker that serve one request together."""
+
+    prefill: WorkerInfo
+    decode: WorkerInfo
+
+    @property
+    def label(self) -> str:
+        """``prefill-0>decode-1``: short form for logs and the state document."""
+        return f"{self.prefill.worker_id}>{self.decode.worker_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class BootstrapTicket:
+    """The three request fields by which SGLang's two legs find each other."""
+
+    host: str
+    port: int | None
+    room: int
