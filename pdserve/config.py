@@ -7,6 +7,7 @@ given on the command line wins over the file, the file over the default.
 from __future__ import annotations
 
 import os
+import tempfile
 import tomllib
 import uuid
 from collections.abc import Mapping
@@ -75,7 +76,7 @@ class LaunchConfig:
     tp: int = 1
     policy: str = "least_load"
     start_method: str = "auto"
-    """``fork``: workers are forked from one preloaded process (CPU only); ``spawn``: each imports SGLang anew."""
+    """``fork``: workers are forked from one preloaded process (CPU only); ``spawn``: each imports SGLang."""
     log_dir: str = ""
     """Folder for one log file per process; empty: a new folder under the cache directory."""
     ready_timeout_s: float = 600.0
@@ -154,6 +155,29 @@ def adopt_worker_defaults() -> WorkerEnv:
     if not os.environ.get("PDSERVE_INSTANCE_ID"):
         os.environ["PDSERVE_INSTANCE_ID"] = uuid.uuid4().hex
     return WorkerEnv.from_environ()
+
+
+def adopt_scratch(folder: Path) -> None:
+    """Make ``folder`` the temporary folder of this process and of the children it starts."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ["TMPDIR"] = str(folder)
+    os.environ["PDSERVE_WORKER_PID"] = str(os.getpid())
+    tempfile.tempdir = str(folder)
+
+
+def worker_pid() -> int:
+    """Process id of the server this process belongs to; its own if it is not a pdserve worker."""
+    return int(os.environ.get("PDSERVE_WORKER_PID") or os.getpid())
+
+
+def publish_stats_path(path: str) -> None:
+    """Tell this process's children where the transfer counters lie (plugin/stats.py)."""
+    os.environ["PDSERVE_STATS"] = path
+
+
+def stats_path() -> str:
+    """Where the transfer counters of this server lie; empty if it has none."""
+    return os.environ.get("PDSERVE_STATS", "")
 
 
 def replace_environ(values: Mapping[str, str]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 from pdserve.errors import ConfigError, PdserveError, StartupError, WorkerUnreachable
 
@@ -79,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="pdserve-demo-") as folder:
         log = Path(folder) / "launch.log"
         try:
-            return _demo(args.port or _free_port(), args.model, log, ask)
+            port = args.port or _free_port()
+            run_demo(launch_argv(port, args.model), port, log, ask)
+            return 0
         except PdserveError as exc:
             print(f"\nFAILED: {exc}\n--- last lines of the launcher ---\n{_tail(log)}", file=sys.stderr)
             return 1
@@ -87,25 +89,34 @@ def main(argv: list[str] | None = None) -> int:
             return 130
 
 
-def _demo(port: int, model: str, log: Path, ask: Callable[[str], Answer]) -> int:
+def launch_argv(port: int, model: str) -> list[str]:
+    """The command the demo shows: one prefill and one decode server behind ``port``."""
+    command = ["launch", *([model] if model else []), "-p", "1", "-d", "1", "--port", str(port)]
+    return [sys.executable, "-m", "pdserve", *command]
+
+
+def run_demo(argv: list[str], port: int, log: Path, ask: Callable[[str], Answer]) -> None:
+    """Start ``argv`` with its output in ``log``, ask through ``ask(url)``, stop it and check each step.
+
+    Raises:
+        PdserveError: at the first step that does not hold; the launcher has been stopped by then.
+    """
     url = f"http://127.0.0.1:{port}"
-    argv = [sys.executable, "-m", "pdserve", "launch", *([model] if model else [])]
-    argv += ["-p", "1", "-d", "1", "--port", str(port)]
-    print(f"$ pdserve {' '.join(argv[3:])}")
+    print(f"$ pdserve {' '.join(argv[3:])}", flush=True)
     with log.open("wb") as output:
         launcher = _start(argv, output)
         try:
             started = time.monotonic()
             _wait_ready(launcher, port)
-            print(f"ready after {time.monotonic() - started:.0f} s at {url}\n")
+            print(f"ready after {time.monotonic() - started:.0f} s at {url}\n", flush=True)
+            before = _kv_bytes_sent(port)
             answer = ask(url)
-            _print_answer(answer, _recent_request(port))
+            _print_answer(answer, _recent_request(port), _kv_bytes_sent(port, more_than=before) - before)
             if EXPECTED not in answer.text:
-                raise StartupError(f"the answer lacks {EXPECTED!r}")
+                raise StartupError(f"the answer lacks {EXPECTED!r}: {answer.text!r}")
             _stop_cleanly(launcher)
         finally:
             _end(launcher)
-    return 0
 
 
 def _start(argv: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -142,13 +153,17 @@ def _progress_line(state: Mapping[str, Any]) -> str:
 
 
 def _state(port: int) -> dict[str, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    return _get_json("127.0.0.1", port, "/pdserve/state")
+
+
+def _get_json(host: str, port: int, path: str) -> dict[str, Any]:
+    connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
-        connection.request("GET", "/pdserve/state")
+        connection.request("GET", path)
         response = connection.getresponse()
         document = json.loads(response.read())
         if response.status != 200 or not isinstance(document, dict):
-            raise ValueError(f"/pdserve/state answered {response.status}")
+            raise ValueError(f"{path} answered {response.status}")
         return document
     finally:
         connection.close()
@@ -165,18 +180,31 @@ def _recent_request(port: int) -> Mapping[str, Any]:
     return {}
 
 
-def _print_answer(answer: Answer, record: Mapping[str, Any]) -> None:
-    kv_bytes = record.get("kv_bytes")
-    moved = f"{kv_bytes / 1e6:.2f} MB" if isinstance(kv_bytes, (int, float)) else "not reported"
+def _kv_bytes_sent(port: int, more_than: int = -1) -> int:
+    """KV bytes the prefill servers have sent over NIXL so far, by their own count; waits for ``more_than``."""
+    deadline, total = time.monotonic() + 5, 0
+    while time.monotonic() < deadline:
+        with suppress(OSError, http.client.HTTPException, ValueError):
+            urls = [w["url"] for w in _state(port).get("workers") or [] if w.get("role") == "prefill"]
+            addresses = [urlsplit(url) for url in urls]
+            counts = [_get_json(a.hostname or "", a.port or 80, "/pdserve/instance") for a in addresses]
+            total = sum(count["transfer"]["kv_bytes"] for count in counts)
+            if total > more_than:
+                break
+        time.sleep(0.1)
+    return total
+
+
+def _print_answer(answer: Answer, record: Mapping[str, Any], kv_bytes: int) -> None:
+    moved = f"{kv_bytes / 1e6:.2f} MB" if kv_bytes else "not reported"
     print(f"  Q  {QUESTION}\n  A  {answer.text}\n")
     print(f"  pair            {record.get('pair') or 'not reported'}")
     print(f"  KV over NIXL    {moved} for {answer.prompt_tokens} prompt tokens")
     print(
         f"  TTFT            {answer.ttft_s:.3f} s, from sending the request to the first text, at the client"
     )
-    print(
-        f"  TPOT            {answer.tpot_s * 1000:.0f} ms, mean of the {answer.completion_tokens - 1} tokens after\n"
-    )
+    after = answer.completion_tokens - 1
+    print(f"  TPOT            {answer.tpot_s * 1000:.0f} ms, mean of the {after} tokens after it\n")
 
 
 def _openai_asker() -> Callable[[str], Answer]:
@@ -304,5 +332,4 @@ def _tail(log: Path) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
     sys.exit(main())

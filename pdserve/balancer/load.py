@@ -84,8 +84,9 @@ class LoadTable:
         entry = self._entries[instance_id]
         entry.open_legs[self._turn] = OpenLeg(prompt_tokens, now_s)
         entry.open_tokens += prompt_tokens
-        entry.credit_reqs += 1
-        entry.credit_tokens += prompt_tokens
+        if now_s >= entry.covered_s:
+            entry.credit_reqs += 1
+            entry.credit_tokens += prompt_tokens
         entry.last_turn, entry.view = self._turn, None
         return self._turn
 
@@ -150,7 +151,7 @@ class LoadTable:
             inflight=len(entry.open_legs),
             queued_tokens=_queued_tokens(entry),
             num_reqs=_num_reqs(entry),
-            kv_tokens=(load.num_total_tokens if load else 0) + entry.credit_tokens,
+            kv_tokens=_kv_tokens(entry),
             kv_capacity=(load.max_total_num_tokens if load else 0) or info.max_total_num_tokens,
             max_running_requests=load.max_running_requests if load else 0,
             prefill_tokens_s=entry.fit.prefill_tokens_s or self._prefill_tokens_s,
@@ -210,3 +211,13 @@ def _num_reqs(entry: _Entry) -> int:
         return len(entry.open_legs)
     sampled = load.num_running_reqs + load.num_waiting_reqs + load.prefill_inflight_queue_reqs
     return max(len(entry.open_legs), sampled + entry.credit_reqs)
+
+
+def _kv_tokens(entry: _Entry) -> int:
+    """Pool use, now or soon. Decode's ``num_total_tokens`` adds requests that wait for pages; on a
+    prefill worker the same field adds its queue, which costs time and is counted as time."""
+    load = entry.load
+    if load is None:
+        return entry.credit_tokens
+    sampled = load.num_used_tokens if entry.info.role is Role.PREFILL else load.num_total_tokens
+    return sampled + entry.credit_tokens

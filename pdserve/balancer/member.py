@@ -58,7 +58,8 @@ class Worker:
     """One instance of a worker. ``info`` is replaced when more is learned of it.
 
     ``answers`` is set while the worker is believed to answer at all; probes of
-    its pairs wait for it. ``wake`` makes its keeper look at once.
+    its pairs wait for it. ``wake`` makes its keeper look at once. ``num_inflight``
+    counts reservations that include it.
     """
 
     info: WorkerInfo
@@ -69,6 +70,7 @@ class Worker:
     needs_ping: bool = False
     is_dozing: bool = False
     num_probes: int = 0
+    num_inflight: int = 0
     answers: asyncio.Event = field(default_factory=asyncio.Event)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)

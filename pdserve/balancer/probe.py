@@ -65,9 +65,9 @@ ProbeResult = ProbePassed | ProbeFailed
 
 
 class _LegFailed(Exception):
-    def __init__(self, failure: ProbeFailed) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
+    def __init__(self, worker: WorkerInfo, message: str, *, unreachable: bool = False) -> None:
+        super().__init__(message)
+        self.failure = ProbeFailed(worker.role, f"{worker.role} {message}", unreachable)
 
 
 class Fetcher(Protocol):
@@ -161,11 +161,10 @@ async def _ask(pool: Fetcher, worker: WorkerInfo, body: bytes, timeout_s: float)
             worker.url, "POST", "/generate", body, headers=JSON_HEADERS, timeout_s=timeout_s
         )
     except WorkerError as exc:
-        unreachable = isinstance(exc, WorkerUnreachable)
-        raise _LegFailed(ProbeFailed(worker.role, f"{worker.role} {exc}", unreachable)) from exc
+        raise _LegFailed(worker, str(exc), unreachable=isinstance(exc, WorkerUnreachable)) from exc
     if answer.status != 200:
         text = answer.body[:300].decode(errors="replace")
-        raise _LegFailed(ProbeFailed(worker.role, f"{worker.role} {worker.url}: HTTP {answer.status}: {text}"))
+        raise _LegFailed(worker, f"{worker.url}: HTTP {answer.status}: {text}")
     return answer.body
 
 
@@ -187,12 +186,12 @@ def _check_output(worker: WorkerInfo, body: bytes) -> None:
     try:
         answer = msgspec.json.decode(body, type=_Generated)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise _LegFailed(ProbeFailed(worker.role, f"decode {worker.url}: not an answer: {exc}")) from exc
+        raise _LegFailed(worker, f"{worker.url}: not an answer: {exc}") from exc
     reason = answer.meta_info.finish_reason or {}
     if reason.get("type") == "abort":
-        raise _LegFailed(ProbeFailed(worker.role, f"decode {worker.url}: aborted: {reason.get('message', '')}"))
+        raise _LegFailed(worker, f"{worker.url}: aborted: {reason.get('message', '')}")
     if not answer.output_ids and not answer.text:
-        raise _LegFailed(ProbeFailed(worker.role, f"decode {worker.url}: answered without output"))
+        raise _LegFailed(worker, f"{worker.url}: answered without output")
 
 
 def _silent(answered: set[Role], timeout_s: float) -> ProbeFailed:

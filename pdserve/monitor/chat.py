@@ -31,8 +31,8 @@ def run_chat(
 ) -> int:
     """Chat with the service at ``url`` until the user leaves; with ``prompt``, answer it and return.
 
-    Returns the process's exit status: 0, 1 after an error that was printed as one line, 130 if the
-    single answer was interrupted. ``max_tokens`` bounds each answer; ``temperature`` 0 is greedy.
+    Returns the process's exit status: 0, 1 after an error that was printed as one line, 130 if Ctrl-C
+    ended it. ``max_tokens`` bounds each answer; ``temperature`` 0 is greedy.
     """
     console, notes = Console(), Console(stderr=True)
     try:
@@ -44,6 +44,8 @@ def run_chat(
     except PdserveError as exc:
         _print_error(notes, exc)
         return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
 
 
 def print_answer(session: ChatSession, question: str, console: Console) -> bool:

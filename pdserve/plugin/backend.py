@@ -16,13 +16,14 @@ import logging
 from typing import Any
 
 from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
-from sglang.srt.disaggregation.nixl.conn import NixlKVBootstrapServer, NixlKVManager
+from sglang.srt.disaggregation.nixl.conn import NixlKVBootstrapServer, NixlKVManager, NixlKVSender
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from pdserve.bootstrap.client import LeaseClient
 from pdserve.bootstrap.messages import RankRoute
 from pdserve.config import WorkerEnv
 from pdserve.plugin.geometry import describe_layout, rank_index
+from pdserve.plugin.stats import TransferStats
 from pdserve.transfer.nixl import set_progress_delay
 from pdserve.types import InstanceId, Role
 
@@ -33,7 +34,7 @@ INSTANCE_PATH = "/pdserve/instance"
 
 
 PROGRESS_DELAY_US = 5000
-"""On CPU, how long NIXL's progress thread may sleep when no UCX event wakes it. 200 wake-ups/s cost 0.3 % of a core."""
+"""On CPU, longest sleep of NIXL's progress thread between UCX events; 200 wake-ups/s cost 0.3 % of a core."""
 
 
 class PdserveKVManager(NixlKVManager):
@@ -47,6 +48,7 @@ class PdserveKVManager(NixlKVManager):
             set_progress_delay(PROGRESS_DELAY_US)
             # NIXL refuses host memory announced as VRAM; the kinds travel to the peer with the registration.
             args.kv_data_mem_kinds = ["DRAM"] * len(args.kv_data_ptrs)
+        self.transfer_stats = TransferStats.open()
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         if disaggregation_mode == DisaggregationMode.DECODE:
             self._report_rank(None)
@@ -109,6 +111,19 @@ class PdserveKVManager(NixlKVManager):
         return True
 
 
+class PdserveKVSender(NixlKVSender):
+    """SGLang's sender; counts what it moved."""
+
+    def get_transfer_metric(self) -> Any:
+        """SGLang asks once, when a request's transfer has succeeded."""
+        metric = super().get_transfer_metric()
+        stats = self.kv_mgr.transfer_stats
+        if stats is not None:
+            rank, _ = rank_index(self.kv_mgr)
+            stats.add(rank, kv_bytes=int(metric.transfer_total_bytes or 0), transfers=1)
+        return metric
+
+
 class PdserveKVBootstrapServer(NixlKVBootstrapServer):
     """Silent when the fleet has a bootstrap service; SGLang's own server when it has none."""
 
@@ -139,4 +154,3 @@ def _ask_instance(host: str, port: int) -> dict[str, Any]:
         return {}
     finally:
         connection.close()
-

@@ -45,6 +45,12 @@ HOOKS: tuple[HookTarget, ...] = (
         "DRAM pools on CPU; ranks report to the bootstrap service; a lost service fails no request",
     ),
     HookTarget(
+        "sglang.srt.disaggregation.nixl.conn.NixlKVSender",
+        "replace",
+        "pdserve.plugin.backend:PdserveKVSender",
+        "transfer counters",
+    ),
+    HookTarget(
         "sglang.srt.disaggregation.nixl.conn.NixlKVBootstrapServer",
         "replace",
         "pdserve.plugin.backend:PdserveKVBootstrapServer",
@@ -57,16 +63,22 @@ HOOKS: tuple[HookTarget, ...] = (
         "P/D loops spin while a request waits elsewhere",
     ),
     HookTarget(
+        "sglang.srt.managers.load_snapshot.shm_path_for",
+        "replace",
+        "pdserve.plugin.patches:snapshot_path_of_worker",
+        "a killed server's load snapshot can be found and removed",
+    ),
+    HookTarget(
         "sglang.srt.mem_cache.pool_host.common._cuda_host_register",
         "replace",
-        "pdserve.plugin.cpu:skip_host_register",
+        "pdserve.plugin.patches:skip_host_register",
         "page-locking host memory is a CUDA call",
         cpu_only=True,
     ),
     HookTarget(
         "sglang.srt.entrypoints.engine._set_envs_and_config",
         "around",
-        "pdserve.plugin.cpu:fork_scheduler_processes",
+        "pdserve.plugin.patches:fork_scheduler_processes",
         "children forked from a process that has imported everything start in milliseconds",
         cpu_only=True,
     ),

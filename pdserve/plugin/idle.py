@@ -15,7 +15,7 @@ from typing import Any
 import zmq
 
 PARKED_WAIT_MS = 2
-"""Longest sleep while requests wait for a handshake or a transfer; the added latency is half of it on average."""
+"""Longest sleep while requests wait for a handshake or a transfer: adds half of it to such a wait."""
 
 IDLE_WAIT_MS = 1000
 """Longest sleep of a scheduler that holds no request (SGLang's IdleSleeper uses the same)."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from pdserve.bootstrap.client import LeaseKeeper
 from pdserve.config import WorkerEnv
+from pdserve.plugin.stats import TransferStats
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -27,14 +28,13 @@ class Membership:
         self._server_args = server_args
         self._on_refused = on_refused
         self._keeper: LeaseKeeper | None = None
+        self._stats = TransferStats.create()
 
     def start(self) -> None:
         """SGLang calls this when it takes requests (its launch callback)."""
         if not self._env.bootstrap_url or self._env.role is None:
             return
-        self._keeper = LeaseKeeper(
-            self._env.bootstrap_url, self._worker_info(), on_refused=self._on_refused
-        )
+        self._keeper = LeaseKeeper(self._env.bootstrap_url, self._worker_info(), on_refused=self._on_refused)
         self._keeper.start()
 
     def stop(self) -> None:
@@ -53,6 +53,7 @@ class Membership:
             "role": self._env.role or "",
             "rank_ports": [int(route["rank_port"]) for route in routes],
             "pid": os.getpid(),
+            "transfer": self._stats.total(),
         }
 
     def _worker_info(self) -> WorkerInfo:

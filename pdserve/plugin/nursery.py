@@ -27,8 +27,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pdserve.lifeline import die_with_parent
+import setproctitle
+
 from pdserve.config import WorkerEnv, adopt_worker_defaults, replace_environ
+from pdserve.lifeline import die_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ PRELOAD = (
 
 def main() -> None:
     """Import, say ready, then serve spawn requests until the launcher closes its end."""
+    # First of all: it remembers where argv and the environment lie, to write the title there later.
+    setproctitle.setproctitle("pdserve nursery")
     channel = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent(WorkerEnv.from_environ().parent_pid or os.getppid())
     preload()
@@ -80,7 +84,8 @@ def _serve(channel: socket.socket) -> None:
     _send(channel, {"event": "ready"})
     buffer = b""
     while True:
-        readable, _, _ = select.select([channel, wake_read], [], [])
+        waiting: list[socket.socket | int] = [channel, wake_read]
+        readable, _, _ = select.select(waiting, [], [])
         if wake_read in readable:
             os.read(wake_read, 4096)
         _reap(channel, children)
@@ -145,6 +150,7 @@ def _become_worker(
     replace_environ({**request["env"], "PDSERVE_FORK_CHILDREN": "1"})
     # A fork copies the generators' state: without this all workers would draw the same ports and names.
     random.seed()
+    setproctitle.setproctitle(f"pdserve {request['env'].get('PDSERVE_WORKER_ID', 'worker')}")
     _renew_zmq_context()
     sys.argv = list(request["argv"])
     from pdserve.plugin.worker import run_sglang

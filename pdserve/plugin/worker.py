@@ -13,7 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pdserve.config import WorkerEnv, adopt_worker_defaults
+from pdserve import leftovers
+from pdserve.config import WorkerEnv, adopt_scratch, adopt_worker_defaults
 from pdserve.errors import PdserveError
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ def run_sglang(flags: Sequence[str], env: WorkerEnv) -> None:
     from sglang.srt.utils import kill_process_tree
 
     load_plugins()
+    leftovers.sweep()
+    adopt_scratch(leftovers.scratch_dir(os.getpid()))
     server_args = prepare_server_args(list(flags))
     from sglang.srt.entrypoints.http_server import app, launch_server
 
@@ -53,6 +56,7 @@ def run_sglang(flags: Sequence[str], env: WorkerEnv) -> None:
     finally:
         membership.stop()
         kill_process_tree(os.getpid(), include_parent=False)
+        leftovers.remove(os.getpid())
 
 
 def _leave_refused(error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""Small replacements that SGLang needs on a machine without a GPU."""
+"""Small replacements of SGLang functions, most of them for a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
-from pdserve.config import WorkerEnv
+from pdserve import leftovers
+from pdserve.config import WorkerEnv, worker_pid
 
 
 def skip_host_register(*_args: Any, **_kwargs: Any) -> None:
     """REPLACE for ``_cuda_host_register``: host pools are the pools here, nothing to page-lock."""
+
+
+def snapshot_path_of_worker(_instance_id: str) -> str:
+    """REPLACE for ``shm_path_for``: named after the worker's process id, see leftovers.py."""
+    return str(leftovers.snapshot_path(worker_pid()))
 
 
 def fork_scheduler_processes(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,48 @@
+"""What a killed SGLang server leaves on disk, named so that anybody may clear it later.
+
+SGLang makes IPC sockets in the temporary folder and a load snapshot in
+/dev/shm and never removes them after a kill. A pdserve worker puts both under
+names that carry its process id; ``sweep`` removes those whose process is gone.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+_SCRATCH = re.compile(r"^pdserve-(\d+)$")
+_SNAPSHOT = re.compile(r"^sglang_loads_pdserve_(\d+)\.shm$")
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def scratch_dir(pid: int) -> Path:
+    """Temporary folder of the worker ``pid``; short, because Unix socket paths end at 107 bytes."""
+    return Path(tempfile.gettempdir()) / f"pdserve-{pid}"
+
+
+def snapshot_path(pid: int) -> Path:
+    """Load snapshot file of the worker ``pid``."""
+    return SHARED_MEMORY / f"sglang_loads_pdserve_{pid}.shm"
+
+
+def remove(pid: int) -> None:
+    """Remove what the worker ``pid`` left; it must have ended."""
+    shutil.rmtree(scratch_dir(pid), ignore_errors=True)
+    snapshot_path(pid).unlink(missing_ok=True)
+
+
+def sweep() -> list[int]:
+    """Remove what dead workers left on this machine; returns their process ids."""
+    found: set[int] = set()
+    for folder, pattern in ((Path(tempfile.gettempdir()), _SCRATCH), (SHARED_MEMORY, _SNAPSHOT)):
+        if not folder.is_dir():
+            continue
+        for entry in folder.iterdir():
+            if match := pattern.match(entry.name):
+                found.add(int(match[1]))
+    dead = sorted(pid for pid in found if not Path(f"/proc/{pid}").exists())
+    for pid in dead:
+        remove(pid)
+    return dead

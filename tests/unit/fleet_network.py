@@ -1,0 +1,133 @@
+"""An in-memory network of SGLang-like servers behind the ``Fetcher`` seam, for fleet tests.
+
+Real servers are used in ``test_fleet_live.py``; here each answer's moment is in
+the test's hands: ``hold`` a server's /generate, take it ``down``, change its status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from pdserve.balancer.fleet import Fleet
+from pdserve.config import BalancerConfig
+from pdserve.errors import WorkerUnreachable
+from pdserve.types import InstanceId, RequestShape, Role, WorkerId, WorkerInfo
+
+SHAPE = RequestShape(prompt_tokens=100, max_new_tokens=16)
+DEADLINE_S = 5.0
+GENERATED = b'{"text":" ok","output_ids":[1,2],"meta_info":{"finish_reason":{"type":"length"}}}'
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Status and body, as the upstream pool's FetchedResponse has them."""
+
+    status: int
+    body: bytes = b"{}"
+
+
+@dataclass
+class Server:
+    """One server's present behaviour and what it has received."""
+
+    is_down: bool = False
+    generate: Answer = Answer(200, GENERATED)
+    ping: Answer = Answer(200)
+    loads: Answer = Answer(200, b'{"loads":[{}]}')
+    model_info: Answer = Answer(404)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    calls: Counter[str] = field(default_factory=Counter)
+    bodies: list[dict[str, object]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+
+class Network:
+    """Servers by URL; a server that was never named behaves well."""
+
+    def __init__(self) -> None:
+        self.servers: dict[str, Server] = {}
+
+    def __getitem__(self, info: WorkerInfo) -> Server:
+        return self.servers.setdefault(info.url, Server())
+
+    async def fetch(
+        self,
+        url: str,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+        timeout_s: float,
+    ) -> Answer:
+        """The seam: ``UpstreamPool.fetch`` without sockets."""
+        server = self.servers.setdefault(url, Server())
+        path = path.partition("?")[0]
+        server.calls[path] += 1
+        await asyncio.sleep(0)
+        if path == "/generate":
+            server.bodies.append(json.loads(body))
+            await server.gate.wait()
+        if server.is_down:
+            raise WorkerUnreachable(url, "connection refused")
+        answers = {"/generate": server.generate, "/ping": server.ping, "/v1/loads": server.loads}
+        return answers.get(path, server.model_info if path == "/model_info" else Answer(200))
+
+
+def worker(role: Role, index: int, instance: str = "") -> WorkerInfo:
+    """Describe a worker; another ``instance`` is another process with another bootstrap port."""
+    return WorkerInfo(
+        worker_id=WorkerId(f"{role}-{index}"),
+        instance_id=InstanceId(f"{role}{index}{instance}"),
+        role=role,
+        url=f"http://{role}-{index}{instance}",
+        model="tiny",
+        bootstrap_host="h" if role is Role.PREFILL else "",
+        bootstrap_port=9000 + index if role is Role.PREFILL else None,
+    )
+
+
+P0, P1 = worker(Role.PREFILL, 0), worker(Role.PREFILL, 1)
+D0, D1 = worker(Role.DECODE, 0), worker(Role.DECODE, 1)
+
+
+@asynccontextmanager
+async def running_fleet(network: Network, **settings: object) -> AsyncIterator[Fleet]:
+    """A started fleet over ``network``, stopped at the end; no task may survive it."""
+    fleet = Fleet(BalancerConfig(**{"load_poll_s": 0.02, **settings}), network)  # type: ignore[arg-type]
+    await fleet.start()
+    try:
+        yield fleet
+    finally:
+        await fleet.stop()
+    orphans = [task for task in asyncio.all_tasks() if task.get_name().startswith(("keep-", "fleet-"))]
+    assert not orphans
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition; fails after DEADLINE_S."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def pair_states(fleet: Fleet) -> dict[str, str]:
+    """Label → state of every pair."""
+    return {record.label: str(record.state) for record in fleet.pairs()}
+
+
+def worker_states(fleet: Fleet) -> dict[str, str]:
+    """Worker id → state."""
+    return {str(member.worker_id): str(member.state) for member in fleet.workers()}
+
+
+async def all_ready(fleet: Fleet) -> None:
+    """Wait until every pair is ready."""
+    await until(lambda: fleet.pairs() and set(pair_states(fleet).values()) == {"ready"})

@@ -1,0 +1,91 @@
+"""The parts of the plugin that need no SGLang process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from pdserve import SUPPORTED_SGLANG
+from pdserve.config import WorkerEnv
+from pdserve.errors import ConfigError, ProtocolMismatch
+from pdserve.plugin.geometry import describe_layout, rank_index
+from pdserve.plugin.hooks import check_sglang_version
+from pdserve.plugin.stats import TransferStats
+
+
+def _kv_args(**changes: object) -> SimpleNamespace:
+    values: dict[str, object] = {
+        "kv_item_lens": [16 * 2 * 16 * 4] * 4,
+        "page_size": 16,
+        "kv_head_num": 2,
+        "total_kv_head_num": 2,
+        "kv_cache_dtype_str": "float32",
+        "kv_layout": None,
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+def test_layout_counts_k_and_v_of_all_heads() -> None:
+    layout = describe_layout(_kv_args(), is_mla=False)
+    assert (layout.num_layers, layout.page_size, layout.num_kv_heads) == (2, 16, 2)
+    assert layout.token_bytes == 2 * 2 * 16 * 4  # K and V, heads, head_dim, bytes
+
+
+def test_layout_of_one_tp_rank_equals_the_whole_models() -> None:
+    whole = describe_layout(_kv_args(), is_mla=False)
+    half = describe_layout(_kv_args(kv_head_num=1, kv_item_lens=[16 * 1 * 16 * 4] * 4), is_mla=False)
+    assert half == whole
+
+
+def test_mla_layout_has_one_region_per_layer() -> None:
+    layout = describe_layout(_kv_args(kv_item_lens=[64 * 576 * 2] * 3, page_size=64), is_mla=True)
+    assert (layout.kind, layout.num_layers, layout.token_bytes) == ("mla", 3, 576 * 2)
+
+
+def test_rank_index_follows_sglangs_table_order() -> None:
+    manager = SimpleNamespace(
+        system_dp_size=1, system_dp_rank=0, attn_dp_size=2, attn_dp_rank=1, attn_cp_size=1,
+        attn_cp_rank=0, attn_tp_size=4, attn_tp_rank=3, pp_size=1, pp_rank=0,
+    )  # fmt: skip
+    assert rank_index(manager) == (7, 8)
+
+
+def test_other_sglang_release_is_refused_by_name() -> None:
+    check_sglang_version(SUPPORTED_SGLANG)
+    with pytest.raises(ProtocolMismatch, match=r"SGLang 0\.5\.22 .*install sglang=="):
+        check_sglang_version("0.5.22")
+
+
+def test_plugin_is_inert_without_the_launchers_environment() -> None:
+    assert WorkerEnv.from_environ({"PDSERVE_ROLE": "nonsense"}) == WorkerEnv()
+
+
+def test_malformed_worker_environment_is_named() -> None:
+    with pytest.raises(ConfigError, match="PDSERVE_ROLE must be prefill or decode"):
+        WorkerEnv.from_environ({"PDSERVE_ACTIVE": "1", "PDSERVE_ROLE": "nonsense"})
+
+
+def test_child_process_counts_into_its_parents_stats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDSERVE_STATS", "")
+    stats = TransferStats.create()
+    code = (
+        "from pdserve.plugin.stats import TransferStats\n"
+        "s = TransferStats.open()\n"
+        "s.add(0, kv_bytes=4096, transfers=1)\n"
+        "s.add(5, kv_bytes=1, failures=2)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert stats.total() == {"kv_bytes": 4097, "transfers": 1, "failures": 2}
+
+
+def test_process_whose_parent_is_gone_leaves_at_once() -> None:
+    code = f"from pdserve.lifeline import die_with_parent; die_with_parent({os.getpid()}); print('alive')"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.stdout == "alive\n"
+    wrong = code.replace(str(os.getpid()), "1")
+    orphan = subprocess.run([sys.executable, "-c", wrong], capture_output=True, text=True, check=False)
+    assert (orphan.returncode, orphan.stdout) == (1, "")
