@@ -54,6 +54,8 @@ class BootstrapConfig:
     host: str = "127.0.0.1"
     port: int = 8997
     port_range: tuple[int, int] = (0, 0)
+    advertise_host: str = ""
+    """Host by which other machines reach this service when it listens on every address."""
     lease_s: float = 10.0
     log_level: str = "info"
 

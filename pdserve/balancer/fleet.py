@@ -16,8 +16,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from pdserve.balancer.keeper import PairKeeper, ProbeGate, WorkerKeeper
 from pdserve.balancer.load import LoadTable
@@ -29,7 +30,7 @@ from pdserve.balancer.rotation import Rotation
 from pdserve.balancer.sample import Sample
 from pdserve.balancer.shortage import explain_shortage
 from pdserve.balancer.static import static_workers
-from pdserve.bootstrap.client import FleetWatcher
+from pdserve.bootstrap.messages import FleetView
 from pdserve.config import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerError, WorkerTimeout, WorkerUnreachable
 from pdserve.types import InstanceId, RequestShape, Role, WorkerInfo
@@ -50,16 +51,37 @@ class FleetEvent:
     detail: str
 
 
-class Fleet:
-    """The balancer's workers and pairs. Create it, ``await start()``, later ``await stop()``."""
+class Membership(Protocol):
+    """Where members come from; ``bootstrap.client.FleetWatcher`` is the one in production."""
 
-    def __init__(self, config: BalancerConfig, pool: Fetcher) -> None:
+    @property
+    def is_connected(self) -> bool:
+        """True while the bootstrap service answers."""
+        ...
+
+    @property
+    def epoch(self) -> str:
+        """The service's present start; empty before the first answer."""
+        ...
+
+    def watch(self) -> AsyncIterator[FleetView]:
+        """Each view as it changes; outlives restarts of the service."""
+        ...
+
+
+class Fleet:
+    """The balancer's workers and pairs. Create it, ``await start()``, later ``await stop()``.
+
+    ``membership`` replaces the watch of ``config.bootstrap_url``; for tests.
+    """
+
+    def __init__(self, config: BalancerConfig, pool: Fetcher, membership: Membership | None = None) -> None:
         self.config = config
         self.table = LoadTable()
         self.policy = make_policy(config.policy)
         self.events: deque[FleetEvent] = deque(maxlen=NUM_EVENTS)
         self.started_s = time.monotonic()
-        self.watcher = FleetWatcher(config.bootstrap_url) if config.bootstrap_url else None
+        self.watcher = membership or _bootstrap_watcher(config.bootstrap_url)
         self._static = static_workers(config)
         self._pool = pool
         self._gate = ProbeGate()
@@ -140,7 +162,7 @@ class Fleet:
                 if has_moved:
                     self._suspect(worker, "its address changed")
 
-    async def _watch(self, watcher: FleetWatcher) -> None:
+    async def _watch(self, watcher: Membership) -> None:
         async for view in watcher.watch():
             self.apply(view.workers)
 
@@ -344,3 +366,11 @@ class Fleet:
         self._tasks.discard(task)
         if not task.cancelled() and (exc := task.exception()):
             logger.error("background task %s failed", task.get_name(), exc_info=exc)
+
+
+def _bootstrap_watcher(url: str) -> Membership | None:
+    if not url:
+        return None
+    from pdserve.bootstrap.client import FleetWatcher  # only fleets with a service need its client
+
+    return FleetWatcher(url)

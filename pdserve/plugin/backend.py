@@ -13,6 +13,7 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import sys
 from typing import Any
 
 from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
@@ -22,6 +23,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from pdserve.bootstrap.client import LeaseClient
 from pdserve.bootstrap.messages import RankRoute
 from pdserve.config import WorkerEnv
+from pdserve.errors import PdserveError
 from pdserve.plugin.geometry import describe_layout, rank_index
 from pdserve.plugin.stats import TransferStats
 from pdserve.transfer.nixl import set_progress_delay
@@ -72,7 +74,14 @@ class PdserveKVManager(NixlKVManager):
             kv_layout=describe_layout(self.kv_args, is_mla=self.is_mla_backend),
             route=route,
         )
-        LeaseClient(env.bootstrap_url).report_rank(InstanceId(env.instance_id), report)
+        try:
+            client = LeaseClient(env.bootstrap_url)
+            client.report_rank_patiently(InstanceId(env.instance_id), report)
+        except PdserveError as exc:
+            # The launcher looks for this line; a traceback from here would only hide it.
+            sys.stderr.write(f"pdserve: refused by the bootstrap service: {exc}\n")
+            sys.stderr.flush()
+            raise
 
     def _handle_node_failure(self, failed_bootstrap_addr: str) -> None:
         """Two missed heartbeats may mean a lost *service*: ask the prefill before failing its rooms."""
@@ -113,6 +122,18 @@ class PdserveKVManager(NixlKVManager):
 
 class PdserveKVSender(NixlKVSender):
     """SGLang's sender; counts what it moved."""
+
+    def _register_prefill_dp_rank(self) -> None:
+        env = self.kv_mgr._pdserve_env
+        if not env.bootstrap_url:
+            super()._register_prefill_dp_rank()
+            return
+        try:
+            LeaseClient(env.bootstrap_url).report_dp_rank(
+                InstanceId(env.instance_id), self.bootstrap_room, int(self.kv_mgr.attn_dp_rank)
+            )
+        except PdserveError as exc:
+            logger.error("room=%s: DP rank could not be registered: %s", self.bootstrap_room, exc)
 
     def get_transfer_metric(self) -> Any:
         """SGLang asks once, when a request's transfer has succeeded."""

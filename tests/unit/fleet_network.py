@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from pdserve.balancer.fleet import Fleet
+from pdserve.balancer.fleet import Fleet, Membership
 from pdserve.config import BalancerConfig
 from pdserve.errors import WorkerUnreachable
 from pdserve.types import InstanceId, RequestShape, Role, WorkerId, WorkerInfo
@@ -99,9 +99,11 @@ D0, D1 = worker(Role.DECODE, 0), worker(Role.DECODE, 1)
 
 
 @asynccontextmanager
-async def running_fleet(network: Network, **settings: object) -> AsyncIterator[Fleet]:
+async def running_fleet(
+    network: Network, membership: Membership | None = None, **settings: object
+) -> AsyncIterator[Fleet]:
     """A started fleet over ``network``, stopped at the end; no task may survive it."""
-    fleet = Fleet(BalancerConfig(**{"load_poll_s": 0.02, **settings}), network)  # type: ignore[arg-type]
+    fleet = Fleet(BalancerConfig(**{"load_poll_s": 0.02, **settings}), network, membership)  # type: ignore[arg-type]
     await fleet.start()
     try:
         yield fleet

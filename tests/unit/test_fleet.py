@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
 
 from pdserve.balancer.member import PairRecord, Worker
 from pdserve.balancer.reservation import Reservation, WaitLine
+from pdserve.bootstrap.messages import FleetView
 from pdserve.errors import ConfigError, NoWorkerError, WorkerTimeout, WorkerUnreachable
 from pdserve.types import KVLayoutDescriptor
 from tests.unit.fleet_network import (
@@ -153,6 +155,33 @@ async def test_a_moved_worker_is_tested_again() -> None:
         assert not fleet.has_ready_pair
         await all_ready(fleet)
         assert (await fleet.reserve(SHAPE, timeout_s=1)).pair.prefill.bootstrap_port == 9999
+
+
+class ScriptedMembership:
+    """Views come when the test puts them."""
+
+    is_connected = False
+    epoch = "e1"
+
+    def __init__(self) -> None:
+        self.views: asyncio.Queue[FleetView] = asyncio.Queue()
+
+    async def watch(self) -> AsyncIterator[FleetView]:
+        while True:
+            yield await self.views.get()
+
+
+async def test_members_follow_the_bootstrap_service() -> None:
+    membership = ScriptedMembership()
+    async with running_fleet(Network(), membership, bootstrap_url="http://b:1") as fleet:
+        assert fleet.explain() == (
+            "no prefill and no decode server is registered; bootstrap service http://b:1 is not reachable"
+        )
+        membership.views.put_nowait(FleetView(epoch="e1", version=1, workers=[P0, D0]))
+        await all_ready(fleet)
+        membership.views.put_nowait(FleetView(epoch="e1", version=2, workers=[P0]))
+        await until(lambda: worker_states(fleet).keys() == {"prefill-0"})
+        assert not fleet.has_ready_pair
 
 
 # -- static workers --------------------------------------------------------------------------

@@ -307,7 +307,9 @@ def test_an_unmeasured_worker_is_taken_to_be_like_its_measured_peers() -> None:
 def test_a_prefill_queue_is_time_and_not_pool_use() -> None:
     table = table_of(info(P0), info(D0, Role.DECODE))
     for instance_id in (P0, D0):
-        table.record(instance_id, sample(num_used_tokens=100, num_total_tokens=900, max_total_num_tokens=1000))
+        table.record(
+            instance_id, sample(num_used_tokens=100, num_total_tokens=900, max_total_num_tokens=1000)
+        )
         table.dispatch(instance_id, 30, 1.0)
     assert table.view(P0).kv_tokens == 130
     assert table.view(D0).kv_tokens == 930

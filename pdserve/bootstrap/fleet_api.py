@@ -1,0 +1,96 @@
+"""The membership half of the service over HTTP; see messages.py for every body."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pdserve.bootstrap.messages import Deregister, Heartbeat, RankRoute, Refusal, Register
+from pdserve.bootstrap.prefill_api import take_dp_rank
+from pdserve.bootstrap.registry import Refused
+from pdserve.bootstrap.routes import RouteError
+from pdserve.bootstrap.web import json_answer, json_errors, read_json
+from pdserve.types import InstanceId
+
+if TYPE_CHECKING:
+    from pdserve.bootstrap.service import BootstrapService
+
+MAX_WAIT_S = 30.0
+
+
+def fleet_app(service: BootstrapService) -> Starlette:
+    """ASGI app of the service's main port."""
+
+    async def register(request: Request) -> Response:
+        return json_answer(await service.register(await read_json(request, Register)))
+
+    async def heartbeat(request: Request) -> Response:
+        message = await read_json(request, Heartbeat)
+        return json_answer(service.registry.heartbeat(message.instance_id, service.now()))
+
+    async def deregister(request: Request) -> Response:
+        message = await read_json(request, Deregister)
+        known = service.deregister(message.instance_id, message.reason)
+        return json_answer({"known": known})
+
+    async def report_rank(request: Request) -> Response:
+        instance_id = InstanceId(request.path_params["instance_id"])
+        report = await read_json(request, RankRoute)
+        instance = service.registry.report_rank(instance_id, report, service.now())
+        return json_answer({"ranks": len(instance.ranks)})
+
+    async def dp_rank(request: Request) -> Response:
+        table = service.table(InstanceId(request.path_params["instance_id"]))
+        if table is None:
+            raise Refused("unknown_instance", "this instance is not registered as a prefill server")
+        take_dp_rank(table, await read_json(request, dict[str, Any]))
+        return json_answer({"ok": True})
+
+    async def view(request: Request) -> Response:
+        query = request.query_params
+        try:
+            after, wait_s = int(query.get("after", "-1")), float(query.get("wait_s", "0"))
+        except ValueError as exc:
+            raise HTTPException(400, "after must be an integer and wait_s a number of seconds") from exc
+        return json_answer(await service.wait_view(query.get("epoch", ""), after, min(wait_s, MAX_WAIT_S)))
+
+    async def health(_: Request) -> Response:
+        members = service.registry.members()
+        return json_answer({"status": "ok", "epoch": service.registry.epoch, "workers": len(members)})
+
+    return Starlette(
+        routes=[
+            Route("/fleet/register", _refusing(register), methods=["POST"]),
+            Route("/fleet/heartbeat", _refusing(heartbeat), methods=["POST"]),
+            Route("/fleet/deregister", _refusing(deregister), methods=["POST"]),
+            Route("/fleet/instances/{instance_id}/ranks", _refusing(report_rank), methods=["PUT"]),
+            Route("/fleet/instances/{instance_id}/dp_rank", _refusing(dp_rank), methods=["POST"]),
+            Route("/fleet/view", _refusing(view), methods=["GET"]),
+            Route("/health", health, methods=["GET"]),
+        ],
+        exception_handlers=json_errors(),
+    )
+
+
+def _refusing(
+    handler: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    async def call(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Refused as exc:
+            return json_answer(exc.refusal, exc.status)
+        except RouteError as exc:
+            return json_answer(Refusal(code="bad_request", message=str(exc)), exc.status)
+        except msgspec.DecodeError as exc:
+            refusal = Refusal(code="bad_request", message=f"body is not the expected JSON: {exc}")
+            return json_answer(refusal, 400)
+
+    return call
