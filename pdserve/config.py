@@ -88,6 +88,10 @@ class LaunchConfig:
     sglang_args: tuple[str, ...] = ()
     prefill_args: tuple[str, ...] = ()
     decode_args: tuple[str, ...] = ()
+    served_model_name: str = ""
+    """Name in ``/v1/models``; empty: the embedded model's name, or what SGLang makes of ``model``."""
+    config_file: str = ""
+    """Set by ``--config``: the balancer and the bootstrap service read their sections of it."""
 
     def __post_init__(self) -> None:
         if self.prefill < 1 or self.decode < 1:
@@ -182,6 +186,17 @@ def stats_path() -> str:
     return os.environ.get("PDSERVE_STATS", "")
 
 
+def parent_pid() -> int:
+    """Process id of the launcher that started this process and must not be outlived; 0: none."""
+    value = os.environ.get("PDSERVE_PARENT_PID", "")
+    return int(value) if value.isdigit() else 0
+
+
+def environment() -> dict[str, str]:
+    """A copy of this process's environment."""
+    return dict(os.environ)
+
+
 def replace_environ(values: Mapping[str, str]) -> None:
     """Make ``values`` this process's whole environment; for a freshly forked worker."""
     os.environ.clear()
@@ -245,8 +260,12 @@ def load_file(path: Path) -> FileConfig:
 def merge(default: T, file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> T:
     """Default < file < flags; a flag that is ``None`` was not given. Lists become tuples."""
     values = {**file_values, **{k: v for k, v in flags.items() if v is not None}}
-    clean = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    clean = {k: _tuples(v) for k, v in values.items()}
     try:
         return replace(default, **clean)  # type: ignore[type-var]
     except TypeError as exc:
         raise ConfigError(f"bad configuration value: {exc}") from exc
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -116,15 +116,12 @@ class WorkerLoad:
 
     @property
     def queued_reqs(self) -> int:
-        """Requests that hold a place but do not run: waiting and every P/D queue."""
-        return (
-            self.num_waiting_reqs
-            + self.prefill_bootstrap_queue_reqs
-            + self.prefill_inflight_queue_reqs
-            + self.decode_prealloc_queue_reqs
-            + self.decode_transfer_queue_reqs
-            + self.decode_retracted_queue_reqs
-        )
+        """Requests that hold a place but do not run.
+
+        SGLang's ``num_waiting_reqs`` already counts the bootstrap, prealloc,
+        transfer and retracted queues, but not prefill's in-flight one.
+        """
+        return self.num_waiting_reqs + self.prefill_inflight_queue_reqs
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from pdserve.balancer.rotation import Rotation
 from pdserve.balancer.sample import Sample
 from pdserve.balancer.shortage import explain_shortage
 from pdserve.balancer.static import static_workers
+from pdserve.bootstrap.client import FleetWatcher
 from pdserve.bootstrap.messages import FleetView
 from pdserve.config import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerError, WorkerTimeout, WorkerUnreachable
@@ -81,7 +82,9 @@ class Fleet:
         self.policy = make_policy(config.policy)
         self.events: deque[FleetEvent] = deque(maxlen=NUM_EVENTS)
         self.started_s = time.monotonic()
-        self.watcher = membership or _bootstrap_watcher(config.bootstrap_url)
+        self.watcher: Membership | None = membership or (
+            FleetWatcher(config.bootstrap_url) if config.bootstrap_url else None
+        )
         self._static = static_workers(config)
         self._pool = pool
         self._gate = ProbeGate()
@@ -366,11 +369,3 @@ class Fleet:
         self._tasks.discard(task)
         if not task.cancelled() and (exc := task.exception()):
             logger.error("background task %s failed", task.get_name(), exc_info=exc)
-
-
-def _bootstrap_watcher(url: str) -> Membership | None:
-    if not url:
-        return None
-    from pdserve.bootstrap.client import FleetWatcher  # only fleets with a service need its client
-
-    return FleetWatcher(url)

@@ -50,6 +50,8 @@ class Listener:
         if self._server is not None:
             self._server.close()
             self._server = None
+        for task in list(self._state.tasks):
+            task.cancel()  # long polls
         for connection in list(self._state.connections):
             transport = getattr(connection, "transport", None)
             if transport is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import signal
 import time
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from pdserve.types import InstanceId, Role
 logger = logging.getLogger(__name__)
 
 EXPIRY_CHECK_S = 0.5
+DEFAULT_PORTS = range(20_000, 30_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,8 @@ class BootstrapService:
 
     def _candidate_ports(self, asked_port: int | None) -> list[int]:
         low, high = self.config.port_range
-        ports = list(range(low, high + 1)) if high else [0]
+        # Below the ephemeral range: after a restart no outgoing connection can sit on a member's port.
+        ports = list(range(low, high + 1)) if high else [*random.sample(DEFAULT_PORTS, 32), 0]
         return [asked_port, *ports] if asked_port else ports
 
     def _public_host(self) -> str:

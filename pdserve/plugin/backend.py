@@ -16,6 +16,7 @@ import logging
 import sys
 from typing import Any
 
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
 from sglang.srt.disaggregation.nixl.conn import NixlKVBootstrapServer, NixlKVManager, NixlKVSender
 from sglang.srt.disaggregation.utils import DisaggregationMode
@@ -67,11 +68,18 @@ class PdserveKVManager(NixlKVManager):
         if not env.bootstrap_url:
             return
         rank, num_ranks = rank_index(self)
+        model = ModelConfig.from_server_args(self.server_args)
         report = RankRoute(
             role=Role.DECODE if route is None else Role.PREFILL,
             rank=rank,
             num_ranks=num_ranks,
-            kv_layout=describe_layout(self.kv_args, is_mla=self.is_mla_backend),
+            kv_layout=describe_layout(
+                self.kv_args,
+                is_mla=self.is_mla_backend,
+                total_kv_heads=int(model.get_total_num_kv_heads()),
+                tp_size=int(self.attn_tp_size),
+                model_dtype=str(model.dtype).removeprefix("torch."),
+            ),
             route=route,
         )
         try:

@@ -7,8 +7,14 @@ from typing import Any
 from pdserve.types import KVLayoutDescriptor
 
 
-def describe_layout(kv_args: Any, *, is_mla: bool) -> KVLayoutDescriptor:
+def describe_layout(
+    kv_args: Any, *, is_mla: bool, total_kv_heads: int, tp_size: int, model_dtype: str
+) -> KVLayoutDescriptor:
     """Geometry of this rank's pools, scaled to the whole model.
+
+    ``tp_size`` is the attention TP; with fewer heads than ranks each rank
+    holds one head (SGLang: ModelConfig.get_num_kv_heads). ``model_dtype``
+    stands in for a KV dtype of ``auto``.
 
     MHA registers K regions then V regions, ``2 * num_layers`` in all; MLA one
     region per layer. ``kv_item_lens`` are bytes of one page of this rank's
@@ -18,14 +24,13 @@ def describe_layout(kv_args: Any, *, is_mla: bool) -> KVLayoutDescriptor:
     page_size = int(kv_args.page_size)
     regions_per_layer = 1 if is_mla else 2
     num_layers = len(items) // regions_per_layer
-    local_heads = 1 if is_mla else int(kv_args.kv_head_num)
-    total_heads = 1 if is_mla else int(kv_args.total_kv_head_num)
-    # Ranks hold copies of a head when TP exceeds the head count: never scale below one whole set.
-    scale = max(total_heads // max(local_heads, 1), 1)
+    total_heads = 1 if is_mla else total_kv_heads
+    local_heads = 1 if is_mla else max(1, total_kv_heads // tp_size)
+    scale = total_heads // local_heads
     layer_page_bytes = items[0] * regions_per_layer if items else 0
     return KVLayoutDescriptor(
         page_size=page_size,
-        dtype=str(kv_args.kv_cache_dtype_str),
+        dtype=model_dtype if kv_args.kv_cache_dtype_str == "auto" else str(kv_args.kv_cache_dtype_str),
         num_layers=num_layers,
         num_kv_heads=total_heads,
         token_bytes=layer_page_bytes * scale // max(page_size, 1),

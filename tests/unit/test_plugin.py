@@ -21,8 +21,6 @@ def _kv_args(**changes: object) -> SimpleNamespace:
     values: dict[str, object] = {
         "kv_item_lens": [16 * 2 * 16 * 4] * 4,
         "page_size": 16,
-        "kv_head_num": 2,
-        "total_kv_head_num": 2,
         "kv_cache_dtype_str": "float32",
         "kv_layout": None,
     }
@@ -30,19 +28,37 @@ def _kv_args(**changes: object) -> SimpleNamespace:
 
 
 def test_layout_counts_k_and_v_of_all_heads() -> None:
-    layout = describe_layout(_kv_args(), is_mla=False)
+    layout = describe_layout(_kv_args(), is_mla=False, total_kv_heads=2, tp_size=1, model_dtype="float16")
     assert (layout.num_layers, layout.page_size, layout.num_kv_heads) == (2, 16, 2)
     assert layout.token_bytes == 2 * 2 * 16 * 4  # K and V, heads, head_dim, bytes
 
 
+def test_auto_dtype_is_the_models_so_that_half_precisions_are_told_apart() -> None:
+    auto = _kv_args(kv_cache_dtype_str="auto")
+    layout = describe_layout(auto, is_mla=False, total_kv_heads=2, tp_size=1, model_dtype="bfloat16")
+    assert layout.dtype == "bfloat16"
+
+
 def test_layout_of_one_tp_rank_equals_the_whole_models() -> None:
-    whole = describe_layout(_kv_args(), is_mla=False)
-    half = describe_layout(_kv_args(kv_head_num=1, kv_item_lens=[16 * 1 * 16 * 4] * 4), is_mla=False)
+    whole = describe_layout(_kv_args(), is_mla=False, total_kv_heads=2, tp_size=1, model_dtype="float16")
+    half = describe_layout(
+        _kv_args(kv_item_lens=[16 * 1 * 16 * 4] * 4),
+        is_mla=False,
+        total_kv_heads=2,
+        tp_size=2,
+        model_dtype="float16",
+    )
     assert half == whole
 
 
 def test_mla_layout_has_one_region_per_layer() -> None:
-    layout = describe_layout(_kv_args(kv_item_lens=[64 * 576 * 2] * 3, page_size=64), is_mla=True)
+    layout = describe_layout(
+        _kv_args(kv_item_lens=[64 * 576 * 2] * 3, page_size=64),
+        is_mla=True,
+        total_kv_heads=1,
+        tp_size=4,
+        model_dtype="float16",
+    )
     assert (layout.kind, layout.num_layers, layout.token_bytes) == ("mla", 3, 576 * 2)
 
 

@@ -1,0 +1,310 @@
+"""One HTTP exchange with a worker as it happens, and the time limits on its silence.
+
+    UpstreamConnection ── head, data, end, failure ──► UpstreamResponse ── Wakeup ──► who waits
+                                                              ▲
+                         Deadlines (one timer for all) ───────┘ WorkerTimeout
+
+A response is pushed by its connection and pulled by one consumer. When the
+consumer lags by ``HIGH_WATER_BYTES`` the connection stops reading, so the
+worker is held up instead of our memory filled; the silence limit rests then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from pdserve.errors import WorkerError, WorkerTimeout
+
+HIGH_WATER_BYTES = 65536
+LOW_WATER_BYTES = 16384
+NEVER = float("inf")
+Headers = list[tuple[bytes, bytes]]
+
+
+class Wakeup:
+    """Wakes one waiter; a ``set`` before the ``wait`` is not lost. Cheaper than asyncio.Event."""
+
+    __slots__ = ("_future", "_is_set")
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[None] | None = None
+        self._is_set = False
+
+    def set(self) -> None:
+        """Wake the waiter, or the next one."""
+        self._is_set = True
+        future = self._future
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    async def wait(self) -> None:
+        """Return after the next ``set``, at once if there was one since the last ``wait``."""
+        if not self._is_set:
+            self._future = asyncio.get_running_loop().create_future()
+            try:
+                await self._future
+            finally:
+                self._future = None
+        self._is_set = False
+
+
+class Connection(Protocol):
+    """What a response needs of the connection it arrives on."""
+
+    def pause(self) -> None:
+        """Stop reading."""
+        ...
+
+    def resume(self) -> None:
+        """Read on."""
+        ...
+
+    def drop(self) -> None:
+        """Close the socket now; nothing is heard of it any more."""
+        ...
+
+
+class UpstreamResponse:
+    """A request sent to a worker and what has come back: ``async for chunk in response``.
+
+    ``status`` is 0 until the head is there. ``error`` is set when the exchange
+    failed; iteration raises it after the chunks that had arrived. ``ended_s``
+    (loop clock) is when it completed or failed.
+    """
+
+    __slots__ = (
+        "_buffered",
+        "_chunks",
+        "_deadlines",
+        "_is_paused",
+        "attempts",
+        "body",
+        "connecting",
+        "connection",
+        "deadline_s",
+        "ended_s",
+        "error",
+        "first_byte_s",
+        "head",
+        "headers",
+        "is_closed",
+        "is_complete",
+        "sent_s",
+        "silence_s",
+        "status",
+        "url",
+        "wakeup",
+    )
+
+    def __init__(
+        self, url: str, head: bytes, body: bytes, limits: tuple[float, float], deadlines: Deadlines
+    ) -> None:
+        self.url = url
+        self.head, self.body = head, body
+        self.first_byte_s, self.silence_s = limits
+        self.status = 0
+        self.headers: Headers = []
+        self.error: WorkerError | None = None
+        self.is_complete = False
+        self.is_closed = False
+        self.attempts = 0
+        self.sent_s = 0.0
+        self.ended_s = 0.0
+        self.deadline_s = NEVER
+        self.wakeup = Wakeup()
+        self.connection: Connection | None = None
+        self.connecting: asyncio.Task[None] | None = None
+        self._chunks: list[bytes] = []
+        self._buffered = 0
+        self._is_paused = False
+        self._deadlines = deadlines
+
+    # -- for the consumer --------------------------------------------------------------------
+
+    @property
+    def has_ended(self) -> bool:
+        """True when nothing more will come: complete, failed or closed by us."""
+        return self.is_complete or self.error is not None or self.is_closed
+
+    @property
+    def has_chunks(self) -> bool:
+        """True if ``take`` would return something."""
+        return bool(self._chunks)
+
+    @property
+    def is_paused(self) -> bool:
+        """True while the worker is held up because the consumer lags."""
+        return self._is_paused
+
+    def take(self) -> list[bytes]:
+        """Every body chunk that has arrived and was not taken yet; lets a paused worker go on."""
+        chunks, self._chunks = self._chunks, []
+        self._buffered = 0
+        if self._is_paused:
+            self._is_paused = False
+            self._deadlines.touch(self)
+            if self.connection is not None:
+                self.connection.resume()
+        return chunks
+
+    def header(self, name: bytes) -> bytes:
+        """Value of a header by its lower-case name; empty if absent."""
+        return next((value for key, value in self.headers if key.lower() == name), b"")
+
+    async def wait_head(self) -> None:
+        """Wait for the status line and headers. Raises WorkerUnreachable or WorkerTimeout."""
+        while not self.status:
+            if self.error is not None:
+                raise self.error
+            await self.wakeup.wait()
+
+    async def read(self) -> bytes:
+        """The rest of the body."""
+        return b"".join([chunk async for chunk in self])
+
+    def __aiter__(self) -> UpstreamResponse:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._chunks:
+            if self.error is not None:
+                raise self.error
+            if self.is_complete or self.is_closed:
+                raise StopAsyncIteration
+            await self.wakeup.wait()
+        chunk = self._chunks.pop(0)
+        self._buffered -= len(chunk)
+        if self._is_paused and self._buffered <= LOW_WATER_BYTES:
+            self._chunks = [*self.take()]
+            self._buffered = sum(map(len, self._chunks))
+        return chunk
+
+    def close(self) -> None:
+        """Stop here: if the response has not ended, its socket is closed. Idempotent, never blocks."""
+        if self.has_ended:
+            return
+        self.is_closed = True
+        self._end()
+        if self.connecting is not None:
+            self.connecting.cancel()
+        if self.connection is not None:
+            self.connection.drop()
+            self.connection = None
+
+    # -- for the connection ------------------------------------------------------------------
+
+    def on_sent(self, connection: Connection, now_s: float) -> None:
+        """The request is on its way; the first-byte limit starts."""
+        self.connection = connection
+        self.attempts += 1
+        self.sent_s = now_s
+        self.deadline_s = now_s + self.first_byte_s
+        self._deadlines.add(self)
+
+    def on_chunk(self, data: bytes) -> None:
+        """Body bytes."""
+        self._chunks.append(data)
+        self._buffered += len(data)
+        if self._buffered > HIGH_WATER_BYTES and not self._is_paused and self.connection is not None:
+            self._is_paused = True
+            self.connection.pause()
+
+    def on_complete(self) -> None:
+        """The last byte has arrived; the connection is not ours any more."""
+        self.is_complete = True
+        self.connection = None
+        self._is_paused = False
+        self._end()
+
+    def on_progress(self) -> None:
+        """Bytes have arrived and been parsed: tell the consumer, once for all of them."""
+        if not self.is_complete:
+            self._deadlines.touch(self)
+        self.wakeup.set()
+
+    def fail(self, error: WorkerError) -> None:
+        """The exchange is over without a complete response."""
+        if self.has_ended:
+            return
+        self.error = error
+        self._end()
+        if self.connection is not None:
+            self.connection.drop()
+            self.connection = None
+        self.wakeup.set()
+
+    def expire(self) -> None:
+        """The silence limit has passed."""
+        limit_s = self.silence_s if self.status else self.first_byte_s
+        where = "in the middle of its answer" if self.status else "without a first byte"
+        self.fail(WorkerTimeout(self.url, f"silent for {limit_s:g} s {where}"))
+
+    def _end(self) -> None:
+        self.ended_s = self._deadlines.now()
+        self._deadlines.discard(self)
+
+
+class Deadlines:
+    """Ends exchanges that are silent for too long, with one timer for all of them.
+
+    The timer stands at the earliest deadline known when it was set. Most
+    exchanges end long before, so starting and ending one costs a set entry.
+    """
+
+    def __init__(self) -> None:
+        self._open: set[UpstreamResponse] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._due_s = NEVER
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def now(self) -> float:
+        """Seconds on the running loop's clock."""
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
+        return loop.time()
+
+    def add(self, response: UpstreamResponse) -> None:
+        """Watch ``response.deadline_s``."""
+        self._open.add(response)
+        if response.deadline_s < self._due_s:
+            self._arm(response.deadline_s)
+
+    def touch(self, response: UpstreamResponse) -> None:
+        """It is not silent: its silence limit starts anew."""
+        response.deadline_s = self.now() + response.silence_s
+        if response.deadline_s < self._due_s:
+            self._arm(response.deadline_s)
+
+    def discard(self, response: UpstreamResponse) -> None:
+        """It has ended."""
+        self._open.discard(response)
+
+    def close(self) -> list[UpstreamResponse]:
+        """Stop the timer; returns what was still open."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due_s = NEVER
+        return list(self._open)
+
+    def _arm(self, due_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due_s = due_s
+        self.now()
+        assert self._loop is not None
+        self._timer = self._loop.call_at(due_s, self._sweep)
+
+    def _sweep(self) -> None:
+        now_s, due_s = self.now(), NEVER
+        self._timer, self._due_s = None, NEVER
+        for response in list(self._open):
+            if response.is_paused:
+                continue
+            if response.deadline_s <= now_s:
+                response.expire()
+            else:
+                due_s = min(due_s, response.deadline_s)
+        if due_s < self._due_s:
+            self._arm(due_s)

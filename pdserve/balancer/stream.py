@@ -1,0 +1,142 @@
+"""What an answer that passes by tells: tokens, finish reason, a failure in its first event. Pure.
+
+Streams are not parsed on their way; only counted, and their end is looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+TAIL_BYTES = 16384
+"""meta_info and usage come last in an event; /generate repeats all text before them."""
+
+_FINISH = re.compile(rb'"finish_reason":\s*(?:\{"type":\s*)?"(\w+)"')
+_COMPLETION = re.compile(rb'"completion_tokens":\s*(\d+)')
+_PROMPT = re.compile(rb'"prompt_tokens":\s*(\d+)')
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What was counted. ``finish`` is SGLang's word: stop, length, abort; empty if it said none."""
+
+    finish: str = ""
+    prompt_tokens: int | None = None
+    completion_tokens: int = 0
+
+
+class StreamTally:
+    """Counts a stream's events as its chunks pass by."""
+
+    def __init__(self) -> None:
+        self._num_events = 0
+        self._tail = b""
+
+    def add(self, chunk: bytes) -> None:
+        """Count one chunk. Events end in an empty line, which JSON text cannot contain."""
+        self._num_events += chunk.count(b"\n\n")
+        if len(chunk) >= 512:  # long enough to hold a whole last event but for its text
+            self._tail = chunk
+        else:
+            self._tail = (self._tail + chunk)[-TAIL_BYTES:]
+
+    def usage(self) -> Usage:
+        """After the end of the stream; without SGLang's own count each event counts as a token."""
+        return _usage_of(self._tail[-TAIL_BYTES:], max(0, self._num_events - 1))
+
+
+def usage_of_body(body: bytes) -> Usage:
+    """Read a whole answer; sums over a batch."""
+    try:
+        document = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return Usage()
+    items = document if isinstance(document, list) else [document]
+    usages = [_usage_of_item(item) for item in items if isinstance(item, dict)]
+    if not usages:
+        return Usage()
+    prompt = sum(usage.prompt_tokens or 0 for usage in usages)
+    return Usage(usages[-1].finish, prompt, sum(usage.completion_tokens for usage in usages))
+
+
+def stream_failure(chunk: bytes) -> tuple[int, str] | None:
+    """(status, message) if the first event of a 200 stream is the worker's own failure, else None.
+
+    SGLang ends a stream so when a request fails on the server's side (a KV
+    transfer that broke): /generate by finish_reason abort with a status_code,
+    OpenAI routes by an ``error`` event. An abort without status_code was asked for.
+    """
+    if b'"abort"' not in chunk and b'"error"' not in chunk:
+        return None
+    event = chunk.partition(b"\n\n")[0].removeprefix(b"data:").strip()
+    try:
+        document = msgspec.json.decode(event)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    reason = _dict(_dict(document.get("meta_info")).get("finish_reason"))
+    error = _dict(document.get("error"))
+    status = reason.get("status_code") if reason.get("type") == "abort" else error.get("code")
+    if not isinstance(status, int) or not 400 <= status < 600:
+        return None
+    return status, str(reason.get("message") or error.get("message") or "aborted")
+
+
+def merge_prompt_logprobs(decode_body: bytes, prefill_body: bytes) -> bytes:
+    """Decode's /generate answer with the prompt's logprobs, which only prefill computes.
+
+    A decode server reports empty input lists; prefill's come first. The first
+    output token's chosen-id logprobs do not travel with the KV either.
+    """
+    try:
+        decode, prefill = msgspec.json.decode(decode_body), msgspec.json.decode(prefill_body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return decode_body
+    pairs = zip(_items(decode), _items(prefill), strict=False)
+    for ours, theirs in ((_dict(d.get("meta_info")), _dict(p.get("meta_info"))) for d, p in pairs):
+        for name in ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs"):
+            if isinstance(theirs.get(name), list):
+                ours[name] = theirs[name] + (ours.get(name) or [])
+        chosen, first = ours.get("output_token_ids_logprobs"), theirs.get("output_token_ids_logprobs")
+        if chosen and first and not chosen[0]:
+            chosen[0] = first[0]
+    return msgspec.json.encode(decode)
+
+
+def _usage_of(text: bytes, num_events: int) -> Usage:
+    finish, completion, prompt = (pattern.findall(text) for pattern in (_FINISH, _COMPLETION, _PROMPT))
+    return Usage(
+        finish=finish[-1].decode() if finish else "",
+        prompt_tokens=int(prompt[-1]) if prompt else None,
+        completion_tokens=int(completion[-1]) if completion else num_events,
+    )
+
+
+def _usage_of_item(item: dict[str, Any]) -> Usage:
+    meta = _dict(item.get("meta_info")) or _dict(item.get("usage"))
+    choices = item.get("choices")
+    reason = meta.get("finish_reason")
+    if isinstance(choices, list) and choices:
+        reason = _dict(choices[0]).get("finish_reason")
+    finish = reason.get("type") if isinstance(reason, dict) else reason
+    return Usage(
+        finish=finish if isinstance(finish, str) else "",
+        prompt_tokens=_count(meta.get("prompt_tokens")),
+        completion_tokens=_count(meta.get("completion_tokens")),
+    )
+
+
+def _items(document: Any) -> list[dict[str, Any]]:
+    return [_dict(item) for item in (document if isinstance(document, list) else [document])]
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else 0

@@ -1,0 +1,132 @@
+"""Free TCP ports of this machine, and who holds a taken one.
+
+A port is tested by binding it and closed again, so another process may take it
+before ours does; the process that then fails to listen says so itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from pdserve.errors import ConfigError
+
+MAX_PORT = 65535
+_ANY_TRIES = 100
+_LISTEN = "0A"
+"""State column of /proc/net/tcp."""
+
+
+class SystemPorts:
+    """Ports of this machine; remembers what it gave out. Satisfies ``spec.Ports``."""
+
+    def __init__(self) -> None:
+        self._given: set[int] = set()
+
+    def pick(self, host: str, first: int) -> int:
+        """A free port at or above ``first``; 0 means any.
+
+        Raises:
+            ConfigError: if there is none, or ``host`` is not an address of this machine.
+        """
+        candidates = range(first, MAX_PORT + 1) if first else [0] * _ANY_TRIES
+        for candidate in candidates:
+            port = self._try(host, candidate)
+            if port:
+                return port
+        raise ConfigError(f"no free port on {host} at or above {first}; set a lower worker_base_port")
+
+    def claim(self, host: str, port: int, option: str) -> int:
+        """``port`` itself if it is free; 0 picks any.
+
+        Raises:
+            ConfigError: if it is taken, naming its owner where /proc shows it, and ``option``.
+        """
+        if port == 0:
+            return self.pick(host, 0)
+        if port in self._given:
+            raise ConfigError(f"port {port} is asked for twice; choose another with {option}")
+        # As the server itself will: connections of a service that just ended do not count as "in use".
+        if not self._try(host, port, reuse=True):
+            raise ConfigError(f"port {port} is in use{_owner_text(port)}; choose another with {option}")
+        return port
+
+    def _try(self, host: str, port: int, *, reuse: bool = False) -> int:
+        """The port that could be bound and was not given out before, else 0."""
+        if port in self._given:
+            return 0
+        bound = _bind(host, port, reuse)
+        if not bound or bound in self._given:
+            return 0
+        self._given.add(bound)
+        return bound
+
+
+def port_owner(port: int) -> tuple[int, str] | None:
+    """``(pid, command line)`` of the process listening on ``port``; None if it cannot be seen.
+
+    Only Linux shows it, and only for processes of the same user (root sees all).
+    """
+    inodes = _listening_inodes(port)
+    if not inodes:
+        return None
+    wanted = {f"socket:[{inode}]" for inode in inodes}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and _holds(folder / "fd", wanted):
+            with suppress(OSError):
+                raw = (folder / "cmdline").read_bytes()
+                return int(folder.name), raw.replace(b"\0", b" ").decode(errors="replace").strip()
+    return None
+
+
+def _bind(host: str, port: int, reuse: bool) -> int:
+    """Bind and release; the port bound, or 0 if it is taken. ``reuse`` sets SO_REUSEADDR."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as exc:
+        raise ConfigError(f"--host {host} cannot be resolved: {exc.strerror}") from exc
+    with socket.socket(family, kind, proto) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(reuse))
+        try:
+            probe.bind(address)
+        except PermissionError as exc:
+            raise ConfigError(f"port {port} needs root rights; choose one above 1023") from exc
+        except OSError as exc:
+            if exc.errno == errno.EADDRNOTAVAIL:
+                raise ConfigError(f"--host {host} is not an address of this machine") from exc
+            return 0
+        return int(probe.getsockname()[1])
+
+
+def _listening_inodes(port: int) -> set[str]:
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                columns = line.split()
+                is_port = columns[1].endswith(f":{port:04X}")
+                if is_port and columns[3] == _LISTEN:
+                    found.add(columns[9])
+    return found
+
+
+def _holds(fd_folder: Path, wanted: set[str]) -> bool:
+    try:
+        names = list(fd_folder.iterdir())
+    except OSError:
+        return False
+    for name in names:
+        with suppress(OSError):
+            if str(name.readlink()) in wanted:
+                return True
+    return False
+
+
+def _owner_text(port: int) -> str:
+    owner = port_owner(port)
+    if owner is None:
+        return ""
+    pid, command = owner
+    return f" by pid {pid} ({command if len(command) <= 80 else command[:77] + '...'})"

@@ -1,0 +1,192 @@
+"""How a planned process becomes a running one: executed, or forked from the nursery.
+
+Everything here runs in the launcher's main thread, because the kernel's
+parent-death signal is tied to the thread that creates the child.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from pdserve.cluster.diagnose import diagnose, last_lines, read_tail
+from pdserve.cluster.nursery_client import Nursery
+from pdserve.cluster.spec import ClusterSpec, ProcessSpec
+from pdserve.config import LaunchConfig, environment
+from pdserve.errors import StartupError
+from pdserve.lifeline import die_with_parent
+
+_PUMP_S = 0.05
+_PERSONAL = ("PDSERVE_ROLE", "PDSERVE_WORKER_ID", "PDSERVE_INSTANCE_ID")
+"""Variables of one worker; the nursery itself must not have them."""
+
+
+class Child(Protocol):
+    """One running process that leads its own session."""
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        ...
+
+    def poll(self) -> int | None:
+        """Exit status (negative: signal), or None while it runs."""
+        ...
+
+    def signal(self, sig: int) -> None:
+        """Send ``sig`` to this process alone; nothing if it is gone."""
+        ...
+
+    def kill_group(self) -> None:
+        """SIGKILL it and everything it forked."""
+        ...
+
+
+class Spawner(Protocol):
+    """Starts processes."""
+
+    def start(self) -> None:
+        """Prepare what ``spawn`` needs; returns at once."""
+        ...
+
+    async def spawn(self, spec: ProcessSpec, *, log_path: Path, instance_id: str = "") -> Child:
+        """Start one process; its output is appended to ``log_path``. Raises StartupError."""
+        ...
+
+    def close(self, *, is_forced: bool = False) -> None:
+        """End what ``start`` began; the children have ended, or end now if ``is_forced``."""
+        ...
+
+
+class ExecChild:
+    """A direct child of the launcher."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Exit status (negative: signal), or None while it runs."""
+        return self._process.poll()
+
+    def signal(self, sig: int) -> None:
+        """Send ``sig`` to this process alone; nothing if it is gone."""
+        self._process.send_signal(sig)
+
+    def kill_group(self) -> None:
+        """SIGKILL it and everything it forked; what outlived its leader is reached too."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            return
+
+
+class ExecSpawner:
+    """Starts each process by itself; a worker then imports SGLang itself."""
+
+    def start(self) -> None:
+        """Nothing to prepare."""
+
+    async def spawn(self, spec: ProcessSpec, *, log_path: Path, instance_id: str = "") -> ExecChild:
+        """Start ``spec.argv``. Raises StartupError if the program cannot be executed."""
+        try:
+            return ExecChild(_execute(spec, log_path, instance_id))
+        except (OSError, subprocess.SubprocessError) as exc:
+            raise StartupError(f"{spec.name} could not be started: {exc}") from exc
+
+    def close(self, *, is_forced: bool = False) -> None:
+        """Nothing to end."""
+
+
+class NurserySpawner:
+    """Forks workers from one process that has SGLang imported; a dead nursery is started anew."""
+
+    def __init__(self, env: Mapping[str, str], log_path: Path) -> None:
+        self._env = {key: value for key, value in env.items() if key not in _PERSONAL}
+        self._log_path = log_path
+        self._nursery: Nursery | None = None
+
+    def start(self) -> None:
+        """Start importing; returns at once."""
+        self._nursery = Nursery(self._env, self._log_path)
+        self._nursery.start()
+
+    async def spawn(self, spec: ProcessSpec, *, log_path: Path, instance_id: str = "") -> Child:
+        """Fork a worker once the nursery is ready. Raises StartupError if the nursery cannot start."""
+        nursery = await self._ready_nursery()
+        return nursery.spawn(
+            argv=spec.argv, flags=spec.flags, env=child_environment(spec, instance_id), log_path=log_path
+        )
+
+    def close(self, *, is_forced: bool = False) -> None:
+        """End the nursery; workers that still run die with it."""
+        nursery, self._nursery = self._nursery, None
+        if nursery is None:
+            return
+        if is_forced and nursery.is_alive:
+            os.kill(nursery.pid, signal.SIGKILL)
+        nursery.close()
+
+    async def _ready_nursery(self) -> Nursery:
+        if self._nursery is not None and not self._nursery.is_alive and self._nursery.is_ready:
+            self._nursery.close()
+            self._nursery = None
+        if self._nursery is None:
+            self.start()
+        nursery = self._nursery
+        assert nursery is not None
+        while not nursery.is_ready:
+            nursery.pump()
+            if not nursery.is_ready and not nursery.is_alive:
+                raise self._nursery_failed(nursery)
+            await asyncio.sleep(_PUMP_S)
+        return nursery
+
+    def _nursery_failed(self, nursery: Nursery) -> StartupError:
+        nursery.close()
+        if self._nursery is nursery:
+            self._nursery = None
+        tail = read_tail(self._log_path)
+        why = diagnose(tail) or f"its log is {self._log_path}"
+        return StartupError(
+            f"the nursery, which imports SGLang for all workers, ended: {why}", last_lines(tail)
+        )
+
+
+def child_environment(spec: ProcessSpec, instance_id: str) -> dict[str, str]:
+    """The whole environment of one process: inherited, then the plan's, then its place in this run."""
+    env = {**environment(), **spec.env, "PDSERVE_PARENT_PID": str(os.getpid())}
+    if instance_id:
+        env["PDSERVE_INSTANCE_ID"] = instance_id
+    return env
+
+
+def choose_spawner(config: LaunchConfig, spec: ClusterSpec, log_dir: Path) -> Spawner:
+    """The spawner for workers: the nursery where a fork is possible and wanted."""
+    if not spec.can_fork or config.start_method == "spawn":
+        return ExecSpawner()
+    return NurserySpawner({**environment(), **spec.workers[0].env}, log_dir / "nursery.log")
+
+
+def _execute(spec: ProcessSpec, log_path: Path, instance_id: str) -> subprocess.Popen[bytes]:
+    with log_path.open("ab") as log:
+        return subprocess.Popen(
+            spec.argv,
+            env=child_environment(spec, instance_id),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            # Set for every program, also one that knows nothing of pdserve; survives the exec.
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),
+        )

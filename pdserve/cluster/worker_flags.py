@@ -1,0 +1,138 @@
+"""The SGLang flags and the environment of one worker: pdserve's defaults around what the user asked for.
+
+A default is left out when the user gives that flag himself; a flag that would
+break the fleet is refused with the pdserve option to use instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pdserve.errors import ConfigError
+from pdserve.types import Role
+
+CPU_MAX_TOTAL_TOKENS = 65536
+"""KV pool of a CPU server, in tokens: SGLang would size it from all free memory, once per server."""
+
+TRANSFER_BACKEND = "nixl"
+WILDCARD_HOSTS = ("0.0.0.0", "::", "")
+
+_OWNED_FLAGS = {
+    "--port": "the port is chosen by pdserve; `worker_base_port` in the config file is the first one tried",
+    "--host": "use pdserve's own --host, before the `--`",
+    "--model-path": "name the model as MODEL",
+    "--model": "name the model as MODEL",
+    "--device": "use pdserve's own --device, before the `--`",
+    "--disaggregation-mode": "use -p/--prefill and -d/--decode, or `pdserve prefill` and `pdserve decode`",
+    "--disaggregation-bootstrap-port": "the bootstrap service gives every prefill server its port; "
+    "its own is pdserve's --bootstrap-port",
+    "--tp": "use pdserve's own --tp, before the `--`",
+    "--tp-size": "use pdserve's own --tp, before the `--`",
+    "--tensor-parallel-size": "use pdserve's own --tp, before the `--`",
+}
+_BACKEND_FLAG = "--disaggregation-transfer-backend"
+_POOL_FLAGS = ("--mem-fraction-static", "--max-total-tokens")
+
+
+def worker_flags(
+    *,
+    role: Role,
+    model_path: str,
+    host: str,
+    port: int,
+    device: str,
+    tp: int,
+    served_model_name: str,
+    args: Sequence[str],
+) -> tuple[str, ...]:
+    """Every SGLang flag of one worker; ``args`` (the user's) come last.
+
+    Raises:
+        ConfigError: if ``args`` hold a flag that pdserve sets itself.
+    """
+    check_user_flags(args)
+    given = {flag_name(arg) for arg in args if arg.startswith("--")}
+    fixed = ["--model-path", model_path, "--host", host, "--port", str(port)]
+    if device == "cpu":
+        fixed += ["--device", "cpu"]
+    fixed += ["--disaggregation-mode", role.value, "--tp-size", str(tp)]
+    for flag, value in _defaults(device, served_model_name, given):
+        if flag not in given:
+            fixed += [flag, value] if value else [flag]
+    return (*fixed, *args)
+
+
+def worker_environment(
+    *,
+    role: Role,
+    name: str,
+    host: str,
+    bootstrap_url: str,
+    model_path: str,
+    device: str,
+    gpus: Sequence[int],
+    threads: int,
+    environ: Mapping[str, str],
+) -> dict[str, str]:
+    """What a worker needs on top of ``environ``; tuning variables that are set there already win."""
+    env = {
+        "PDSERVE_ACTIVE": "1",
+        "PDSERVE_ROLE": role.value,
+        "PDSERVE_WORKER_ID": name,
+        "PDSERVE_BOOTSTRAP_URL": bootstrap_url,
+        "SGLANG_PLATFORM": "pdserve",
+        "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
+        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+    }
+    if gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    tuning = {"TOKENIZERS_PARALLELISM": "false"}
+    if host not in WILDCARD_HOSTS:
+        tuning["SGLANG_HOST_IP"] = host
+    if Path(model_path).is_dir():
+        tuning["HF_HUB_OFFLINE"] = "1"
+    if device == "cpu":
+        tuning["OMP_NUM_THREADS"] = tuning["MKL_NUM_THREADS"] = str(threads)
+        # NIXL starts 8 progress threads per prefill server by default.
+        tuning["SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS"] = '{"num_threads":"1"}'
+    return env | {key: value for key, value in tuning.items() if key not in environ}
+
+
+def check_user_flags(args: Sequence[str]) -> None:
+    """Raise ConfigError for a flag that pdserve sets itself, naming what to use instead."""
+    for index, arg in enumerate(args):
+        name = flag_name(arg)
+        if name in _OWNED_FLAGS:
+            raise ConfigError(f"SGLang's {name} is set by pdserve: {_OWNED_FLAGS[name]}")
+        if name != _BACKEND_FLAG:
+            continue
+        rest = args[index + 1] if index + 1 < len(args) else ""
+        value = arg.partition("=")[2] if "=" in arg else rest
+        if value != TRANSFER_BACKEND:
+            raise ConfigError(
+                f"SGLang's {name} {value} cannot be used: pdserve moves KV with {TRANSFER_BACKEND}; "
+                "leave the flag out"
+            )
+
+
+def flag_name(arg: str) -> str:
+    """``--page-size=32`` and ``--page-size`` → ``--page-size``; underscores count as dashes."""
+    name = arg.partition("=")[0]
+    return name.replace("_", "-") if name.startswith("--") else name
+
+
+def _defaults(device: str, served_model_name: str, given: set[str]) -> list[tuple[str, str]]:
+    defaults = [(_BACKEND_FLAG, TRANSFER_BACKEND), ("--skip-server-warmup", "")]
+    if served_model_name:
+        defaults.append(("--served-model-name", served_model_name))
+    if device == "cpu":
+        defaults += [
+            ("--attention-backend", "torch_native"),
+            ("--disable-overlap-schedule", ""),
+            ("--sleep-on-idle", ""),
+            ("--page-size", "16"),
+        ]
+        if not given.intersection(_POOL_FLAGS):
+            defaults.append(("--max-total-tokens", str(CPU_MAX_TOTAL_TOKENS)))
+    return defaults
