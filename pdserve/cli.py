@@ -7,7 +7,6 @@ An option that is not given is ``None`` here; its default lives in config.py.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from pdserve import __version__, command_line
-from pdserve.config import parent_pid
 from pdserve.errors import ConfigError, PdserveError, StartupError
 from pdserve.types import Role
 
@@ -70,7 +68,7 @@ LogLevel = Annotated[
     str | None, _option("--log-level", panel=RUN, text="debug, info, warning or error. (name; default info)")
 ]
 Join = Annotated[
-    str, _option("--join", panel=FLEET, metavar="HOST:PORT", text="Bootstrap service. (address; required)")
+    str, _option("--join", panel=FLEET, metavar="HOST:PORT", text="Bootstrap service to join. (address)")
 ]
 WorkerHost = Annotated[
     str, _option("--host", panel=LISTEN, text="Address to listen on. (address; default 127.0.0.1)")
@@ -162,8 +160,9 @@ def launch(
         typer.echo(format_plan(plan_on_this_machine(settings)), nl=False)
         return
     from pdserve.cluster.local import run_launch
+    from pdserve.monitor.progress import ProgressDisplay
 
-    raise typer.Exit(run_launch(settings))
+    raise typer.Exit(run_launch(settings, ProgressDisplay()))
 
 
 @app.command(rich_help_panel="Serve", epilog="SGLang's own flags follow a `--`.")
@@ -234,10 +233,9 @@ def bootstrap(
     """Run the bootstrap service: who is alive, and how decode finds prefill."""
     flags = dict(host=host, port=port, advertise_host=advertise_host, lease_s=lease, log_level=log_level)
     settings = command_line.bootstrap_config(config, flags, port_range)
-    _begin_service(settings.log_level)
-    from pdserve.bootstrap.service import run_bootstrap
+    from pdserve.service_process import become_service
 
-    run_bootstrap(settings)
+    become_service(settings)
 
 
 @app.command(rich_help_panel="Parts of a service")
@@ -279,10 +277,9 @@ def balance(
     pairs = tuple(command_line.prefill_pair(text) for text in prefill or [])
     flags |= dict(decode=tuple(decode or []) or None, prefill=pairs or None)
     settings = command_line.balancer_config(config, flags, bootstrap)
-    _begin_service(settings.log_level)
-    from pdserve.balancer.app import run_balancer
+    from pdserve.service_process import become_service
 
-    run_balancer(settings)
+    become_service(settings)
 
 
 @app.command(rich_help_panel="Use")
@@ -329,7 +326,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         explain = getattr(exc, "format_message", None)
         if explain is None:
             raise
-        hint = " (SGLang's own flags follow a `--`)" if args[0] in command_line.ENGINE_COMMANDS else ""
+        is_unknown = "No such option" in explain() and args[0] in command_line.ENGINE_COMMANDS
+        hint = " (SGLang's own flags follow a `--`)" if is_unknown else ""
         _fail(f"{explain()}{hint}; see pdserve {args[0]} --help")
         code = 2
     sys.exit(code or 0)
@@ -366,14 +364,3 @@ def _join(
     config = replace(config, device=device or config.device, tp=tp or config.tp)
     spec = machine.plan_join_here(config)
     os.execvpe(spec.argv[0], spec.argv, machine.join_environment(config, spec))
-
-
-def _begin_service(log_level: str) -> None:
-    """What every long-running process of a fleet does first."""
-    if parent_pid():
-        from pdserve.lifeline import die_with_parent
-
-        die_with_parent(parent_pid())
-    if log_level not in ("debug", "info", "warning", "error"):
-        raise ConfigError(f"--log-level must be debug, info, warning or error, got {log_level!r}")
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -43,7 +43,7 @@ class Behaviour:
     """Fall silent after this many streamed events."""
     reset_before_head: bool = False
     reset_after: int | None = None
-    """Break the connection after this many streamed events (0: after the head); a JSON body breaks half-way."""
+    """Break the connection after this many events (0: after the head); a JSON body breaks half-way."""
     finish: dict[str, Any] = field(default_factory=lambda: {"type": "length", "length": 3})
     close_after_answer: bool = False
     """End the connection after a response without announcing it: the peer holds a stale connection."""

@@ -120,11 +120,11 @@ class ControlPlane:
             return error_answer(400, f"the request body is not valid JSON: {exc}")
         if not isinstance(fields, dict):
             return error_answer(400, "the request body must be a JSON object")
-        rid = fields.get("rid")
-        rids: list[Any] = self._data_plane.rids_of(rid) if isinstance(rid, str) else []
+        name = fields.get("rid")
+        rids: list[Any] = self._data_plane.rids_of(name) if isinstance(name, str) else []
         workers = self._fleet.workers()
         answers: Sequence[FetchedResponse | WorkerError] = []
-        for rid in rids or [rid]:
+        for rid in rids or [name]:
             told = msgspec.json.encode({**fields, "rid": rid} if rid is not None else fields)
             answers = await self._ask_all(workers, client, "/abort_request", ASK_S, told)
         return _fan_out_answer(workers, answers)

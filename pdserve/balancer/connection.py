@@ -123,7 +123,9 @@ class UpstreamConnection(asyncio.Protocol):
         if response is None:
             self.drop()  # bytes nobody asked for: the connection cannot be trusted
             return
-        self._has_bytes = True
+        if not self._has_bytes:
+            self._has_bytes = True
+            response.body = b""  # it will not be sent again: a long answer must not hold a long prompt
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:

@@ -142,10 +142,7 @@ class UpstreamResponse:
         chunks, self._chunks = self._chunks, []
         self._buffered = 0
         if self._is_paused:
-            self._is_paused = False
-            self._deadlines.touch(self)
-            if self.connection is not None:
-                self.connection.resume()
+            self._resume()
         return chunks
 
     def header(self, name: bytes) -> bytes:
@@ -176,8 +173,7 @@ class UpstreamResponse:
         chunk = self._chunks.pop(0)
         self._buffered -= len(chunk)
         if self._is_paused and self._buffered <= LOW_WATER_BYTES:
-            self._chunks = [*self.take()]
-            self._buffered = sum(map(len, self._chunks))
+            self._resume()
         return chunk
 
     def close(self) -> None:
@@ -239,6 +235,12 @@ class UpstreamResponse:
         limit_s = self.silence_s if self.status else self.first_byte_s
         where = "in the middle of its answer" if self.status else "without a first byte"
         self.fail(WorkerTimeout(self.url, f"silent for {limit_s:g} s {where}"))
+
+    def _resume(self) -> None:
+        self._is_paused = False
+        self._deadlines.touch(self)
+        if self.connection is not None:
+            self.connection.resume()
 
     def _end(self) -> None:
         self.ended_s = self._deadlines.now()

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from pdserve.balancer.exchange import UpstreamResponse
+from pdserve.balancer.exchange import UpstreamResponse, Wakeup
 from pdserve.balancer.http_errors import Headers
 from pdserve.balancer.proxy import Client
 from pdserve.balancer.request import ParsedRequest
@@ -31,7 +30,7 @@ from pdserve.balancer.stream import (
 from pdserve.balancer.upstream import UpstreamPool
 from pdserve.errors import PdserveError, WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
 from pdserve.telemetry import RequestTimeline
-from pdserve.types import Role, WorkerInfo
+from pdserve.types import Role
 
 PREFILL_GRACE_S = 5.0
 """How long after decode's end prefill may take to end its own answer."""
@@ -44,8 +43,8 @@ _NOT_RELAYED = frozenset(
 class Rejected(WorkerRejected):
     """An error status with the headers it came with, so that it can be relayed as it is."""
 
-    def __init__(self, url: str, response: UpstreamResponse, body: bytes) -> None:
-        super().__init__(url, response.status, body)
+    def __init__(self, response: UpstreamResponse, body: bytes) -> None:
+        super().__init__(response.url, response.status, body)
         self.headers = relayed_headers(response)
 
 
@@ -81,17 +80,50 @@ class Relayed:
     prefill_error: WorkerError | None = None
 
 
-@dataclass(slots=True)
-class _Opening:
-    """The decode leg at its first byte; ``first`` is the whole body unless the request streams."""
+@dataclass(slots=True, eq=False)
+class _Leg:
+    """One worker's part. ``error`` and ``is_done`` exclude each other; both follow what ``advance`` saw."""
 
+    role: Role
     response: UpstreamResponse
-    chunks: AsyncIterator[bytes]
-    first: bytes
+    parts: list[bytes] = field(default_factory=list)
+    error: WorkerError | None = None
+    is_done: bool = False
+
+    @property
+    def is_accepted(self) -> bool:
+        """True once the worker has answered with a success status."""
+        return 200 <= self.response.status < 300
+
+    def advance(self) -> bool:
+        """Take in what has arrived; True once the leg has ended, well or not."""
+        response = self.response
+        if self.is_done or self.error is not None:
+            return True
+        self.parts += response.take()
+        if response.error is not None:
+            self.error = response.error
+        elif response.is_complete and self.is_accepted:
+            self.is_done = True
+        elif response.is_complete:
+            self.error = Rejected(response, self.body())
+        return self.is_done or self.error is not None
+
+    def body(self) -> bytes:
+        """What has been taken in."""
+        if len(self.parts) > 1:
+            self.parts = [b"".join(self.parts)]
+        return self.parts[0] if self.parts else b""
+
+    def check_stream(self) -> None:
+        """A 200 stream whose first event says that the server failed is a failed leg."""
+        failure = stream_failure(self.parts[0]) if self.parts else None
+        if failure is not None and failure[0] >= 500:
+            self.error, self.is_done = WorkerRejected(self.response.url, failure[0], self.body()), False
 
 
 class PairRelay:
-    """Runs one attempt, once."""
+    """Runs one attempt, once. Needs no task of its own: both responses wake the same coroutine."""
 
     def __init__(
         self,
@@ -105,8 +137,8 @@ class PairRelay:
         self._reservation = reservation
         self._request = request
         self._timeline = timeline
-        self._silence_s = silence_s
-        self._responses: list[UpstreamResponse] = []
+        self._limits = (silence_s, silence_s)
+        self._wakeup = Wakeup()
 
     async def run(self, body: bytes, headers: Headers, client: Client) -> Relayed:
         """Send ``body`` to both workers and the answer to ``client``.
@@ -114,123 +146,100 @@ class PairRelay:
         Raises:
             LegFailed: ``client.has_begun`` tells whether the client has bytes already.
         """
-        prefill = asyncio.create_task(self._prefill_leg(body, headers))
-        decode = asyncio.create_task(self._decode_opening(body, headers))
-        try:
-            opening = await self._first_byte(prefill, decode)
-            usage = await self._to_client(opening, prefill, client)
-            return Relayed(opening.response.status, usage, await self._settled(prefill))
-        finally:
-            for leg in (prefill, decode):
-                leg.cancel()
-            await asyncio.gather(prefill, decode, return_exceptions=True)
-            for response in self._responses:
-                response.close()
-
-    # -- legs --------------------------------------------------------------------------------
-
-    async def _open(self, worker: WorkerInfo, body: bytes, headers: Headers) -> UpstreamResponse:
-        response = await self._pool.open(
-            worker.url,
-            "POST",
-            self._request.route,
-            body,
-            headers=headers,
-            first_byte_s=self._silence_s,
-            silence_s=self._silence_s,
+        pair = self._reservation.pair
+        prefill, decode = (
+            _Leg(worker.role, self._start(worker.url, body, headers))
+            for worker in (pair.prefill, pair.decode)
         )
-        self._responses.append(response)
-        if not 200 <= response.status < 300:
-            raise Rejected(worker.url, response, await response.read())
-        return response
-
-    async def _prefill_leg(self, body: bytes, headers: Headers) -> bytes:
-        worker = self._reservation.pair.prefill
-        response = await self._open(worker, body, headers)
-        answer = await response.read()
-        self._check(worker, answer)
-        self._timeline.prefill_done_s = time.monotonic()
-        self._reservation.prefill_finished()
-        return answer
-
-    async def _decode_opening(self, body: bytes, headers: Headers) -> _Opening:
-        worker = self._reservation.pair.decode
-        response = await self._open(worker, body, headers)
-        chunks = aiter(response)
-        if not self._request.is_stream:
-            return _Opening(response, chunks, await response.read())
-        first = await anext(chunks, b"")
-        if not first:
-            raise WorkerUnreachable(worker.url, "its stream ended without a byte")
-        self._check(worker, first)
-        return _Opening(response, chunks, first)
-
-    def _check(self, worker: WorkerInfo, start: bytes) -> None:
-        """Raise if a 200 stream says that the request failed on the worker's side."""
-        failure = stream_failure(start) if self._request.is_stream else None
-        if failure is not None and failure[0] >= 500:
-            raise WorkerRejected(worker.url, failure[0], start)
-
-    # -- the exchange ------------------------------------------------------------------------
-
-    async def _first_byte(self, prefill: asyncio.Task[bytes], decode: asyncio.Task[_Opening]) -> _Opening:
-        legs = {Role.PREFILL: prefill, Role.DECODE: decode}
-        while True:
-            await asyncio.wait(
-                [leg for leg in legs.values() if not leg.done()], return_when=asyncio.FIRST_COMPLETED
-            )
-            for role, leg in legs.items():
-                if leg.done() and (error := leg.exception()) is not None:
-                    raise self._failure(role, error, prefill, decode)
-            if decode.done() and (prefill.done() or not self._request.return_logprob):
-                return decode.result()
-
-    def _failure(
-        self,
-        role: Role,
-        error: BaseException,
-        prefill: asyncio.Task[bytes],
-        decode: asyncio.Task[_Opening],
-    ) -> BaseException:
-        if not isinstance(error, WorkerError):
-            return error
-        other = decode if role is Role.PREFILL else prefill
-        # Each leg waits for the other's handshake: if both are silent, either may be the cause.
-        blamed = None if isinstance(error, WorkerTimeout) and not other.done() else role
-        is_prefill_done = prefill.done() and prefill.exception() is None
-        return LegFailed(blamed, error, is_prefill_done=is_prefill_done)
-
-    async def _to_client(self, opening: _Opening, prefill: asyncio.Task[bytes], client: Client) -> Usage:
-        response, first = opening.response, opening.first
-        headers = relayed_headers(response)
-        if not self._request.is_stream:
-            if self._request.return_logprob:
-                first = merge_prompt_logprobs(first, prefill.result())
-            await client.begin(response.status, (*headers, (b"content-length", b"%d" % len(first))))
-            await client.finish(first)
-            return usage_of_body(first)
-        self._timeline.first_token_s = time.monotonic()
-        tally = StreamTally()
-        tally.add(first)
-        await client.begin(response.status, headers)
-        await client.write(first)
         try:
-            async for chunk in opening.chunks:
+            await self._opened(prefill, decode)
+            usage = await (self._stream if self._request.is_stream else self._whole)(prefill, decode, client)
+            return Relayed(decode.response.status, usage, await self._settled(prefill))
+        finally:
+            prefill.response.close()
+            decode.response.close()
+
+    def _start(self, url: str, body: bytes, headers: Headers) -> UpstreamResponse:
+        path = str(self._request.route)
+        return self._pool.start(
+            url, "POST", path, body, headers=headers, limits=self._limits, wakeup=self._wakeup
+        )
+
+    async def _opened(self, prefill: _Leg, decode: _Leg) -> None:
+        """Wait until the answer may begin: decode's first byte, or its whole body unless it streams."""
+        while True:
+            self._advance_prefill(prefill)
+            has_ended = decode.advance()
+            is_open = has_ended
+            if self._request.is_stream and decode.is_accepted and (decode.parts or has_ended):
+                is_open = True
+                decode.check_stream()
+                if decode.is_done and not decode.parts:
+                    decode.error = WorkerUnreachable(decode.response.url, "its stream ended without a byte")
+            if prefill.error is not None or decode.error is not None:
+                raise _first_failure(prefill, decode)
+            if is_open and (prefill.is_done or not self._request.return_logprob):
+                return
+            await self._wakeup.wait()
+
+    async def _whole(self, prefill: _Leg, decode: _Leg, client: Client) -> Usage:
+        body = decode.body()
+        if self._request.return_logprob:
+            body = merge_prompt_logprobs(body, prefill.body())
+        length = (b"content-length", b"%d" % len(body))
+        await client.begin(decode.response.status, (*relayed_headers(decode.response), length))
+        await client.finish(body)
+        return usage_of_body(body)
+
+    async def _stream(self, prefill: _Leg, decode: _Leg, client: Client) -> Usage:
+        self._timeline.first_token_s = time.monotonic()
+        response, tally, chunks = decode.response, StreamTally(), decode.parts
+        await client.begin(response.status, relayed_headers(response))
+        while True:
+            for chunk in chunks:
                 tally.add(chunk)
                 await client.write(chunk)
-        except WorkerError as exc:
-            is_done = prefill.done() and prefill.exception() is None
-            raise LegFailed(Role.DECODE, exc, is_prefill_done=is_done) from exc
+            self._advance_prefill(prefill)
+            if not response.has_chunks:
+                if response.error is not None:
+                    raise LegFailed(Role.DECODE, response.error, is_prefill_done=prefill.is_done)
+                if response.is_complete:
+                    break
+                await self._wakeup.wait()
+            chunks = response.take()
         await client.finish()
         return tally.usage()
 
-    async def _settled(self, prefill: asyncio.Task[bytes]) -> WorkerError | None:
+    async def _settled(self, prefill: _Leg) -> WorkerError | None:
         """Why the prefill leg did not end well, after decode's did."""
-        await asyncio.wait([prefill], timeout=PREFILL_GRACE_S)
-        if not prefill.done():
-            url = self._reservation.pair.prefill.url
-            return WorkerTimeout(url, f"no end of its answer {PREFILL_GRACE_S:g} s after decode's")
-        error = prefill.exception()
-        if error is None or isinstance(error, WorkerError):
-            return error
-        raise error
+        try:
+            async with asyncio.timeout(PREFILL_GRACE_S):
+                while not self._advance_prefill(prefill):
+                    await self._wakeup.wait()
+        except TimeoutError:
+            return WorkerTimeout(
+                prefill.response.url, f"no end of its answer {PREFILL_GRACE_S:g} s after decode's"
+            )
+        return prefill.error
+
+    def _advance_prefill(self, prefill: _Leg) -> bool:
+        if prefill.is_done or prefill.error is not None:
+            return True
+        if prefill.advance() and prefill.is_done:
+            if self._request.is_stream:
+                prefill.check_stream()
+            self._timeline.prefill_done_s = time.monotonic()
+            self._reservation.prefill_finished()
+        return prefill.is_done or prefill.error is not None
+
+
+def _first_failure(prefill: _Leg, decode: _Leg) -> LegFailed:
+    """Which leg to blame: the one that failed first. Both legs wait for each other's handshake,
+    so if one ran out of time while the other was silent too, either may be the cause."""
+    failed = [leg for leg in (prefill, decode) if leg.error is not None]
+    first = min(failed, key=lambda leg: leg.response.ended_s)
+    assert first.error is not None
+    other = decode if first is prefill else prefill
+    is_unclear = isinstance(first.error, WorkerTimeout) and not other.response.status
+    role = None if is_unclear else first.role
+    return LegFailed(role, first.error, is_prefill_done=prefill.is_done)

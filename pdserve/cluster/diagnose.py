@@ -12,6 +12,8 @@ from pathlib import Path
 
 TAIL_BYTES = 64 * 1024
 MAX_LINE = 400
+_MAX_SCAN = 1000
+"""Longer lines are cut before matching, which takes time quadratic in their length."""
 
 _Explain = Callable[[re.Match[str]], str]
 
@@ -88,11 +90,13 @@ _COMPILED = tuple((re.compile(pattern), explain) for pattern, explain in _RULES)
 
 def diagnose(log_tail: str) -> str | None:
     """One clear line on why the process with this log ended; None if the log does not say."""
+    lines = [line.strip()[:_MAX_SCAN] for line in log_tail.splitlines()]
+    log_tail = "\n".join(lines)
     for pattern, explain in _COMPILED:
         found = list(pattern.finditer(log_tail))
         if found:
             return _shorten(explain(found[-1]))
-    errors = [line.strip() for line in log_tail.splitlines() if _ERROR_LINE.match(line.strip())]
+    errors = [line for line in lines if _ERROR_LINE.match(line)]
     return _shorten(errors[-1]) if errors else None
 
 

@@ -24,8 +24,8 @@ from pdserve.cluster.gpus import find_gpus
 from pdserve.cluster.ports import SystemPorts
 from pdserve.cluster.ready import READY, FleetState, LogStage, describe_missing, get_json, stage_of
 from pdserve.cluster.spawn import ExecSpawner, Spawner, choose_spawner
-from pdserve.cluster.spec import ClusterSpec, ProcessSpec, plan_cluster
-from pdserve.cluster.supervise import Supervised, Supervisor
+from pdserve.cluster.spec import ClusterSpec, plan_cluster
+from pdserve.cluster.supervise import State, Supervised, Supervisor
 from pdserve.config import LaunchConfig, cache_dir, environment
 from pdserve.errors import ConfigError, StartupError
 
@@ -171,15 +171,17 @@ class LocalCluster:
             if self._runs.get(name) != process.started_s:
                 self._runs[name] = process.started_s
                 log.restart(process.log_start)
+                self._set_stage(process, State.STARTING.value)
             log.read()
             stage = stage_of(process, self._state, log)
             process.was_ready = process.was_ready or stage == READY
-            if self._stages.get(name) != stage:
-                self._stages[name] = stage
-                self._show(process, stage)
+            self._set_stage(process, stage)
 
-    def _show(self, process: Supervised, stage: str) -> None:
-        spec: ProcessSpec = process.spec
+    def _set_stage(self, process: Supervised, stage: str) -> None:
+        if self._stages.get(process.name) == stage:
+            return
+        self._stages[process.name] = stage
+        spec = process.spec
         url = spec.ready_url.rpartition("/")[0]
         role = spec.role.value if spec.role else spec.kind.value
         self._display.stage(process.name, role=role, url=url, stage=stage, log_file=str(process.log_path))

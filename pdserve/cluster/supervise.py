@@ -113,10 +113,13 @@ async def wait_exit(child: Child) -> int:
         # Before the exit status is collected: until then the number is not given to a new process.
         child.kill_group()
     while True:
-        if (code := child.poll()) is not None:
-            child.kill_group()
-            return code
+        code = child.poll()
+        if code is not None:
+            break
         await asyncio.sleep(_POLL_S)
+    if descriptor < 0:
+        child.kill_group()
+    return code
 
 
 class Supervisor:

@@ -52,6 +52,7 @@ def render(view: LaunchView) -> Table:
         title=f"starting: {num_ready} of {len(view.rows)} ready, {elapsed:.0f} s",
         title_justify="left",
         box=None,
+        pad_edge=False,
     )
     for column in ("name", "role", "url", "stage", "s", "log"):
         table.add_column(column, justify="right" if column == "s" else "left", no_wrap=column != "stage")

@@ -8,6 +8,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +112,7 @@ def test_help_of_every_option_ends_with_its_default(
     for line in done.out.splitlines():
         if "--" in line and "--help" not in line and line.startswith("│"):
             text = line.strip("│ ")
-            assert text.endswith(")"), text
+            assert text.endswith(("[required]", ")")), text
             assert "default" in text or "required" in text, text
 
 
@@ -162,7 +165,7 @@ def test_option_wins_over_file_and_file_over_default(run: Run, model: str, tmp_p
     [
         (("--page-size", "32"), "SGLang's own flags follow a `--`"),
         (("-p", "0"), "at least one prefill"),
-        (("-p", "two"), "two"),
+        (("-p", "two"), "--prefill"),
         (("--device", "tpu"), "auto, cpu, cuda"),
         (("--policy", "best"), "unknown policy 'best'"),
         (("--start-method", "magic"), "auto, fork, spawn"),
@@ -278,3 +281,41 @@ def test_chat_reports_an_absent_service(run: Run) -> None:
     assert done.code == 1
     assert "error" in done.err.lower()
     assert "Traceback" not in done.err
+
+
+def test_service_process_is_light_and_serves() -> None:
+    """What ``pdserve bootstrap`` becomes: the same pid, no pydantic, ends cleanly on SIGTERM."""
+    port = free_port()
+    command = [sys.executable, "-m", "pdserve", "bootstrap", "--port", port, "--log-level", "warning"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for_health(int(port))
+            maps = Path(f"/proc/{process.pid}/maps")
+            loaded = maps.read_text() if maps.exists() else ""
+            assert "pydantic_core" not in loaded
+            assert "service_process" in Path(f"/proc/{process.pid}/cmdline").read_text()
+        finally:
+            process.terminate()
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
+
+
+def test_service_on_a_taken_port_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        command = [sys.executable, "-m", "pdserve", "bootstrap", "--port", str(server.getsockname()[1])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def wait_for_health(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
+                assert answer.status == 200
+                return
+        except urllib.error.URLError:
+            time.sleep(0.05)
+    raise TimeoutError(f"nothing answers on port {port}")

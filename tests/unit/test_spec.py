@@ -148,7 +148,7 @@ def test_role_arguments_come_last_and_reach_their_role_only() -> None:
 @pytest.mark.parametrize("field", ["sglang_args", "decode_args"])
 def test_flag_that_pdserve_owns_is_refused(field: str, given: tuple[str, ...], instead: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan(**{field: given})
+        plan(**dict[str, Any]({field: given}))
     message = str(caught.value)
     assert given[0].partition("=")[0].replace("_", "-") in message
     assert instead in message

@@ -1,0 +1,72 @@
+"""A control-plane process free of the command line's libraries: ``-m pdserve.service_process KIND JSON``.
+
+``pdserve balance`` and ``pdserve bootstrap`` parse their options and then *become*
+this (same pid, same output): typer brings pydantic and with it compiled Rust into
+the process, which has no place where every request passes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import msgspec
+
+from pdserve.config import BalancerConfig, BootstrapConfig, parent_pid
+from pdserve.errors import ConfigError, PdserveError
+from pdserve.lifeline import die_with_parent
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def become_service(config: BalancerConfig | BootstrapConfig) -> NoReturn:
+    """Replace this process by the service that ``config`` describes.
+
+    Raises:
+        ConfigError: if the log level is unknown.
+    """
+    if config.log_level not in LOG_LEVELS:
+        raise ConfigError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, got {config.log_level!r}")
+    kind = "balancer" if isinstance(config, BalancerConfig) else "bootstrap"
+    text = msgspec.json.encode(config).decode()
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "pdserve.service_process", kind, text])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; exit 2 with one line for a wrong setting, 1 for a failure."""
+    kind, text = sys.argv[1:] if argv is None else argv
+    if parent_pid():
+        die_with_parent(parent_pid())
+    try:
+        _serve(kind, text)
+    except PdserveError as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        sys.exit(2 if isinstance(exc, ConfigError) else 1)
+
+
+def _serve(kind: str, text: str) -> None:
+    if kind == "balancer":
+        from pdserve.balancer.app import run_balancer
+
+        balancer = msgspec.json.decode(text, type=BalancerConfig)
+        _log(balancer.log_level)
+        run_balancer(balancer)
+    else:
+        from pdserve.bootstrap.service import run_bootstrap
+
+        bootstrap = msgspec.json.decode(text, type=BootstrapConfig)
+        _log(bootstrap.log_level)
+        run_bootstrap(bootstrap)
+
+
+def _log(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format=LOG_FORMAT)
+
+
+if __name__ == "__main__":
+    main()
