@@ -120,7 +120,8 @@ class WorkerEnv:
     instance_id: str = ""
     bootstrap_url: str = ""
     parent_pid: int = 0
-    fork_children: bool = False
+    fork_children: bool = True
+    """On CPU, whether SGLang's own processes are forked from the server process; 0 spawns them as stock does."""
     advertise_host: str = ""
     """Host by which other machines reach this worker; empty: the host it listens on."""
 
@@ -147,7 +148,7 @@ class WorkerEnv:
             instance_id=env.get("PDSERVE_INSTANCE_ID", ""),
             bootstrap_url=env.get("PDSERVE_BOOTSTRAP_URL", "").rstrip("/"),
             parent_pid=int(parent),
-            fork_children=env.get("PDSERVE_FORK_CHILDREN", "") == "1",
+            fork_children=env.get("PDSERVE_FORK_CHILDREN", "1") == "1",
             advertise_host=env.get("PDSERVE_ADVERTISE_HOST", ""),
         )
 

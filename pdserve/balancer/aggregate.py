@@ -26,6 +26,7 @@ ASK_S = 10.0
 
 FLUSH_S = 60.0
 SERVER_INFO = "/server_info"
+_OLD_NAMES = {"/get_model_info": "/model_info"}
 
 
 class DataPlane(Protocol):
@@ -80,9 +81,10 @@ class ControlPlane:
 
     async def any_worker(self, client: Client, body: bytes) -> Answer:
         """What the first worker that answers says; decode workers first, they speak for the service."""
+        path = _OLD_NAMES.get(client.path, client.path)
         why = self._fleet.explain()
         for worker in sorted(self._fleet.workers(), key=_reluctance):
-            answer = await self._ask(worker, client, client.path)
+            answer = await self._ask(worker, client, path)
             if isinstance(answer, FetchedResponse) and answer.status < 500:
                 content = tuple(h for h in answer.headers if h[0].lower() == b"content-type")
                 return Answer(answer.status, answer.body, content)

@@ -1,12 +1,9 @@
 """Each request over some pair: reserve, relay, retry elsewhere, and end both legs together.
 
-    body ─ parse ─► reserve ─► PairRelay ─► client
-             ▲         │ LegFailed, no byte at the client yet: new pair, new room, new rid
-             └─────────┘
-    any other end than a normal one ─► POST /abort_request to both workers, in the background
-
-A closed socket makes an SGLang server abort; the abort request is for the leg
-whose server does not notice, because it waits for its twin.
+body ─ parse ─► reserve ─► PairRelay ─► client
+         ▲         │ LegFailed, no byte at the client yet: new pair, new room, new rid
+         └─────────┘
+any other end than a normal one ─► POST /abort_request to both workers, in the background
 """
 
 from __future__ import annotations
@@ -14,11 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
 
-import msgspec
-
+from pdserve.balancer.abort import AbortDesk
 from pdserve.balancer.fleet import Fleet
 from pdserve.balancer.http_errors import (
     JSON_TYPE,
@@ -44,12 +39,11 @@ from pdserve.balancer.request import (
 from pdserve.balancer.reservation import Reservation
 from pdserve.balancer.upstream import UpstreamPool
 from pdserve.config import BalancerConfig
-from pdserve.errors import NoWorkerError, WorkerError, WorkerTimeout
-from pdserve.types import Pair, Role
+from pdserve.errors import NoWorkerError, WorkerTimeout
+from pdserve.types import Role
 
 logger = logging.getLogger(__name__)
 
-ABORT_S = 5.0
 CLIENT_LEFT = 499
 """nginx's status for a client that closed its connection; only in the state document."""
 
@@ -77,7 +71,7 @@ class PairDispatcher:
         self._ledger = RequestLedger()
         self._rooms = RoomBook()
         self._calls: dict[asyncio.Task[None], _Call] = {}
-        self._aborts: set[asyncio.Task[None]] = set()
+        self._aborts = AbortDesk(pool)
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._is_closing = False
@@ -102,7 +96,7 @@ class PairDispatcher:
         for work in self._calls:
             work.cancel()
         await self._is_idle.wait()
-        await asyncio.gather(*self._aborts)
+        await self._aborts.close()
 
     async def dispatch(self, route: Route, body: bytes, client: Client) -> None:
         """Serve one request whose body has been read. The client gets an answer unless it leaves."""
@@ -204,6 +198,7 @@ class PairDispatcher:
             relayed = await relay.run(body, call.headers, call.client)
             self._completed(call, reservation, relayed)
             is_over = relayed.prefill_error is None
+            await relayed.finish(call.client)
         except LegFailed as exc:
             _release_failed(reservation, exc)
             raise
@@ -211,7 +206,7 @@ class PairDispatcher:
             reservation.release(prefill_ok=None, decode_ok=None)
             self._rooms.give_back(ids)
             if not is_over:
-                self._abort_both(pair, ids, call.headers)
+                self._aborts.abort(pair, ids, call.headers)
 
     def _completed(self, call: _Call, reservation: Reservation, relayed: Relayed) -> None:
         record, usage = call.record, relayed.usage
@@ -219,6 +214,7 @@ class PairDispatcher:
         record.status, record.finish = relayed.status, usage.finish
         record.timeline.completion_tokens = usage.completion_tokens
         record.prompt_tokens = usage.prompt_tokens or record.prompt_tokens
+        self._ledger.close(record, call.outcome)
         if relayed.prefill_error is None:
             reservation.release(prefill_ok=True, decode_ok=True)
             return
@@ -249,37 +245,17 @@ class PairDispatcher:
             return
         call.outcome = Outcome.FAILED
         record.status = status
+        self._ledger.close(record, call.outcome)
         if not client.has_finished:
             await client.finish(error_event(status, message) if record.is_stream else b"")
 
     async def _reply(self, call: _Call, answer: Answer, outcome: Outcome) -> None:
         call.outcome = outcome
         call.record.status = answer.status
+        self._ledger.close(call.record, outcome)
         if not call.client.extra and (request_id := _request_id(call.client)):
             call.client.extra = ((b"x-request-id", request_id.encode("latin-1")),)
         await call.client.answer(answer)
-
-    # -- ending together -----------------------------------------------------------------------
-
-    def _abort_both(self, pair: Pair, ids: RequestIds, headers: Headers) -> None:
-        for worker in (pair.prefill, pair.decode):
-            self._spawn(self._abort(worker.url, ids, headers))
-
-    async def _abort(self, url: str, ids: RequestIds, headers: Headers) -> None:
-        try:
-            async with asyncio.timeout(ABORT_S):
-                for rid in ids.rids:
-                    body = msgspec.json.encode({"rid": rid})
-                    await self._pool.fetch(
-                        url, "POST", "/abort_request", body, headers=headers, timeout_s=ABORT_S
-                    )
-        except (WorkerError, TimeoutError) as exc:
-            logger.info("could not abort rid=%s worker=%s: %s", ids.rids[0], url, exc or "timed out")
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._aborts.add(task)
-        task.add_done_callback(self._aborts.discard)
 
 
 def _request_id(client: Client) -> str:

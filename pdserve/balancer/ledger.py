@@ -83,7 +83,9 @@ class RequestLedger:
         return RequestRecord(route, RequestTimeline(received_s=time.monotonic()))
 
     def close(self, record: RequestRecord, outcome: Outcome) -> None:
-        """It ended; call once."""
+        """It ended. The first close counts: it comes before the last byte, so a client finds itself."""
+        if record.timeline.finished_s is not None:
+            return
         record.timeline.finished_s = time.monotonic()
         self.inflight -= 1
         self.ended[outcome] += 1

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pdserve.balancer.exchange import UpstreamResponse, Wakeup
-from pdserve.balancer.http_errors import Headers
+from pdserve.balancer.http_errors import Answer, Headers
 from pdserve.balancer.proxy import Client
 from pdserve.balancer.request import ParsedRequest
 from pdserve.balancer.reservation import Reservation
@@ -73,11 +73,24 @@ class LegFailed(PdserveError):
 
 @dataclass(frozen=True, slots=True)
 class Relayed:
-    """The client has the whole answer. ``prefill_error`` is None if the prefill leg ended well too."""
+    """Decode has ended well and all its bytes are here: sent, or waiting in ``whole``.
+
+    ``prefill_error`` is None if the prefill leg ended well too.
+    """
 
     status: int
     usage: Usage
+    whole: Answer | None
     prefill_error: WorkerError | None = None
+
+    async def finish(self, client: Client) -> None:
+        """Send the end of the answer, unless it is out already."""
+        if client.has_finished:
+            return
+        if self.whole is None:
+            await client.finish()
+        else:
+            await client.answer(self.whole)
 
 
 @dataclass(slots=True, eq=False)
@@ -141,7 +154,10 @@ class PairRelay:
         self._wakeup = Wakeup()
 
     async def run(self, body: bytes, headers: Headers, client: Client) -> Relayed:
-        """Send ``body`` to both workers and the answer to ``client``.
+        """Send ``body`` to both workers and decode's answer to ``client``, all but its end.
+
+        The end is the caller's to send, by ``Relayed.finish``, once its books are
+        closed; it is out already if prefill lags behind decode.
 
         Raises:
             LegFailed: ``client.has_begun`` tells whether the client has bytes already.
@@ -153,8 +169,16 @@ class PairRelay:
         )
         try:
             await self._opened(prefill, decode)
-            usage = await (self._stream if self._request.is_stream else self._whole)(prefill, decode, client)
-            return Relayed(decode.response.status, usage, await self._settled(prefill))
+            whole: Answer | None = None
+            if self._request.is_stream:
+                usage = await self._stream(prefill, decode, client)
+            else:
+                whole = self._whole(prefill, decode)
+                usage = usage_of_body(whole.body)
+            relayed = Relayed(decode.response.status, usage, whole)
+            if not self._advance_prefill(prefill):
+                await relayed.finish(client)
+            return replace(relayed, prefill_error=await self._settled(prefill))
         finally:
             prefill.response.close()
             decode.response.close()
@@ -182,14 +206,11 @@ class PairRelay:
                 return
             await self._wakeup.wait()
 
-    async def _whole(self, prefill: _Leg, decode: _Leg, client: Client) -> Usage:
+    def _whole(self, prefill: _Leg, decode: _Leg) -> Answer:
         body = decode.body()
         if self._request.return_logprob:
             body = merge_prompt_logprobs(body, prefill.body())
-        length = (b"content-length", b"%d" % len(body))
-        await client.begin(decode.response.status, (*relayed_headers(decode.response), length))
-        await client.finish(body)
-        return usage_of_body(body)
+        return Answer(decode.response.status, body, relayed_headers(decode.response))
 
     async def _stream(self, prefill: _Leg, decode: _Leg, client: Client) -> Usage:
         self._timeline.first_token_s = time.monotonic()
@@ -207,7 +228,6 @@ class PairRelay:
                     break
                 await self._wakeup.wait()
             chunks = response.take()
-        await client.finish()
         return tally.usage()
 
     async def _settled(self, prefill: _Leg) -> WorkerError | None:

@@ -121,8 +121,13 @@ def read_tail(path: Path, start: int = 0) -> str:
 
 
 def last_lines(text: str, num_lines: int = 40) -> str:
-    """The last ``num_lines`` lines of ``text``."""
-    return "\n".join(text.splitlines()[-num_lines:])
+    """The last ``num_lines`` lines of ``text``, without the usage text of argparse."""
+    lines = [line[:_MAX_SCAN] for line in text.splitlines()]
+    usage = next((i for i, line in enumerate(lines) if line.startswith("usage: ")), None)
+    if usage is not None:
+        rest = (i for i in range(usage + 1, len(lines)) if not lines[i].startswith(" "))
+        del lines[usage : next(rest, len(lines))]
+    return "\n".join(lines[-num_lines:])
 
 
 def _shorten(line: str) -> str:

@@ -20,13 +20,12 @@ from typing import Protocol
 
 from pdserve import leftovers
 from pdserve.cluster.diagnose import last_lines
-from pdserve.cluster.gpus import find_gpus
-from pdserve.cluster.ports import SystemPorts
+from pdserve.cluster.machine import plan_on_this_machine
 from pdserve.cluster.ready import READY, FleetState, LogStage, describe_missing, get_json, stage_of
 from pdserve.cluster.spawn import ExecSpawner, Spawner, choose_spawner
-from pdserve.cluster.spec import ClusterSpec, plan_cluster
+from pdserve.cluster.spec import ClusterSpec
 from pdserve.cluster.supervise import State, Supervised, Supervisor
-from pdserve.config import LaunchConfig, cache_dir, environment
+from pdserve.config import LaunchConfig, cache_dir
 from pdserve.errors import ConfigError, StartupError
 
 logger = logging.getLogger(__name__)
@@ -239,15 +238,7 @@ def run_launch(config: LaunchConfig, display: Display) -> int:
         ConfigError: the plan is not possible on this machine.
         StartupError: the fleet did not become ready; everything has been stopped.
     """
-    gpus = [] if config.device == "cpu" else find_gpus()
-    spec = plan_cluster(
-        config,
-        model_path=config.model,
-        gpus=gpus,
-        cores=len(os.sched_getaffinity(0)),
-        ports=SystemPorts(),
-        environ=environment(),
-    )
+    spec = plan_on_this_machine(config)
     log_dir = make_log_dir(config.log_dir)
     leftovers.sweep()
 

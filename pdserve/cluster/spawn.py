@@ -123,9 +123,16 @@ class NurserySpawner:
 
     async def spawn(self, spec: ProcessSpec, *, log_path: Path, instance_id: str = "") -> Child:
         """Fork a worker once the nursery is ready. Raises StartupError if the nursery cannot start."""
-        nursery = await self._ready_nursery()
-        return nursery.spawn(
-            argv=spec.argv, flags=spec.flags, env=child_environment(spec, instance_id), log_path=log_path
+        env = child_environment(spec, instance_id)
+        for _ in range(2):
+            nursery = await self._ready_nursery()
+            try:
+                return nursery.spawn(argv=spec.argv, flags=spec.flags, env=env, log_path=log_path)
+            except (StartupError, OSError) as exc:
+                if nursery.is_alive:
+                    raise StartupError(f"{spec.name} could not be forked: {exc}") from exc
+        raise StartupError(
+            f"the nursery ended twice while it forked {spec.name}; its log is {self._log_path}"
         )
 
     def close(self, *, is_forced: bool = False) -> None:

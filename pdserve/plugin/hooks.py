@@ -69,6 +69,12 @@ HOOKS: tuple[HookTarget, ...] = (
         "a killed server's load snapshot can be found and removed",
     ),
     HookTarget(
+        "sglang.srt.entrypoints.http_server._freeze_gc_after_server_warmup",
+        "around",
+        "pdserve.plugin.patches:wait_until_listening",
+        "a server must not join before its HTTP socket is open",
+    ),
+    HookTarget(
         "sglang.srt.mem_cache.pool_host.common._cuda_host_register",
         "replace",
         "pdserve.plugin.patches:skip_host_register",

@@ -147,7 +147,7 @@ def _become_worker(
     os.dup2(null, 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    replace_environ({**request["env"], "PDSERVE_FORK_CHILDREN": "1"})
+    replace_environ(request["env"])
     # A fork copies the generators' state: without this all workers would draw the same ports and names.
     random.seed()
     setproctitle.setproctitle(f"pdserve {request['env'].get('PDSERVE_WORKER_ID', 'worker')}")

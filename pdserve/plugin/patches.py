@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from pdserve import leftovers
 from pdserve.config import WorkerEnv, worker_pid
+
+LISTEN_S = 30.0
 
 
 def skip_host_register(*_args: Any, **_kwargs: Any) -> None:
@@ -28,6 +34,37 @@ def fork_scheduler_processes(original: Callable[..., Any], *args: Any, **kwargs:
     threads later).
     """
     result = original(*args, **kwargs)
-    if WorkerEnv.from_environ().fork_children:
+    if WorkerEnv.from_environ().fork_children:  # only ever reached on CPU, see hooks.py
         multiprocessing.set_start_method("fork", force=True)
     return result
+
+
+def wait_until_listening(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND ``_freeze_gc_after_server_warmup``: let the HTTP socket be open first.
+
+    With --skip-server-warmup SGLang reaches this step, and after it the launch
+    callback that registers us, before uvicorn listens.
+    """
+    address = (str(server_args.host).replace("0.0.0.0", "127.0.0.1"), int(server_args.port))
+    deadline = time.monotonic() + LISTEN_S
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(address, timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.02)
+    return original(server_args, *args, **kwargs)
+
+
+def run_scheduler(*args: Any, **kwargs: Any) -> None:
+    """SGLang's scheduler process, ended at once when its loop has ended.
+
+    SGLang's prefill manager keeps a non-daemon thread in a blocking receive, so
+    a scheduler that was asked to shut down would hang until it is killed 15 s later.
+    """
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    run_scheduler_process(*args, **kwargs)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

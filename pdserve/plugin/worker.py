@@ -47,12 +47,13 @@ def run_sglang(flags: Sequence[str], env: WorkerEnv) -> None:
     from sglang.srt.entrypoints.http_server import app, launch_server
 
     from pdserve.plugin.membership import Membership
+    from pdserve.plugin.patches import run_scheduler
 
     membership = Membership(env, server_args, on_refused=_leave_refused)
     app.add_api_route("/pdserve/instance", membership.describe, methods=["GET"])
     try:
         server_args.resolve_once()
-        launch_server(server_args, launch_callback=membership.start)
+        launch_server(server_args, run_scheduler_process_func=run_scheduler, launch_callback=membership.start)
     finally:
         membership.stop()
         kill_process_tree(os.getpid(), include_parent=False)

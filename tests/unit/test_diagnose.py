@@ -108,3 +108,4 @@ def test_tail_starts_at_this_run_and_is_bounded(tmp_path: Path) -> None:
     assert len(read_tail(path)) == TAIL_BYTES
     assert read_tail(tmp_path / "missing") == ""
     assert last_lines("a\nb\nc", 2) == "b\nc"
+    assert last_lines("a\nusage: x [-h]\n   [--foo]\nx: error: bad") == "a\nx: error: bad"

@@ -1,0 +1,53 @@
+"""Telling workers to drop a request whose other leg has ended; in the background, best effort.
+
+A closed socket makes an SGLang server abort by itself; the abort request is for
+the one that does not notice yet, because it waits for its twin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import msgspec
+
+from pdserve.balancer.http_errors import Headers
+from pdserve.balancer.request import RequestIds
+from pdserve.balancer.upstream import UpstreamPool
+from pdserve.errors import WorkerError
+from pdserve.types import Pair
+
+logger = logging.getLogger(__name__)
+
+ABORT_S = 5.0
+"""Limit per worker and request."""
+
+
+class AbortDesk:
+    """Sends aborts and owns their tasks; ``await close()`` waits for those under way."""
+
+    def __init__(self, pool: UpstreamPool) -> None:
+        self._pool = pool
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def abort(self, pair: Pair, ids: RequestIds, headers: Headers) -> None:
+        """Have both workers drop every rid; returns at once."""
+        for worker in (pair.prefill, pair.decode):
+            task = asyncio.create_task(self._tell(worker.url, ids, headers))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Wait for the aborts under way; at most ``ABORT_S``."""
+        await asyncio.gather(*self._tasks)
+
+    async def _tell(self, url: str, ids: RequestIds, headers: Headers) -> None:
+        try:
+            async with asyncio.timeout(ABORT_S):
+                for rid in ids.rids:
+                    body = msgspec.json.encode({"rid": rid})
+                    await self._pool.fetch(
+                        url, "POST", "/abort_request", body, headers=headers, timeout_s=ABORT_S
+                    )
+        except (WorkerError, TimeoutError) as exc:
+            logger.info("could not abort rid=%s worker=%s: %s", ids.rids[0], url, exc or "timed out")
