@@ -328,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             raise
         is_unknown = "No such option" in explain() and args[0] in command_line.ENGINE_COMMANDS
         hint = " (SGLang's own flags follow a `--`)" if is_unknown else ""
-        _fail(f"{explain()}{hint}; see pdserve {args[0]} --help")
+        command = "" if "No such command" in explain() else f"{args[0]} "
+        _fail(f"{explain().rstrip('.')}{hint}; see pdserve {command}--help")
         code = 2
     sys.exit(code or 0)
 

@@ -47,7 +47,8 @@ def _join_prefill_ports(argv: list[str]) -> list[str]:
     joined: list[str] = []
     for arg in argv:
         is_port = arg.isdigit() or arg.lower() == "none"
-        if is_port and len(joined) >= 2 and joined[-2] == "--prefill":
+        is_after_url = joined[-2:-1] == ["--prefill"] or any(a.startswith("--prefill=") for a in joined[-1:])
+        if is_port and is_after_url:
             joined[-1] += f" {arg}"
         else:
             joined.append(arg)
@@ -123,9 +124,17 @@ def _check_policy(name: str) -> None:
 
 
 def prefill_pair(text: str) -> tuple[str, int | None]:
-    """``URL PORT`` or ``URL none`` or ``URL`` as ``(url, bootstrap_port)``."""
-    url, _, port = text.partition(" ")
-    return url, int(port) if port.isdigit() else None
+    """``URL PORT``, ``URL,PORT``, ``URL none`` or ``URL`` as ``(url, bootstrap_port)``.
+
+    Raises:
+        ConfigError: if PORT is neither a port nor ``none``.
+    """
+    url, _, port = text.replace(",", " ").partition(" ")
+    if port.lower() in ("", "none"):
+        return url, None
+    if not (port.isdigit() and 0 < int(port) <= 65535):
+        raise ConfigError(f"--prefill URL [PORT]: PORT must be 1..65535 or none, got {port!r}")
+    return url, int(port)
 
 
 def port_range(text: str) -> tuple[int, int]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from pdserve.errors import ConfigError
 from pdserve.types import Role
 
@@ -121,7 +123,7 @@ class WorkerEnv:
     bootstrap_url: str = ""
     parent_pid: int = 0
     fork_children: bool = True
-    """On CPU, whether SGLang's own processes are forked from the server process; 0 spawns them as stock does."""
+    """On CPU, whether SGLang's own processes are forked from the server process, or spawned as stock does."""
     advertise_host: str = ""
     """Host by which other machines reach this worker; empty: the host it listens on."""
 
@@ -236,10 +238,11 @@ _SECTIONS: dict[str, type[Any]] = {
 
 
 def load_file(path: Path) -> FileConfig:
-    """Parse a TOML file and check its names.
+    """Parse a TOML file and check its names and the types of its values.
 
     Raises:
-        ConfigError: if the file is missing, is not TOML, or has an unknown section or key.
+        ConfigError: if the file is missing, is not TOML, has an unknown section or key,
+            or a value of another type than the default.
     """
     try:
         raw = tomllib.loads(path.read_text())
@@ -255,6 +258,10 @@ def load_file(path: Path) -> FileConfig:
         for key in values:
             if key not in names:
                 raise ConfigError(f"{path}: unknown key {section}.{key}; known: {', '.join(sorted(names))}")
+        try:
+            msgspec.convert(values, type=known)
+        except msgspec.ValidationError as exc:
+            raise ConfigError(f"{path}: {str(exc).replace('$', section)}") from exc
     return FileConfig(**raw)
 
 

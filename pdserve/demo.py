@@ -181,7 +181,7 @@ def _recent_request(port: int) -> Mapping[str, Any]:
 
 
 def _kv_bytes_sent(port: int, more_than: int = -1) -> int:
-    """KV bytes the prefill servers have sent over NIXL so far, by their own count; waits for ``more_than``."""
+    """KV bytes the prefill servers have sent over NIXL so far, by their own count."""
     deadline, total = time.monotonic() + 5, 0
     while time.monotonic() < deadline:
         with suppress(OSError, http.client.HTTPException, ValueError):

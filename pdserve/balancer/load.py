@@ -144,7 +144,7 @@ class LoadTable:
 
     def _build_view(self, entry: _Entry) -> WorkerView:
         load, info = entry.load, entry.info
-        decode = entry.fit.decode or self._decode
+        decode = entry.fit.decode_near(self._decode)
         return WorkerView(
             info=info,
             load=load,
@@ -154,7 +154,7 @@ class LoadTable:
             kv_tokens=_kv_tokens(entry),
             kv_capacity=(load.max_total_num_tokens if load else 0) or info.max_total_num_tokens,
             max_running_requests=load.max_running_requests if load else 0,
-            prefill_tokens_s=entry.fit.prefill_tokens_s or self._prefill_tokens_s,
+            prefill_tokens_s=entry.fit.prefill_tokens_s_near(self._prefill_tokens_s),
             step_base_s=decode.base_s,
             step_slope_s=decode.slope_s,
             last_turn=entry.last_turn,
@@ -173,9 +173,8 @@ class LoadTable:
             self._decode = DecodeFit(
                 statistics.median(fit.base_s for fit in fits), statistics.median(fit.slope_s for fit in fits)
             )
-        if len(rates) < len(prefill) or len(fits) < len(decode):
-            for entry in self._entries.values():
-                entry.view = None
+        for entry in self._entries.values():
+            entry.view = None
 
 
 def _queued_tokens(entry: _Entry) -> float:

@@ -4,8 +4,10 @@ Prefill: tokens per busy second from the growth of ``total_prefill_uncached_toke
 and ``total_prefill_busy_us``. Decode: step time ``a + b * batch`` by least squares
 over the growth of ``decode_moments`` (n, Σb, Σt_us, Σb², Σb·t).
 
-Evidence leaks: it is scaled down to a fixed window after each addition, so old
-steps fade with new work, not with time, and an idle worker keeps its figures.
+Evidence leaks: it is scaled down to a fixed window after each addition and
+halves every HALF_LIFE_S. The less there is, the more a worker is taken to be
+like its peers: one slow first step must not starve a worker of the very
+traffic that would prove it wrong.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ MIN_PREFILL_S = 0.005
 MIN_PREFILL_TOKENS = 16
 """Less evidence than this (one probe request has 8 tokens) is noise."""
 DECODE_WINDOW_STEPS = 2000.0
+HALF_LIFE_S = 30.0
+PRIOR_STEPS = 256.0
+PRIOR_BUSY_S = 1.0
+"""Own evidence of this size weighs as much as the peers' median."""
 MIN_DECODE_STEPS = 8.0
 MIN_BATCH_VARIANCE = 0.25
 """Below it the batch size hardly moved and a line through the cloud means nothing."""
@@ -55,9 +61,11 @@ class RateFit:
         self._tokens = 0.0
         self._busy_s = 0.0
         self._steps = [0.0] * 5
+        self._updated_s: float | None = None
 
     def update(self, load: WorkerLoad) -> None:
         """Add what the counters grew by; a counter that fell means a restart and starts anew."""
+        self._fade(load.timestamp_s)
         totals = (float(load.total_prefill_uncached_tokens), float(load.total_prefill_busy_us))
         tokens, busy_us = (new - old for new, old in zip(totals, self._totals, strict=True))
         self._totals = totals
@@ -81,6 +89,34 @@ class RateFit:
     def decode(self) -> DecodeFit | None:
         """The step-time line; None while there is too little evidence."""
         return fit_decode(self._steps)
+
+    def prefill_tokens_s_near(self, peers: float) -> float:
+        """Own rate, drawn towards ``peers`` (their median) as far as own evidence is thin."""
+        own = self.prefill_tokens_s
+        if own is None:
+            return peers
+        weight = self._busy_s / (self._busy_s + PRIOR_BUSY_S)
+        # Time per token is what adds up, so that is what is averaged.
+        return 1.0 / (weight / own + (1.0 - weight) / peers)
+
+    def decode_near(self, peers: DecodeFit) -> DecodeFit:
+        """Own step-time line, drawn towards ``peers`` as far as own evidence is thin."""
+        own = self.decode
+        if own is None:
+            return peers
+        weight = self._steps[0] / (self._steps[0] + PRIOR_STEPS)
+        return DecodeFit(
+            weight * own.base_s + (1.0 - weight) * peers.base_s,
+            weight * own.slope_s + (1.0 - weight) * peers.slope_s,
+        )
+
+    def _fade(self, now_s: float) -> None:
+        if self._updated_s is not None and now_s > self._updated_s:
+            keep = 0.5 ** ((now_s - self._updated_s) / HALF_LIFE_S)
+            self._tokens *= keep
+            self._busy_s *= keep
+            self._steps = [value * keep for value in self._steps]
+        self._updated_s = now_s
 
     def _add_prefill(self, tokens: float, busy_s: float) -> None:
         self._tokens += tokens

@@ -77,7 +77,8 @@ def port_owner(port: int) -> tuple[int, str] | None:
         if folder.name.isdigit() and _holds(folder / "fd", wanted):
             with suppress(OSError):
                 raw = (folder / "cmdline").read_bytes()
-                return int(folder.name), raw.replace(b"\0", b" ").decode(errors="replace").strip()
+                # split and joined: an argument may hold line breaks, the error is one line
+                return int(folder.name), " ".join(raw.replace(b"\0", b" ").decode(errors="replace").split())
     return None
 
 

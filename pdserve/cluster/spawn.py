@@ -140,7 +140,8 @@ class NurserySpawner:
         nursery, self._nursery = self._nursery, None
         if nursery is None:
             return
-        if is_forced and nursery.is_alive:
+        # One that still imports hears nothing for seconds, and Ctrl-C would wait for it.
+        if nursery.is_alive and (is_forced or not nursery.is_ready):
             os.kill(nursery.pid, signal.SIGKILL)
         nursery.close()
 

@@ -119,6 +119,7 @@ def plan_cluster(
         bootstrap_url=bootstrap_url,
         environ=environ,
         served_model_name=config.served_model_name,
+        fork_children=config.start_method != "spawn",
     )
     shares = _gpu_shares(config, device, gpus)
     bootstrap_address = join_host_port(inner_host, bootstrap_port)
@@ -148,6 +149,7 @@ def worker_spec(
     args: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
     served_model_name: str = "",
+    fork_children: bool = True,
 ) -> ProcessSpec:
     """One SGLang server; ``device`` is "cpu" or "cuda", ``args`` the user's SGLang flags.
 
@@ -175,6 +177,8 @@ def worker_spec(
         threads=threads,
         environ=environ or {},
     )
+    if not fork_children:
+        env["PDSERVE_FORK_CHILDREN"] = "0"
     argv = (sys.executable, "-m", "pdserve.plugin.worker", *flags)
     ready_url = http_url(inner_address(host), port) + "/health"
     return ProcessSpec(name, ProcessKind.WORKER, argv, env, ready_url, role, tuple(gpus), flags)

@@ -175,6 +175,8 @@ class Supervisor:
             )
         except StartupError as exc:
             process.last_exit = str(exc)
+            if not process.was_ready:
+                self._fail(exc)  # it carries the log of what failed, which is not this process's own
             return str(exc), False
         process.child, process.state = child, State.RUNNING
         code = await wait_exit(child)

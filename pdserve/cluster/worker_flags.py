@@ -82,12 +82,13 @@ def worker_environment(
         "PDSERVE_WORKER_ID": name,
         "PDSERVE_BOOTSTRAP_URL": bootstrap_url,
         "SGLANG_PLATFORM": "pdserve",
-        "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
     }
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
-    tuning = {"TOKENIZERS_PARALLELISM": "false"}
+        # nvidia-smi, which found them, numbers by bus; CUDA by default the fastest first.
+        env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    tuning = {"TOKENIZERS_PARALLELISM": "false", "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}
     if host not in WILDCARD_HOSTS:
         tuning["SGLANG_HOST_IP"] = host
     if Path(model_path).is_dir():
@@ -103,8 +104,8 @@ def check_user_flags(args: Sequence[str]) -> None:
     """Raise ConfigError for a flag that pdserve sets itself, naming what to use instead."""
     for index, arg in enumerate(args):
         name = flag_name(arg)
-        if name in _OWNED_FLAGS:
-            raise ConfigError(f"SGLang's {name} is set by pdserve: {_OWNED_FLAGS[name]}")
+        if owned := _owned_flag(name):
+            raise ConfigError(f"SGLang's {owned} is set by pdserve: {_OWNED_FLAGS[owned]}")
         if name != _BACKEND_FLAG:
             continue
         rest = args[index + 1] if index + 1 < len(args) else ""
@@ -114,6 +115,15 @@ def check_user_flags(args: Sequence[str]) -> None:
                 f"SGLang's {name} {value} cannot be used: pdserve moves KV with {TRANSFER_BACKEND}; "
                 "leave the flag out"
             )
+
+
+def _owned_flag(name: str) -> str | None:
+    """The flag of ours that ``name`` is, or abbreviates: SGLang's argparse takes ``--por`` for ``--port``."""
+    if name in _OWNED_FLAGS:
+        return name
+    if not name.startswith("--") or name == "--":
+        return None
+    return next((owned for owned in _OWNED_FLAGS if owned.startswith(name)), None)
 
 
 def flag_name(arg: str) -> str:

@@ -25,7 +25,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
-    """What one plain SGLang server answers to every prompt of the corpus at temperature 0: prompt name → tokens."""
+    """What one plain SGLang server answers to each prompt at temperature 0: prompt name → tokens."""
     with Reference(tiny_model, tmp_path_factory.mktemp("reference")) as reference:
         return {prompt.name: reference.generate(prompt) for prompt in CORPUS}
 

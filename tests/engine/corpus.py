@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 CHUNK_TOKENS = 64
-"""Chunked-prefill size of the test fleet: small, so that a prompt of a few hundred tokens takes many chunks."""
+"""Chunked-prefill size of the test fleet: small, so that a few hundred tokens take many chunks."""
 
 PAGE_TOKENS = 16
 

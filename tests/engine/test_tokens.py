@@ -99,7 +99,7 @@ def test_kv_really_travelled_over_nixl(fleet: Fleet, expected: dict[str, list[in
 def test_tokens_equal_with_a_joined_decode_server_that_keeps_a_radix_cache(
     fleet: Fleet, expected: dict[str, list[int]], tiny_model: Path
 ) -> None:
-    """A third decode server, joined by hand, that reuses prefixes and so receives only the rest of a prompt."""
+    """A third decode server, joined by hand, that keeps prefixes and receives only the rest."""
     flags = ("--disaggregation-decode-enable-radix-cache",)
     with join_worker(fleet, "decode", tiny_model, "decode-radix", flags):
         fleet.wait_ready(3)
@@ -140,7 +140,7 @@ def test_batch_gets_a_room_each_and_keeps_its_order(fleet: Fleet, expected: dict
 
 
 def test_idle_servers_sleep(fleet: Fleet) -> None:
-    """Stock servers spin a whole core each while idle. The bench states the figure; here only: not spinning."""
+    """Stock servers spin a whole core each while idle; the bench states our figure."""
     import psutil
 
     fleet.wait_empty()

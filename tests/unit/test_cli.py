@@ -261,6 +261,18 @@ def test_two_value_prefill_of_sglang_router() -> None:
     assert pairs == [("http://a:1", 8998), ("http://b:1", None), ("http://c:1", None)]
 
 
+@pytest.mark.parametrize("given", [["--prefill=http://a:1", "8998"], ["--prefill", "http://a:1,8998"]])
+def test_other_spellings_of_a_bootstrap_port(given: list[str]) -> None:
+    ours, _ = command_line.split_engine_flags(["balance", *given])
+    assert command_line.prefill_pair(ours[-1].removeprefix("--prefill=")) == ("http://a:1", 8998)
+
+
+@pytest.mark.parametrize("text", ["http://a:1 x", "http://a:1,0", "http://a:1 70000"])
+def test_bad_bootstrap_port(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"1\.\.65535 or none"):
+        command_line.prefill_pair(text)
+
+
 def test_balancer_needs_something_to_balance(run: Run) -> None:
     for args in ((), ("--prefill", "http://a:1", "8998")):
         done = run("balance", "--pd-disaggregation", *args)

@@ -17,6 +17,7 @@ import pytest
 from pdserve.cluster import local, supervise
 from pdserve.cluster.local import LocalCluster, make_log_dir
 from pdserve.cluster.ready import FleetState, LogStage, get_json
+from pdserve.cluster.spawn import Child, NurserySpawner
 from pdserve.cluster.spec import ClusterSpec
 from pdserve.cluster.supervise import State, backoff_s
 from pdserve.config import LaunchConfig
@@ -64,7 +65,7 @@ async def test_ready_then_drained(fleet: SmallFleet) -> None:
         pids = fleet.pids()
         assert len(pids) == 6 and all(map(is_running, pids))
         await cluster.stop()
-        assert not any(map(is_running, pids))
+        await until(lambda: not any(map(is_running, pids)), 2)
         assert all(p.state is State.STOPPED for p in cluster.processes.values())
 
 
@@ -178,6 +179,36 @@ async def test_dead_balancer_comes_back(fleet: SmallFleet) -> None:
         await until(lambda: pid.read_text() not in ("", former))
 
 
+class _NoNursery:
+    """A spawner whose preparation fails, as when SGLang cannot be imported."""
+
+    def start(self) -> None: ...
+
+    async def spawn(self, spec: object, *, log_path: Path, instance_id: str = "") -> Child:
+        raise StartupError("the nursery ended: no module named sglang", "its last line")
+
+    def close(self, *, is_forced: bool = False) -> None: ...
+
+
+async def test_failed_spawner_shows_its_own_log(fleet: SmallFleet) -> None:
+    cluster = LocalCluster(fleet.config, fleet.spec(), fleet.folder, Recorder(), _NoNursery())
+    cluster.start()
+    try:
+        with pytest.raises(StartupError, match="no module named sglang") as e:
+            await cluster.wait_ready()
+        assert e.value.log_tail == "its last line"
+    finally:
+        await cluster.kill_and_wait()
+
+
+def test_nursery_that_still_imports_is_not_waited_for(tmp_path: Path) -> None:
+    spawner = NurserySpawner(dict(os.environ), tmp_path / "nursery.log")
+    spawner.start()
+    began = time.monotonic()
+    spawner.close()
+    assert time.monotonic() - began < 2
+
+
 async def test_child_deaf_to_sigterm_is_killed(fleet: SmallFleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "WORKER_GRACE_S", 0.3)
     fleet.workers[0] = fleet.worker("prefill-0", Role.PREFILL, fleet.workers[0].argv[2], "--deaf")
@@ -185,7 +216,8 @@ async def test_child_deaf_to_sigterm_is_killed(fleet: SmallFleet, monkeypatch: p
         await cluster.wait_ready()
         pids = fleet.pids()
         await cluster.stop()
-        assert not any(map(is_running, pids))
+        # A killed scheduler is nobody's child any more: the kernel ends it a moment after its server.
+        await until(lambda: not any(map(is_running, pids)), 2)
         assert any("prefill-0 did not end" in text for text in _shown(cluster).events)
 
 
@@ -245,7 +277,7 @@ async def test_ctrl_c_drains_and_exits_0(tmp_path: Path) -> None:
     pids = _pids(tmp_path)
     launcher.send_signal(signal.SIGINT)
     assert await asyncio.to_thread(launcher.wait, 15) == 0
-    assert not any(map(is_running, pids))
+    await until(lambda: not any(map(is_running, pids)), 2)
 
 
 async def test_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
@@ -258,7 +290,7 @@ async def test_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
     launcher.send_signal(signal.SIGINT)
     assert await asyncio.to_thread(launcher.wait, 15) == 128 + signal.SIGINT
     assert time.monotonic() - began < 5, "the deaf worker has 10 s after the first signal only"
-    assert not any(map(is_running, pids))
+    await until(lambda: not any(map(is_running, pids)), 2)
 
 
 async def test_killed_launcher_leaves_no_process_of_its_own(tmp_path: Path) -> None:

@@ -42,7 +42,17 @@ def test_nested_lists_become_tuples(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("[launch]\nprefil = 2\n", "launch.prefil"), ("[fleet]\n", "[fleet]"), ("[launch\n", "not valid TOML")],
+    [
+        ("[launch]\nprefil = 2\n", "launch.prefil"),
+        ("[fleet]\n", "[fleet]"),
+        ("[launch\n", "not valid TOML"),
+        ('[launch]\nsglang_args = "--page-size 32"\n', "launch.sglang_args"),
+        ("[launch]\nprefill_args = [1]\n", "launch.prefill_args"),
+        ("[launch]\nprefill = 1.5\n", "launch.prefill"),
+        ("[launch]\nhost = 5\n", "launch.host"),
+        ('[launch]\nready_timeout_s = "x"\n', "launch.ready_timeout_s"),
+        ('[balancer]\nprefill = [["http://a:1"]]\n', "balancer.prefill"),
+    ],
 )
 def test_bad_file_is_a_config_error_that_names_it(tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "bad.toml"

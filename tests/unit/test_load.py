@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.balancer.load import Credit, LoadTable
-from pdserve.balancer.rates import MIN_DECODE_STEPS, RateFit, fit_decode
+from pdserve.balancer.rates import MIN_DECODE_STEPS, DecodeFit, RateFit, fit_decode
 from pdserve.balancer.sample import ARRIVAL_S, Sample, parse_loads
 from pdserve.errors import ProtocolMismatch
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo, WorkerLoad
@@ -313,3 +313,27 @@ def test_a_prefill_queue_is_time_and_not_pool_use() -> None:
         table.dispatch(instance_id, 30, 1.0)
     assert table.view(P0).kv_tokens == 130
     assert table.view(D0).kv_tokens == 930
+
+
+def test_worker_with_a_slow_start_is_not_taken_at_its_word() -> None:
+    """A few slow first steps must not starve a worker: thin evidence is drawn towards the peers."""
+    peers = DecodeFit(0.010, 0.0002)
+    fit = RateFit()
+    slow = moments([1] * 12, 40_000, 0)
+    fit.update(replace(WorkerLoad(timestamp_s=0.0), timestamp_s=1.0, decode_moments=slow))
+    assert fit.decode is not None
+    assert fit.decode.step_s(1) == pytest.approx(0.040)
+    assert fit.decode_near(peers).step_s(1) < 0.012
+
+
+def test_worker_that_really_is_slow_is_known_to_be_after_enough_steps() -> None:
+    peers = DecodeFit(0.010, 0.0002)
+    fit = RateFit()
+    fit.update(
+        replace(WorkerLoad(timestamp_s=0.0), timestamp_s=1.0, decode_moments=moments([1] * 2000, 40_000, 0))
+    )
+    assert fit.decode_near(peers).step_s(1) > 0.035
+    fit.update(
+        replace(WorkerLoad(timestamp_s=0.0), timestamp_s=301.0, decode_moments=moments([1] * 2000, 40_000, 0))
+    )
+    assert fit.decode_near(peers).step_s(1) < 0.015, "unused for ten half-lives: worth another try"

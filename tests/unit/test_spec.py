@@ -101,6 +101,8 @@ def test_worker_environment() -> None:
 def test_tuning_variable_of_the_user_wins_but_not_ours() -> None:
     env = plan(environ={"OMP_NUM_THREADS": "5", "PDSERVE_ROLE": "decode"}).workers[0].env
     assert "OMP_NUM_THREADS" not in env
+    core = plan(environ={"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "rust"}).workers[0].env
+    assert "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND" not in core
     assert env["PDSERVE_ROLE"] == "prefill"
 
 
@@ -152,6 +154,12 @@ def test_flag_that_pdserve_owns_is_refused(field: str, given: tuple[str, ...], i
     message = str(caught.value)
     assert given[0].partition("=")[0].replace("_", "-") in message
     assert instead in message
+
+
+@pytest.mark.parametrize("given", ["--por", "--disaggregation-mod", "--tensor-parallel"])
+def test_abbreviation_of_an_owned_flag_is_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match=f"{given}.* is set by pdserve"):
+        plan(sglang_args=(given, "1"))
 
 
 def test_nixl_backend_may_be_named() -> None:
