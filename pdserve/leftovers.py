@@ -27,22 +27,33 @@ def snapshot_path(pid: int) -> Path:
     return SHARED_MEMORY / f"sglang_loads_pdserve_{pid}.shm"
 
 
-def remove(pid: int) -> None:
-    """Remove what the worker ``pid`` left; it must have ended."""
-    shutil.rmtree(scratch_dir(pid), ignore_errors=True)
+def remove(pid: int, scratch: Path | None = None) -> None:
+    """Remove what the worker ``pid`` left; it must have ended, or name its ``scratch`` folder itself."""
+    shutil.rmtree(scratch or scratch_dir(pid), ignore_errors=True)
     snapshot_path(pid).unlink(missing_ok=True)
 
 
 def sweep() -> list[int]:
     """Remove what dead workers left on this machine; returns their process ids."""
-    found: set[int] = set()
-    for folder, pattern in ((Path(tempfile.gettempdir()), _SCRATCH), (SHARED_MEMORY, _SNAPSHOT)):
-        if not folder.is_dir():
-            continue
-        for entry in folder.iterdir():
-            if match := pattern.match(entry.name):
-                found.add(int(match[1]))
-    dead = sorted(pid for pid in found if not Path(f"/proc/{pid}").exists())
+    dead = sorted(pid for pid in _known() if not _is_alive(pid))
     for pid in dead:
         remove(pid)
     return dead
+
+
+def live_workers() -> list[int]:
+    """Process ids of the pdserve workers that run on this machine now, whoever started them."""
+    return sorted(pid for pid in _known() if _is_alive(pid))
+
+
+def _known() -> set[int]:
+    found: set[int] = set()
+    for folder, pattern in ((Path(tempfile.gettempdir()), _SCRATCH), (SHARED_MEMORY, _SNAPSHOT)):
+        if folder.is_dir():
+            matches = (pattern.match(entry.name) for entry in folder.iterdir())
+            found |= {int(match[1]) for match in matches if match}
+    return found
+
+
+def _is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()

@@ -6,12 +6,12 @@ Knows HTTP framing only. Who gets the connection next is its ``Home``'s business
 from __future__ import annotations
 
 import asyncio
-import socket
 from typing import Protocol, cast
 
 import httptools
 
 from pdserve.balancer.exchange import Headers, UpstreamResponse
+from pdserve.balancer.sockets import tune
 from pdserve.errors import WorkerUnreachable
 
 STALE_WINDOW_S = 1.0
@@ -88,17 +88,12 @@ class UpstreamConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def disable_nagle(self) -> None:
-        """A request is one write; waiting for an ACK before the next would only add delay."""
-        sock = cast(asyncio.Transport, self._transport).get_extra_info("socket")
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
     # -- asyncio.Protocol --------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop."""
         self._transport = cast(asyncio.Transport, transport)
+        tune(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the loop: end what was under way, or send it again if it was never heard."""

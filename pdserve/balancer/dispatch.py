@@ -26,7 +26,7 @@ from pdserve.balancer.http_errors import (
 )
 from pdserve.balancer.ledger import Outcome, RequestLedger, RequestRecord
 from pdserve.balancer.member import PairKey, PairState
-from pdserve.balancer.proxy import Client, run_while_present
+from pdserve.balancer.proxy import Client, ClientLeft, Interrupted, Presence
 from pdserve.balancer.relay import LegFailed, PairRelay, Rejected, Relayed
 from pdserve.balancer.request import (
     ParsedRequest,
@@ -55,6 +55,7 @@ class _Call:
     client: Client
     record: RequestRecord
     headers: Headers
+    presence: Presence
     outcome: Outcome = Outcome.ABORTED
     exclude: set[PairKey] = field(default_factory=set)
     ids: RequestIds | None = None
@@ -70,7 +71,7 @@ class PairDispatcher:
         self._pool = pool
         self._ledger = RequestLedger()
         self._rooms = RoomBook()
-        self._calls: dict[asyncio.Task[None], _Call] = {}
+        self._calls: set[_Call] = set()
         self._aborts = AbortDesk(pool)
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -82,7 +83,7 @@ class PairDispatcher:
 
     def rids_of(self, name: str) -> list[str]:
         """The workers' rids of a live request that its client knows by ``name``."""
-        names = ((call, (call.client_rid, _request_id(call.client))) for call in self._calls.values())
+        names = ((call, (call.client_rid, _request_id(call.client))) for call in self._calls)
         return [rid for call, known in names if call.ids and name and name in known for rid in call.ids.rids]
 
     async def close(self, drain_s: float = 0.0) -> None:
@@ -93,8 +94,8 @@ class PairDispatcher:
         except TimeoutError:
             logger.warning("ending %d requests that are still in flight", len(self._calls))
         self._is_closing = True
-        for work in self._calls:
-            work.cancel()
+        for call in list(self._calls):
+            call.presence.interrupt()
         await self._is_idle.wait()
         await self._aborts.close()
 
@@ -102,22 +103,20 @@ class PairDispatcher:
         """Serve one request whose body has been read. The client gets an answer unless it leaves."""
         authorization = client.headers.get(b"authorization")
         headers = (JSON_TYPE, (b"authorization", authorization)) if authorization else (JSON_TYPE,)
-        call = _Call(client, self._ledger.open(route), headers)
-        work = asyncio.create_task(self._serve(route, body, call))
-        self._calls[work] = call
+        call = _Call(client, self._ledger.open(route), headers, Presence(client))
+        self._calls.add(call)
         self._is_idle.clear()
         try:
-            is_present = await run_while_present(client, work)
-            if is_present and not work.cancelled():
-                await work
-            elif is_present:
-                call.record.error = "the balancer is stopping"
-                await self._say_failed(call, 503, call.record.error)
-            else:
-                call.record.status, call.record.error = CLIENT_LEFT, "the client left"
+            with call.presence:
+                await self._serve(route, body, call)
+        except ClientLeft as exc:
+            call.record.status, call.record.error = CLIENT_LEFT, str(exc)
+        except Interrupted as exc:
+            call.record.error = str(exc)
+            await self._say_failed(call, 503, str(exc))
         finally:
             self._ledger.close(call.record, call.outcome)
-            del self._calls[work]
+            self._calls.discard(call)
             if not self._calls:
                 self._is_idle.set()
 
@@ -158,7 +157,7 @@ class PairDispatcher:
                 if exc.is_client_fault or call.client.has_begun:
                     raise
                 failure = exc
-                call.exclude.add(reservation.key)
+                self._avoid(call, reservation.key, exc.role)
                 logger.warning("attempt %d failed rid=%s: %s", attempt + 1, call.record.rid, exc)
         assert failure is not None
         raise failure
@@ -175,6 +174,18 @@ class PairDispatcher:
             if failure is not None:
                 raise failure from None
             raise
+
+    def _avoid(self, call: _Call, tried: PairKey, blamed: Role | None) -> None:
+        """Not that pair again, and where others are ready none with the worker that failed: a worker that
+        fails fast looks idle, and would be chosen with one partner after the other."""
+        call.exclude.add(tried)
+        if blamed is None:
+            return
+        worker = tried[blamed is Role.DECODE]
+        ready = {record.key for record in self._fleet.pairs() if record.state is PairState.READY}
+        its_pairs = {key for key in ready if worker in key}
+        if ready - its_pairs - call.exclude:
+            call.exclude |= its_pairs
 
     def _has_other_pair(self, exclude: frozenset[PairKey]) -> bool:
         """True if a pair not tried yet serves, or may soon."""

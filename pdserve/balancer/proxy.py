@@ -12,6 +12,9 @@ from typing import Any
 from pdserve.balancer.http_errors import Answer, Headers
 from pdserve.errors import PdserveError
 
+WATCH_AFTER_S = 0.02
+"""When to begin to watch whether the client is still there: shorter requests need no task of their own."""
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -20,6 +23,10 @@ Send = Callable[[Message], Awaitable[None]]
 
 class ClientLeft(PdserveError):
     """The client closed its connection before the answer was complete."""
+
+
+class Interrupted(PdserveError):
+    """The balancer ended the request; the client is still there."""
 
 
 class BodyTooLarge(PdserveError):
@@ -95,25 +102,50 @@ class Client:
         await self.finish(b"" if self.method == "HEAD" else answer.body)
 
 
-async def run_while_present(client: Client, work: asyncio.Task[None]) -> bool:
-    """Await ``work``; if the client leaves before its answer is complete, cancel it.
+class Presence:
+    """Cancels the task that serves ``client`` when the client has left, or on ``interrupt``.
 
-    Returns only when ``work`` has ended. Being cancelled cancels ``work`` too.
-
-    Returns:
-        False if the client left.
+    ``with presence:`` goes around the serving, in that task; it raises ClientLeft
+    or Interrupted in place of the CancelledError that it caused. It causes at most
+    one, so a foreign cancellation is told apart and stays what it is.
     """
-    leaving = asyncio.create_task(client.wait_left())
-    try:
-        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done() or client.has_finished:
-            await asyncio.wait({work})
-            return True
-        work.cancel()
-        await asyncio.wait({work})
-        return False
-    finally:
-        leaving.cancel()
-        if not work.done():
-            work.cancel()
-            await asyncio.wait({work})
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._has_left = False
+        self._is_interrupted = False
+        self._task: asyncio.Task[Any] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    def interrupt(self) -> None:
+        """End the serving, for a reason other than the client's."""
+        if self._task is not None and not self._is_interrupted:
+            self._is_interrupted = True
+            self._task.cancel()
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._start_watch)
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        task, self._task = self._task, None
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
+        if kind is not asyncio.CancelledError or not self._is_interrupted or task is None:
+            return
+        if task.uncancel() == 0:
+            if self._has_left:
+                raise ClientLeft("the client left") from None
+            raise Interrupted("the balancer is stopping") from None
+
+    def _start_watch(self) -> None:
+        self._watch = asyncio.create_task(self._wait_left())
+
+    async def _wait_left(self) -> None:
+        await self._client.wait_left()
+        if not self._client.has_finished:
+            self._has_left = True
+            self.interrupt()

@@ -176,8 +176,9 @@ class PairRelay:
                 whole = self._whole(prefill, decode)
                 usage = usage_of_body(whole.body)
             relayed = Relayed(decode.response.status, usage, whole)
-            if not self._advance_prefill(prefill):
-                await relayed.finish(client)
+            if self._advance_prefill(prefill):
+                return replace(relayed, prefill_error=prefill.error) if prefill.error else relayed
+            await relayed.finish(client)
             return replace(relayed, prefill_error=await self._settled(prefill))
         finally:
             prefill.response.close()

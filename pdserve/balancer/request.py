@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import enum
 import secrets
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,12 +97,15 @@ class RoomBook:
     def take(self, num_prompts: int | None) -> RequestIds:
         """Fresh random rooms and rids; give them back when both legs have ended."""
         rooms: list[int] = []
+        rids: list[Rid] = []
         while len(rooms) < (1 if num_prompts is None else num_prompts):
-            room = 1 + secrets.randbelow(MAX_ROOM)
-            if room not in self._live:
+            token = secrets.token_bytes(24)
+            room = int.from_bytes(token[:8]) & MAX_ROOM
+            if room and room not in self._live:
                 self._live.add(room)
                 rooms.append(room)
-        return RequestIds(tuple(rooms), tuple(Rid(uuid.uuid4().hex) for _ in rooms))
+                rids.append(Rid(token[8:].hex()))
+        return RequestIds(tuple(rooms), tuple(rids))
 
     def give_back(self, ids: RequestIds) -> None:
         """The rooms may be used again."""

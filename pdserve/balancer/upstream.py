@@ -239,7 +239,6 @@ class UpstreamPool:
             response.fail(WorkerUnreachable(target.url, f"cannot connect: {exc.strerror or exc}"))
             return
         response.connecting = None
-        connection.disable_nagle()
         self.connections.add(connection)
         if response.has_ended:
             target.put_back(connection)

@@ -14,19 +14,27 @@ from typing import ClassVar
 import msgspec
 
 from pdserve.bootstrap.messages import PROTOCOL_VERSION, FleetView, Lease, RankRoute, Refusal, Register
+from pdserve.bootstrap.routes import RankRow, RouteError
 from pdserve.errors import PdserveError
-from pdserve.types import InstanceId, KVLayoutDescriptor, WorkerInfo
+from pdserve.types import InstanceId, KVLayoutDescriptor, Role, WorkerId, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
 UNREGISTERED_TTL_S = 900.0
 """How long reported ranks wait for their server to register: weights of a large model load in between."""
 
+MAX_SUPERSEDED = 1024
+
+_FLAGS = {"page_size": "--page-size", "dtype": "--kv-cache-dtype", "layout": "attention backend"}
+"""What an operator sets to change a field of the layout; the other fields follow from the model."""
+
 
 class Refused(PdserveError):
     """The request is refused; ``refusal`` is the body of the answer and ``status`` its HTTP status."""
 
-    STATUS: ClassVar[dict[str, int]] = {"ranks_pending": 425, "unknown_instance": 404, "bad_request": 400}
+    STATUS: ClassVar[dict[str, int]] = {
+        "bad_request": 400, "unknown_instance": 404, "ranks_pending": 425, "no_port": 503,
+    }  # fmt: skip
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -45,17 +53,18 @@ class Instance:
     expires_s: float = 0.0
 
     @property
-    def has_all_ranks(self) -> bool:
-        """True once as many ranks have reported as the instance says it has."""
-        return bool(self.ranks) and len(self.ranks) >= next(iter(self.ranks.values())).num_ranks
+    def first_rank(self) -> RankRoute | None:
+        """The rank that reported first; ``report_rank`` keeps the others in agreement with it."""
+        return next(iter(self.ranks.values()), None)
 
     @property
-    def kv_layout(self) -> KVLayoutDescriptor | None:
-        """Layout of the first rank; ``report_rank`` keeps the others equal."""
-        return next(iter(self.ranks.values())).kv_layout if self.ranks else None
+    def has_all_ranks(self) -> bool:
+        """True once as many ranks have reported as the instance says it has."""
+        first = self.first_rank
+        return first is not None and len(self.ranks) >= first.num_ranks
 
 
-class Registry:
+class Fleet:
     """All instances. ``on_gone`` is called with the id of each instance that leaves, whatever the cause."""
 
     def __init__(self, on_gone: Callable[[InstanceId], None] = lambda _: None) -> None:
@@ -63,34 +72,46 @@ class Registry:
         self.version = 0
         self._on_gone = on_gone
         self._instances: dict[InstanceId, Instance] = {}
+        self._superseded: dict[InstanceId, WorkerId] = {}  # oldest first
 
     def get(self, instance_id: InstanceId) -> Instance | None:
         """The instance, or None."""
         return self._instances.get(instance_id)
 
     def members(self) -> list[WorkerInfo]:
-        """Registered workers, oldest first."""
+        """Registered workers, in the order in which their instances became known."""
         return [i.worker for i in self._instances.values() if i.worker is not None]
+
+    def namesake(self, worker: WorkerInfo) -> WorkerInfo | None:
+        """The live member that has this worker's name but is another instance."""
+        for other in self.members():
+            if other.worker_id == worker.worker_id and other.instance_id != worker.instance_id:
+                return other
+        return None
 
     def view(self, uptime_s: float) -> FleetView:
         """The document that balancers watch."""
         return FleetView(epoch=self.epoch, version=self.version, workers=self.members(), uptime_s=uptime_s)
 
     def report_rank(self, instance_id: InstanceId, report: RankRoute, now: float) -> Instance:
-        """Take one rank's report. Raises Refused if it contradicts its siblings or the fleet."""
+        """Take one rank's report. Raises Refused if it is malformed or contradicts its siblings or the fleet."""
+        _check_report(report)
         instance = self._instances.get(instance_id) or Instance(instance_id)
-        for sibling in instance.ranks.values():
-            if differences := report.kv_layout.differences(sibling.kv_layout):
-                raise Refused("mismatch", f"ranks of one server disagree: {'; '.join(differences)}")
-        self._check_fits_fleet(f"{report.role} server", instance_id, "", report.kv_layout, None)
+        for rank, sibling in instance.ranks.items():
+            _check_sibling(report, rank, sibling)
+        self._check_layout(f"{report.role} server", instance_id, None, report.kv_layout)
         instance.ranks[report.rank] = report
         if instance.worker is None:
             instance.expires_s = now + UNREGISTERED_TTL_S
         self._instances[instance_id] = instance
         return instance
 
-    def register(self, request: Register, now: float) -> Lease:
-        """Make the worker a member. Raises Refused: ranks_pending, mismatch, protocol."""
+    def admit(self, request: Register, now: float) -> Instance:
+        """Take the ranks it brings and check that ``register`` would accept; makes nobody a member.
+
+        Raises:
+            Refused: protocol, bad_request, name_taken, ranks_pending, mismatch.
+        """
         worker = request.worker
         if request.protocol != PROTOCOL_VERSION:
             raise Refused(
@@ -98,23 +119,49 @@ class Registry:
                 f"{worker.worker_id} speaks protocol {request.protocol}, this service {PROTOCOL_VERSION}: "
                 "run the same pdserve version on every machine",
             )
+        if not worker.worker_id or not worker.instance_id or request.lease_s <= 0:
+            raise Refused("bad_request", "worker_id and instance_id must not be empty, lease_s above 0")
+        self._check_name(worker)
         for report in request.ranks:
             self.report_rank(worker.instance_id, report, now)
         instance = self._instances.get(worker.instance_id)
-        if instance is None or not instance.has_all_ranks:
-            found = 0 if instance is None else len(instance.ranks)
-            raise Refused("ranks_pending", f"{worker.worker_id}: {found} ranks have reported so far")
-        layout = instance.kv_layout
-        assert layout is not None
-        self._check_fits_fleet(
-            worker.worker_id, worker.instance_id, worker.worker_id, layout, worker.served_model_name
+        first = None if instance is None else instance.first_rank
+        if instance is None or first is None or not instance.has_all_ranks:
+            ranks = f"{len(instance.ranks)} of {first.num_ranks}" if instance and first else "none"
+            raise Refused("ranks_pending", f"{worker.worker_id}: {ranks} of its ranks have reported so far")
+        if first.role != worker.role:
+            raise Refused(
+                "bad_request", f"{worker.worker_id} is {worker.role}, but its ranks are {first.role}"
+            )
+        self._check_model(worker)
+        self._check_layout(worker.worker_id, worker.instance_id, worker.worker_id, first.kv_layout)
+        return instance
+
+    def register(
+        self, request: Register, now: float, bootstrap_host: str = "", bootstrap_port: int | None = None
+    ) -> Lease:
+        """Make the worker a member, at once with its address and instead of a namesake. Raises as ``admit``."""
+        instance = self.admit(request, now)
+        first = instance.first_rank
+        assert first is not None
+        while (other := self.namesake(request.worker)) is not None:
+            self._supersede(other, request.worker)
+        worker = msgspec.structs.replace(
+            request.worker,
+            kv_layout=first.kv_layout,
+            bootstrap_host=bootstrap_host,
+            bootstrap_port=bootstrap_port,
         )
-        self._supersede(worker)
-        instance.worker = msgspec.structs.replace(worker, kv_layout=layout)
+        if instance.worker != worker:
+            self.version += 1
+            logger.info(
+                "joined worker=%s role=%s instance=%s url=%s",
+                worker.worker_id, worker.role, worker.instance_id, worker.url,
+            )  # fmt: skip
+        instance.worker = worker
         instance.lease_s = request.lease_s
         instance.expires_s = now + request.lease_s
-        self.version += 1
-        logger.info("joined worker=%s role=%s url=%s", worker.worker_id, worker.role, worker.url)
+        self._superseded.pop(worker.instance_id, None)
         return self.lease(worker.instance_id)
 
     def lease(self, instance_id: InstanceId) -> Lease:
@@ -123,15 +170,6 @@ class Registry:
         assert instance.worker is not None
         ranks = [instance.ranks[rank] for rank in sorted(instance.ranks)]
         return Lease(worker=instance.worker, ranks=ranks, lease_s=instance.lease_s, epoch=self.epoch)
-
-    def set_address(self, instance_id: InstanceId, host: str, port: int) -> None:
-        """Record where SGLang's bootstrap protocol is served for this prefill instance."""
-        instance = self._instances[instance_id]
-        if instance.worker is not None:
-            changed = msgspec.structs.replace(instance.worker, bootstrap_host=host, bootstrap_port=port)
-            if changed != instance.worker:
-                instance.worker = changed
-                self.version += 1
 
     def heartbeat(self, instance_id: InstanceId, now: float) -> Lease:
         """Renew. Raises Refused unknown_instance if it must register (again)."""
@@ -148,7 +186,10 @@ class Registry:
             return False
         if instance.worker is not None:
             self.version += 1
-            logger.info("left worker=%s reason=%s", instance.worker.worker_id, reason or "none given")
+            logger.info(
+                "left worker=%s instance=%s reason=%s",
+                instance.worker.worker_id, instance_id, reason or "none given",
+            )  # fmt: skip
         self._on_gone(instance_id)
         return True
 
@@ -159,31 +200,89 @@ class Registry:
             self.deregister(instance_id, "lease ran out")
         return late
 
-    def _supersede(self, worker: WorkerInfo) -> None:
-        """A restarted worker replaces its predecessor at once: same name, other instance."""
-        for other in self.members():
-            if other.worker_id == worker.worker_id and other.instance_id != worker.instance_id:
-                self.deregister(other.instance_id, f"superseded by instance {worker.instance_id}")
+    def forgive(self, stalled_s: float) -> None:
+        """Extend every lease by a time in which this service itself could not hear anybody."""
+        for instance in self._instances.values():
+            instance.expires_s += stalled_s
 
-    def _check_fits_fleet(
-        self,
-        who: str,
-        instance_id: InstanceId,
-        worker_id: str,
-        layout: KVLayoutDescriptor,
-        model: str | None,
+    def _supersede(self, former: WorkerInfo, successor: WorkerInfo) -> None:
+        """A restarted worker replaces its predecessor at once: same name, other instance."""
+        self.deregister(former.instance_id, f"superseded by instance {successor.instance_id}")
+        self._superseded[former.instance_id] = former.worker_id
+        if len(self._superseded) > MAX_SUPERSEDED:
+            del self._superseded[next(iter(self._superseded))]
+
+    def _check_name(self, worker: WorkerInfo) -> None:
+        # Without this, two live processes with one name would replace each other for ever.
+        successor = self.namesake(worker)
+        if successor is not None and worker.instance_id in self._superseded:
+            raise Refused(
+                "name_taken",
+                f"{worker.worker_id} was replaced by a newer process of that name (pid {successor.pid}, "
+                f"{successor.url}): stop one of them, or start it under another name",
+            )
+
+    def _check_model(self, worker: WorkerInfo) -> None:
+        for other in self.members():
+            if worker.instance_id == other.instance_id or worker.worker_id == other.worker_id:
+                continue
+            ours, theirs = _model_name(worker), _model_name(other)
+            if ours != theirs:
+                raise Refused(
+                    "mismatch",
+                    f"{worker.worker_id} cannot join: model: {ours} != {theirs} (fleet: {self._names()}). "
+                    "Start it with the same model and --served-model-name, or stop the others first",
+                )
+
+    def _check_layout(
+        self, who: str, instance_id: InstanceId, worker_id: WorkerId | None, layout: KVLayoutDescriptor
     ) -> None:
         for other in self._instances.values():
-            if other.instance_id == instance_id or other.worker is None or other.kv_layout is None:
+            if other.instance_id == instance_id or other.worker is None or other.worker.kv_layout is None:
                 continue
             if other.worker.worker_id == worker_id:
                 continue  # about to be superseded
-            differences = layout.differences(other.kv_layout)
-            if model is not None and model != other.worker.served_model_name:
-                differences.insert(0, f"model: {model} != {other.worker.served_model_name}")
-            if differences:
+            if differences := layout.differences(other.worker.kv_layout):
+                flags = {_FLAGS.get(text.partition(":")[0], "model") for text in differences}
                 raise Refused(
                     "mismatch",
-                    f"{who} cannot join: {'; '.join(differences)} (theirs: {other.worker.worker_id}). "
-                    "Start it with the same model and KV flags as the fleet, or stop the others first",
+                    f"{who} cannot join: {'; '.join(differences)} (fleet: {self._names()}). "
+                    f"Start it with the same {' and '.join(sorted(flags))}, or stop the others first",
                 )
+
+    def _names(self) -> str:
+        names = [member.worker_id for member in self.members()]
+        return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+
+
+def _model_name(worker: WorkerInfo) -> str:
+    """Paths may differ between machines; what clients ask for may not."""
+    return worker.served_model_name or worker.model
+
+
+def _check_report(report: RankRoute) -> None:
+    if not 0 <= report.rank < report.num_ranks:
+        raise Refused("bad_request", f"rank must be 0..{report.num_ranks - 1}, got {report.rank}")
+    if report.role is not Role.PREFILL:
+        return
+    if report.route is None:
+        raise Refused("bad_request", f"prefill rank {report.rank} reports no route")
+    try:
+        row = RankRow.parse(report.route)
+    except RouteError as exc:
+        raise Refused("bad_request", str(exc)) from exc
+    if row.num_ranks != report.num_ranks:
+        raise Refused("bad_request", f"{report.num_ranks} ranks, but the topology has {row.num_ranks}")
+
+
+def _check_sibling(report: RankRoute, rank: int, sibling: RankRoute) -> None:
+    if differences := report.kv_layout.differences(sibling.kv_layout):
+        raise Refused(
+            "mismatch", f"ranks {report.rank} and {rank} of one server disagree: {'; '.join(differences)}"
+        )
+    if (report.role, report.num_ranks) != (sibling.role, sibling.num_ranks):
+        raise Refused(
+            "bad_request",
+            f"ranks {report.rank} and {rank} of one server disagree: "
+            f"{report.role}, {report.num_ranks} ranks != {sibling.role}, {sibling.num_ranks} ranks",
+        )

@@ -14,6 +14,7 @@ from pdserve.cluster.ports import SystemPorts
 from pdserve.cluster.spec import ClusterSpec, Ports, ProcessSpec, http_url, plan_cluster, worker_spec
 from pdserve.config import DEVICES, LaunchConfig, check_port, environment
 from pdserve.errors import ConfigError
+from pdserve.leftovers import live_workers
 from pdserve.types import Role
 
 FIRST_WORKER_PORT = 31000
@@ -92,7 +93,8 @@ def plan_join(config: JoinConfig, gpus: Sequence[int], ports: Ports) -> ProcessS
         bootstrap_url=config.bootstrap_url,
         tp=config.tp,
         gpus=gpus[: config.tp] if device == "cuda" else (),
-        threads=usable_cores(),
+        # Others on this machine need their cores: oversubscribed threads made decode 6 times slower.
+        threads=max(1, usable_cores() // (len(live_workers()) + 1)),
         args=config.sglang_args,
         environ=environment(),
         served_model_name=config.served_model_name,

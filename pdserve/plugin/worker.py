@@ -42,7 +42,8 @@ def run_sglang(flags: Sequence[str], env: WorkerEnv) -> None:
 
     load_plugins()
     leftovers.sweep()
-    adopt_scratch(leftovers.scratch_dir(os.getpid()))
+    scratch = leftovers.scratch_dir(os.getpid())
+    adopt_scratch(scratch)
     server_args = prepare_server_args(list(flags))
     from sglang.srt.entrypoints.http_server import app, launch_server
 
@@ -57,7 +58,7 @@ def run_sglang(flags: Sequence[str], env: WorkerEnv) -> None:
     finally:
         membership.stop()
         kill_process_tree(os.getpid(), include_parent=False)
-        leftovers.remove(os.getpid())
+        leftovers.remove(os.getpid(), scratch)
 
 
 def _leave_refused(error: Exception) -> None:

@@ -222,6 +222,23 @@ async def test_decode_reset_before_the_first_byte_is_retried(body: object, fault
         await until(lambda: site.state("decode-0") == "suspect")
 
 
+async def test_a_retry_avoids_the_failed_worker_not_only_the_pair() -> None:
+    async with running_site(prefill=2, decode=4, max_retries=1) as site:
+        behave(site.prefill, status=500)
+        replies = [await site.generate(PLAIN) for _ in range(6)]
+        assert [reply.status for reply in replies] == [200] * 6
+        assert site.prefill.requests
+        assert site.counts["retried"] >= 1
+
+
+async def test_the_failed_worker_is_used_again_where_there_is_no_other() -> None:
+    async with running_site(prefill=1, decode=2) as site:
+        behave(site.prefill, status=500)
+        assert (await site.generate(PLAIN)).status == 502
+        assert len(site.prefill.requests) == 2
+        assert [len(decode.requests) for decode in site.decodes] == [1, 1]
+
+
 async def test_without_another_pair_a_reset_is_502_and_its_worker_suspect() -> None:
     async with running_site() as site:
         behave(site.decode, reset_before_head=True)
