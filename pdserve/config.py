@@ -124,6 +124,8 @@ class WorkerEnv:
     parent_pid: int = 0
     fork_children: bool = True
     """On CPU, whether SGLang's own processes are forked from the server process, or spawned as stock does."""
+    stock: bool = False
+    """Only what SGLang cannot do without on CPU; everything else stays SGLang's own, for comparisons."""
     advertise_host: str = ""
     """Host by which other machines reach this worker; empty: the host it listens on."""
 
@@ -151,6 +153,7 @@ class WorkerEnv:
             bootstrap_url=env.get("PDSERVE_BOOTSTRAP_URL", "").rstrip("/"),
             parent_pid=int(parent),
             fork_children=env.get("PDSERVE_FORK_CHILDREN", "1") == "1",
+            stock=env.get("PDSERVE_STOCK", "") == "1",
             advertise_host=env.get("PDSERVE_ADVERTISE_HOST", ""),
         )
 

@@ -144,7 +144,7 @@ class FakeSGLang:
             connection.respond(404, b'{"detail":"Not Found"}')
 
     def _document(self, path: str) -> dict[str, Any] | None:
-        return {
+        documents: dict[str, dict[str, Any]] = {
             "/ping": {},
             "/health": {},
             "/v1/loads": {"loads": [self.load]},
@@ -155,7 +155,8 @@ class FakeSGLang:
                 "name": self.name,
                 "internal_states": [{"last_gen_throughput": 1.5, "name": self.name}],
             },
-        }.get(path)
+        }
+        return documents.get(path)
 
     async def _generate(self, connection: _Connection, path: str, request: dict[str, Any]) -> None:
         does = self.behaviour

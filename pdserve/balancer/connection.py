@@ -104,7 +104,7 @@ class UpstreamConnection(asyncio.Protocol):
         response.connection = None
         if not self._has_bytes:
             self._lost_before_answer(response, exc)
-        elif response.status and _ends_with_connection(response.headers):
+        elif exc is None and response.status and _ends_with_connection(response.headers):
             response.on_complete()
             response.on_progress()
         else:

@@ -91,7 +91,7 @@ class UpstreamPool:
         self.connections: set[UpstreamConnection] = set()
         self.is_closed = False
         self._targets: dict[str, _Target] = {}
-        self._connecting: set[asyncio.Task[None]] = set()
+        self._connecting: dict[asyncio.Task[None], UpstreamResponse] = {}
         self._idle_timer: asyncio.TimerHandle | None = None
 
     def start(
@@ -197,7 +197,8 @@ class UpstreamPool:
         for connection in list(self.connections):
             connection.drop()
         tasks = list(self._connecting)
-        for task in tasks:
+        for task, response in list(self._connecting.items()):
+            response.fail(WorkerUnreachable(response.url, "the balancer is stopping"))
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -210,8 +211,8 @@ class UpstreamPool:
             return
         task = asyncio.get_running_loop().create_task(self._connect(target, response))
         response.connecting = task
-        self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
+        self._connecting[task] = response
+        task.add_done_callback(self._connecting.pop)
 
     def expect_idle(self) -> None:
         """Some connection became idle: see to it that it does not stay for ever."""
@@ -235,8 +236,9 @@ class UpstreamPool:
         except TimeoutError:
             response.fail(WorkerUnreachable(target.url, f"no connection within {self.connect_s:g} s"))
             return
-        except OSError as exc:
-            response.fail(WorkerUnreachable(target.url, f"cannot connect: {exc.strerror or exc}"))
+        except (OSError, UnicodeError) as exc:  # UnicodeError: no such host name can exist
+            why = getattr(exc, "strerror", None) or exc
+            response.fail(WorkerUnreachable(target.url, f"cannot connect: {why}"))
             return
         response.connecting = None
         self.connections.add(connection)
@@ -250,11 +252,17 @@ class UpstreamPool:
 
 def _address(url: str) -> tuple[str, int, ssl.SSLContext | None, bytes]:
     """Host, port, TLS context and Host header of a base URL."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"a worker's address must be http://host:port or https://host:port, got {url!r}")
+    try:
+        parts = urlsplit(url)
+        given_port = parts.port
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(url)
+    except ValueError:
+        raise ConfigError(
+            f"a worker's address must be http://host:port or https://host:port, got {url!r}"
+        ) from None
     is_tls = parts.scheme == "https"
-    port = parts.port or (443 if is_tls else 80)
+    port = given_port or (443 if is_tls else 80)
     return parts.hostname, port, _tls_context() if is_tls else None, parts.netloc.rpartition("@")[2].encode()
 
 

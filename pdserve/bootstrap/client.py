@@ -12,13 +12,20 @@ import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
 from pdserve.bootstrap.messages import Deregister, Heartbeat, Lease, RankRoute, Refusal, Register
 from pdserve.bootstrap.watch import FleetWatcher
-from pdserve.errors import KVLayoutMismatch, PdserveError, ProtocolMismatch, WorkerRejected, WorkerUnreachable
+from pdserve.errors import (
+    ConfigError,
+    KVLayoutMismatch,
+    PdserveError,
+    ProtocolMismatch,
+    WorkerRejected,
+    WorkerUnreachable,
+)
 from pdserve.types import InstanceId, WorkerInfo
 
 __all__ = ["FleetWatcher", "LeaseClient", "LeaseKeeper"]
@@ -26,6 +33,9 @@ __all__ = ["FleetWatcher", "LeaseClient", "LeaseKeeper"]
 logger = logging.getLogger(__name__)
 
 CALL_S = 5.0
+STOP_S = 1.0
+"""``LeaseKeeper.stop`` waits this long for a call in progress, and again for its own."""
+FIRST_PAUSE_S = 0.1
 MAX_BACKOFF_S = 2.0
 RANK_REPORT_S = 120.0
 """How long a rank tries to report: the service may be restarting, or may not be up yet."""
@@ -48,18 +58,19 @@ class LeaseClient:
 
         Raises:
             KVLayoutMismatch, ProtocolMismatch: refused for good.
-            WorkerRejected: refused for now (425: ranks have not all reported).
+            ConfigError: refused for good, another live process has this worker's name.
+            WorkerRejected: refused for now (425: ranks have not all reported; 503: no port is free).
             WorkerUnreachable: the service does not answer.
         """
         return self._call("POST", "/fleet/register", request, Lease)
 
     def report_rank(self, instance_id: InstanceId, report: RankRoute) -> None:
         """One scheduler rank reports itself; raises as ``register``."""
-        self._call("PUT", f"/fleet/instances/{instance_id}/ranks", report, dict)
+        self._call("PUT", f"/fleet/instances/{quote(instance_id, safe='')}/ranks", report, dict)
 
     def report_rank_patiently(self, instance_id: InstanceId, report: RankRoute) -> None:
         """As ``report_rank``, but waits up to RANK_REPORT_S for a service that does not answer."""
-        deadline, pause_s = time.monotonic() + RANK_REPORT_S, 0.1
+        deadline, pause_s = time.monotonic() + RANK_REPORT_S, FIRST_PAUSE_S
         while True:
             try:
                 return self.report_rank(instance_id, report)
@@ -71,7 +82,7 @@ class LeaseClient:
 
     def report_dp_rank(self, instance_id: InstanceId, room: int, dp_rank: int) -> None:
         """Say which DP rank serves ``room``."""
-        path = f"/fleet/instances/{instance_id}/dp_rank"
+        path = f"/fleet/instances/{quote(instance_id, safe='')}/dp_rank"
         self._call("POST", path, {"bootstrap_room": room, "dp_rank": dp_rank}, dict)
 
     def heartbeat(self, instance_id: InstanceId) -> Lease:
@@ -101,20 +112,25 @@ class LeaseClient:
             raise WorkerUnreachable(self.url, f"bootstrap service does not answer: {exc}") from exc
         finally:
             connection.close()
-        if response.status == 200:
+        if response.status != 200:
+            raise _refusal_error(self.url, response.status, data)
+        try:
             return msgspec.json.decode(data, type=answer)
-        raise _refusal_error(self.url, response.status, data)
+        except ValueError as exc:  # somebody else listens there now
+            raise WorkerRejected(self.url, response.status, data) from exc
 
 
 def _refusal_error(url: str, status: int, data: bytes) -> PdserveError:
     try:
         refusal = msgspec.json.decode(data, type=Refusal)
-    except msgspec.DecodeError:
+    except ValueError:
         return WorkerRejected(url, status, data)
     if refusal.code == "mismatch":
         return KVLayoutMismatch(refusal.message)
     if refusal.code == "protocol":
         return ProtocolMismatch(refusal.message)
+    if refusal.code == "name_taken":
+        return ConfigError(refusal.message)
     return WorkerRejected(url, status, refusal.message.encode())
 
 
@@ -142,57 +158,61 @@ class LeaseKeeper:
 
     def stop(self) -> None:
         """Leave the fleet and end the thread; never raises for a service that is gone."""
+        if not self._thread.is_alive() and self.lease is None:
+            return  # never started, or refused before it was a member
         self._stop.set()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(timeout=CALL_S)
-        if self.lease is None:
-            return
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=STOP_S)
         try:
-            LeaseClient(self._client.url, timeout_s=1.0).deregister(
+            LeaseClient(self._client.url, timeout_s=STOP_S).deregister(
                 self._worker.instance_id, "worker stopped"
             )
         except PdserveError as exc:
             logger.info("could not deregister, the lease will run out: %s", exc)
 
     def _run(self) -> None:
-        pause_s, needs_register, was_lost = 0.05, True, False
+        pause_s, needs_register, was_lost = 0.0, True, False
         while not self._stop.wait(pause_s):
             try:
-                if needs_register:
-                    self._register()
-                    needs_register = False
-                else:
-                    lease = self._client.heartbeat(self._worker.instance_id)
-                    self.lease = lease
-                if was_lost:
-                    logger.info("bootstrap service is back url=%s", self._client.url)
-                was_lost = False
-                pause_s = self.lease.lease_s / 4 if self.lease is not None else self._lease_s / 4
-            except (KVLayoutMismatch, ProtocolMismatch) as exc:
+                self.lease = self._register() if needs_register else self._renew()
+            except (KVLayoutMismatch, ProtocolMismatch, ConfigError) as exc:
                 self._on_refused(exc)
                 return
             except WorkerRejected as exc:
                 # 404: a restarted service does not know us. 425: our ranks are still starting.
-                needs_register, pause_s = True, 0.1
-                if exc.status not in (404, 425):
+                needs_register = True
+                if exc.status in (404, 425):
+                    pause_s = FIRST_PAUSE_S
+                else:
                     logger.warning("lease refused, trying again: %s", exc)
                     pause_s = MAX_BACKOFF_S
+                continue
             except PdserveError as exc:
                 if not was_lost:
                     logger.warning("bootstrap service lost, serving on: %s", exc)
+                    pause_s = FIRST_PAUSE_S / 2
                 was_lost = True
-                pause_s = min(max(pause_s, 0.1) * 2, MAX_BACKOFF_S / 2) if pause_s < 1 else MAX_BACKOFF_S / 2
+                pause_s = min(pause_s * 2, MAX_BACKOFF_S / 2)
+                continue
+            if was_lost:
+                logger.info("bootstrap service is back url=%s", self._client.url)
+            needs_register, was_lost = False, False
+            pause_s = self.lease.lease_s / 4
 
-    def _register(self) -> None:
+    def _renew(self) -> Lease:
+        return self._client.heartbeat(self._worker.instance_id)
+
+    def _register(self) -> Lease:
         former = self.lease
         request = Register(
             worker=self._worker if former is None else former.worker,
             ranks=[] if former is None else former.ranks,
             lease_s=self._lease_s,
         )
-        self.lease = self._client.register(request)
-        worker = self.lease.worker
+        lease = self._client.register(request)
+        worker = lease.worker
         logger.info(
             "joined the fleet worker=%s instance=%s bootstrap=%s:%s",
             worker.worker_id, worker.instance_id, worker.bootstrap_host, worker.bootstrap_port,
         )  # fmt: skip
+        return lease

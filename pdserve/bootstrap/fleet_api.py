@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from math import isfinite
+from typing import TYPE_CHECKING
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pdserve.bootstrap.messages import Deregister, Heartbeat, RankRoute, Refusal, Register
-from pdserve.bootstrap.prefill_api import take_dp_rank
+from pdserve.bootstrap.messages import Deregister, Heartbeat, RankRoute, Register
+from pdserve.bootstrap.prefill_api import RoomRank, take_dp_rank
 from pdserve.bootstrap.registry import Refused
-from pdserve.bootstrap.routes import RouteError
 from pdserve.bootstrap.web import json_answer, json_errors, read_json
 from pdserve.types import InstanceId
 
@@ -29,11 +28,11 @@ def fleet_app(service: BootstrapService) -> Starlette:
     """ASGI app of the service's main port."""
 
     async def register(request: Request) -> Response:
-        return json_answer(await service.register(await read_json(request, Register)))
+        return json_answer(await service.register(await read_json(request, Register), _reached_at(request)))
 
     async def heartbeat(request: Request) -> Response:
         message = await read_json(request, Heartbeat)
-        return json_answer(service.registry.heartbeat(message.instance_id, service.now()))
+        return json_answer(service.fleet.heartbeat(message.instance_id, service.now()))
 
     async def deregister(request: Request) -> Response:
         message = await read_json(request, Deregister)
@@ -43,14 +42,14 @@ def fleet_app(service: BootstrapService) -> Starlette:
     async def report_rank(request: Request) -> Response:
         instance_id = InstanceId(request.path_params["instance_id"])
         report = await read_json(request, RankRoute)
-        instance = service.registry.report_rank(instance_id, report, service.now())
+        instance = service.fleet.report_rank(instance_id, report, service.now())
         return json_answer({"ranks": len(instance.ranks)})
 
     async def dp_rank(request: Request) -> Response:
         table = service.table(InstanceId(request.path_params["instance_id"]))
         if table is None:
             raise Refused("unknown_instance", "this instance is not registered as a prefill server")
-        take_dp_rank(table, await read_json(request, dict[str, Any]))
+        take_dp_rank(table, await read_json(request, RoomRank, strict=False))
         return json_answer({"ok": True})
 
     async def view(request: Request) -> Response:
@@ -59,11 +58,12 @@ def fleet_app(service: BootstrapService) -> Starlette:
             after, wait_s = int(query.get("after", "-1")), float(query.get("wait_s", "0"))
         except ValueError as exc:
             raise HTTPException(400, "after must be an integer and wait_s a number of seconds") from exc
-        return json_answer(await service.wait_view(query.get("epoch", ""), after, min(wait_s, MAX_WAIT_S)))
+        wait_s = min(max(wait_s, 0.0), MAX_WAIT_S) if isfinite(wait_s) else 0.0
+        return json_answer(await service.wait_view(query.get("epoch", ""), after, wait_s))
 
     async def health(_: Request) -> Response:
-        members = service.registry.members()
-        return json_answer({"status": "ok", "epoch": service.registry.epoch, "workers": len(members)})
+        members = service.fleet.members()
+        return json_answer({"status": "ok", "epoch": service.fleet.epoch, "workers": len(members)})
 
     return Starlette(
         routes=[
@@ -79,6 +79,12 @@ def fleet_app(service: BootstrapService) -> Starlette:
     )
 
 
+def _reached_at(request: Request) -> str:
+    """Our own address as this client reached it; an IPv4 one also on a dual-stack socket."""
+    host = (request.scope.get("server") or ("", None))[0]
+    return str(host).removeprefix("::ffff:")
+
+
 def _refusing(
     handler: Callable[[Request], Awaitable[Response]],
 ) -> Callable[[Request], Awaitable[Response]]:
@@ -87,10 +93,5 @@ def _refusing(
             return await handler(request)
         except Refused as exc:
             return json_answer(exc.refusal, exc.status)
-        except RouteError as exc:
-            return json_answer(Refusal(code="bad_request", message=str(exc)), exc.status)
-        except msgspec.DecodeError as exc:
-            refusal = Refusal(code="bad_request", message=f"body is not the expected JSON: {exc}")
-            return json_answer(refusal, 400)
 
     return call

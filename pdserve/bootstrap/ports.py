@@ -35,7 +35,7 @@ class PortPlan:
         return "any" if self._range is None else f"{self._range.start}-{self._range.stop - 1}"
 
     def candidates(self, former: int | None, now: float) -> Iterator[int]:
-        """The instance's own former port, then fresh ones, then those released longest ago; 0 is any free one."""
+        """Its own former port, then fresh ones, then those released longest ago; 0 stands for any."""
         if former is not None and 1 <= former <= 65535:
             yield former
         recent = [port for port in self._released if self.is_recent(port, now)]

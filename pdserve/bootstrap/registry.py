@@ -94,7 +94,7 @@ class Fleet:
         return FleetView(epoch=self.epoch, version=self.version, workers=self.members(), uptime_s=uptime_s)
 
     def report_rank(self, instance_id: InstanceId, report: RankRoute, now: float) -> Instance:
-        """Take one rank's report. Raises Refused if it is malformed or contradicts its siblings or the fleet."""
+        """Take one rank's report. Raises Refused if it is malformed or contradicts siblings or fleet."""
         _check_report(report)
         instance = self._instances.get(instance_id) or Instance(instance_id)
         for rank, sibling in instance.ranks.items():
@@ -140,12 +140,11 @@ class Fleet:
     def register(
         self, request: Register, now: float, bootstrap_host: str = "", bootstrap_port: int | None = None
     ) -> Lease:
-        """Make the worker a member, at once with its address and instead of a namesake. Raises as ``admit``."""
+        """Make the worker a member, with its address and instead of its namesake. Raises as ``admit``."""
         instance = self.admit(request, now)
         first = instance.first_rank
         assert first is not None
-        while (other := self.namesake(request.worker)) is not None:
-            self._supersede(other, request.worker)
+        self.supersede(request.worker)
         worker = msgspec.structs.replace(
             request.worker,
             kv_layout=first.kv_layout,
@@ -193,6 +192,17 @@ class Fleet:
         self._on_gone(instance_id)
         return True
 
+    def supersede(self, worker: WorkerInfo) -> bool:
+        """Drop the predecessor of a restarted worker: same name, other instance. True if there was one."""
+        former = self.namesake(worker)
+        if former is None:
+            return False
+        self.deregister(former.instance_id, f"superseded by instance {worker.instance_id}")
+        self._superseded[former.instance_id] = former.worker_id
+        if len(self._superseded) > MAX_SUPERSEDED:
+            del self._superseded[next(iter(self._superseded))]
+        return True
+
     def expire(self, now: float) -> list[InstanceId]:
         """Drop instances whose lease (or wait to register) has run out."""
         late = [i.instance_id for i in self._instances.values() if i.expires_s <= now]
@@ -204,13 +214,6 @@ class Fleet:
         """Extend every lease by a time in which this service itself could not hear anybody."""
         for instance in self._instances.values():
             instance.expires_s += stalled_s
-
-    def _supersede(self, former: WorkerInfo, successor: WorkerInfo) -> None:
-        """A restarted worker replaces its predecessor at once: same name, other instance."""
-        self.deregister(former.instance_id, f"superseded by instance {successor.instance_id}")
-        self._superseded[former.instance_id] = former.worker_id
-        if len(self._superseded) > MAX_SUPERSEDED:
-            del self._superseded[next(iter(self._superseded))]
 
     def _check_name(self, worker: WorkerInfo) -> None:
         # Without this, two live processes with one name would replace each other for ever.

@@ -85,6 +85,8 @@ _RULES: tuple[tuple[str, _Explain], ...] = (
     ),
 )
 _ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b: .+|.*\b(?:Error|ERROR): .+")
+_CLIENTS_MISTAKE = "[http_server] Error:"
+"""How SGLang logs a request it refused: never why a process ended."""
 _COMPILED = tuple((re.compile(pattern), explain) for pattern, explain in _RULES)
 
 
@@ -96,7 +98,7 @@ def diagnose(log_tail: str) -> str | None:
         found = list(pattern.finditer(log_tail))
         if found:
             return _shorten(explain(found[-1]))
-    errors = [line for line in lines if _ERROR_LINE.match(line)]
+    errors = [line for line in lines if _ERROR_LINE.match(line) and _CLIENTS_MISTAKE not in line]
     return _shorten(errors[-1]) if errors else None
 
 

@@ -48,7 +48,8 @@ class PdserveKVManager(NixlKVManager):
     ) -> None:
         self._pdserve_env = WorkerEnv.from_environ()
         if _pools_are_host_memory(server_args):
-            set_progress_delay(PROGRESS_DELAY_US)
+            if not self._pdserve_env.stock:
+                set_progress_delay(PROGRESS_DELAY_US)
             # NIXL refuses host memory announced as VRAM; the kinds travel to the peer with the registration.
             args.kv_data_mem_kinds = ["DRAM"] * len(args.kv_data_ptrs)
         self.transfer_stats = TransferStats.open()

@@ -35,6 +35,8 @@ class HookTarget:
     replacement: str
     why: str
     cpu_only: bool = False
+    essential: bool = False
+    """Kept in stock mode: without it SGLang does not serve on CPU at all."""
 
 
 HOOKS: tuple[HookTarget, ...] = (
@@ -43,6 +45,7 @@ HOOKS: tuple[HookTarget, ...] = (
         "replace",
         "pdserve.plugin.backend:PdserveKVManager",
         "DRAM pools on CPU; ranks report to the bootstrap service; a lost service fails no request",
+        essential=True,
     ),
     HookTarget(
         "sglang.srt.disaggregation.nixl.conn.NixlKVSender",
@@ -80,6 +83,7 @@ HOOKS: tuple[HookTarget, ...] = (
         "pdserve.plugin.patches:skip_host_register",
         "page-locking host memory is a CUDA call",
         cpu_only=True,
+        essential=True,
     ),
     HookTarget(
         "sglang.srt.entrypoints.engine._set_envs_and_config",
@@ -96,11 +100,13 @@ def register() -> None:
 
     Does nothing unless pdserve's launcher asked for it (``PDSERVE_ACTIVE=1``).
     """
-    if not WorkerEnv.from_environ().is_active:
+    env = WorkerEnv.from_environ()
+    if not env.is_active:
         return
     try:
         check_sglang_version(importlib.import_module("sglang.version").__version__)
-        apply_hooks(HOOKS, on_cpu=not _has_cuda())
+        hooks = tuple(hook for hook in HOOKS if hook.essential or not env.stock)
+        apply_hooks(hooks, on_cpu=not _has_cuda())
     except Exception as exc:
         # SGLang would log this and serve without us: stop here instead.
         logger.error("pdserve plugin could not be applied: %s", exc)

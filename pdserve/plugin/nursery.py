@@ -31,6 +31,7 @@ import setproctitle
 
 from pdserve.config import WorkerEnv, adopt_worker_defaults, replace_environ
 from pdserve.lifeline import die_with_parent
+from pdserve.plugin.imports import skip_gpu_only_packages
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def main() -> None:
 
 def preload() -> None:
     """Import everything a worker needs and freeze it, so that collections do not unshare the pages."""
+    skip_gpu_only_packages()
     from sglang.srt.plugins import load_plugins
 
     load_plugins()

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pdserve import leftovers
 from pdserve.config import WorkerEnv, adopt_scratch, adopt_worker_defaults
 from pdserve.errors import PdserveError
+from pdserve.plugin.imports import is_cpu_server, skip_gpu_only_packages
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from pdserve.lifeline import die_with_parent
 
         die_with_parent(env.parent_pid)
+    if is_cpu_server(flags) and not env.stock:
+        skip_gpu_only_packages()
     run_sglang(flags, env)
 
 

@@ -78,6 +78,7 @@ class Fleet:
     launcher: subprocess.Popen[bytes]
     logs: Path
     bootstrap_url: str = ""
+    is_expected_dead: bool = False
 
     def state(self) -> dict[str, Any]:
         """The balancer's state document."""
@@ -87,7 +88,8 @@ class Fleet:
 
     def worker(self, worker_id: str) -> dict[str, Any]:
         """Its row of the state document."""
-        return next(dict(w) for w in self.state()["workers"] if w["worker_id"] == worker_id)
+        workers = {w["worker_id"]: dict(w) for w in self.state()["workers"]}
+        return workers[worker_id]  # KeyError between its end and its return, which wait_for tries again
 
     def pid(self, worker_id: str) -> int:
         """Process id of its HTTP process, asked from the server itself."""
@@ -165,7 +167,8 @@ def launch_fleet(
 
         wait_for(ready, "the fleet", READY_S)
         yield fleet
-        stop(launcher, expect=0)
+        if not fleet.is_expected_dead:
+            stop(launcher, expect=0)
     finally:
         kill_tree(launcher)
 
@@ -201,6 +204,7 @@ class Reference:
         flags += ["--device", "cpu", "--attention-backend", "torch_native", "--page-size", "16"]
         flags += ["--max-total-tokens", "65536", "--skip-server-warmup", "--disable-overlap-schedule"]
         environ = {**os.environ, "PDSERVE_ACTIVE": "1", "SGLANG_PLATFORM": "pdserve", "OMP_NUM_THREADS": "1"}
+        environ |= {"PDSERVE_PARENT_PID": str(os.getpid())}
         environ |= {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python", "HF_HUB_OFFLINE": "1"}
         with (folder / "reference.log").open("wb") as log:
             self._process = subprocess.Popen(

@@ -215,4 +215,4 @@ def _children_running(fleet: Fleet, what: str) -> list[int]:
     import psutil
 
     children = psutil.Process(fleet.launcher.pid).children()
-    return [child.pid for child in children if what in " ".join(child.cmdline())]
+    return [child.pid for child in children if what in child.cmdline()]

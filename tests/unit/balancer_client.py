@@ -79,12 +79,15 @@ class Exchange:
 
 
 def _unchunk(data: bytes) -> bytes:
-    body = b""
+    parts: list[bytes] = []
+    at = 0
     while True:
-        size, _, data = data.partition(b"\r\n")
-        if not int(size or b"0", 16):
-            return body
-        body, data = body + data[: int(size, 16)], data[int(size, 16) + 2 :]
+        end = data.find(b"\r\n", at)
+        size = int(data[at:end] or b"0", 16) if end > 0 else 0
+        if not size:
+            return b"".join(parts)
+        parts.append(data[end + 2 : end + 2 + size])
+        at = end + 2 + size + 2
 
 
 @dataclass
@@ -138,7 +141,7 @@ class Site:
         """The newest row of ``recent``."""
         rows = self.balancer.dispatcher.snapshot()["recent"]
         assert isinstance(rows, list)
-        return rows[-1]
+        return dict(rows[-1])
 
 
 @asynccontextmanager

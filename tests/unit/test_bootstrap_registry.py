@@ -1,165 +1,243 @@
-"""Membership rules without sockets."""
+"""Membership rules without sockets: examples, and invariants over random histories."""
 
 from __future__ import annotations
 
 import msgspec
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from pdserve.bootstrap.messages import RankRoute, Register
-from pdserve.bootstrap.registry import Refused, Registry
-from pdserve.bootstrap.routes import DP_RANK_TTL_S, RouteError, RouteTable
-from pdserve.types import InstanceId, KVLayoutDescriptor, Role, WorkerId, WorkerInfo
-
-LAYOUT = KVLayoutDescriptor(page_size=16, dtype="float32", num_layers=2, num_kv_heads=2, token_bytes=256)
+from pdserve.bootstrap.registry import Fleet, Refused
+from pdserve.types import InstanceId, Role, WorkerInfo
+from tests.unit.bootstrap_parts import LAYOUT, report, row, worker
 
 
-def row(tp_rank: int = 0, tp_size: int = 1, port: int = 5000) -> dict[str, object]:
-    """What one SGLang prefill rank PUTs."""
-    return {
-        "attn_tp_size": tp_size, "attn_tp_rank": tp_rank, "attn_cp_size": 1, "attn_cp_rank": 0,
-        "attn_dp_size": 1, "attn_dp_rank": 0, "pp_size": 1, "pp_rank": 0, "system_dp_size": 1,
-        "system_dp_rank": 0, "rank_ip": "127.0.0.1", "rank_port": port, "page_size": 16,
-        "kv_cache_dtype": "float32", "kv_layout": None, "load_balance_method": "follow_bootstrap_room",
-        "prefill_http_port": 31000, "dsv41_spec_layout": None, "enable_dsa_cache_layer_split": False,
-        "enable_kv_cache_sharding": False, "decode_allocation_policy": "early",
-    }  # fmt: skip
-
-
-def worker(name: str, instance: str, role: Role = Role.PREFILL, model: str = "tiny") -> WorkerInfo:
-    return WorkerInfo(
-        worker_id=WorkerId(name),
-        instance_id=InstanceId(instance),
-        role=role,
-        url="http://127.0.0.1:31000",
-        model=model,
-        served_model_name=model,
-    )
-
-
-def report(role: Role = Role.PREFILL, layout: KVLayoutDescriptor = LAYOUT) -> RankRoute:
-    route = row() if role is Role.PREFILL else None
-    return RankRoute(role=role, rank=0, num_ranks=1, kv_layout=layout, route=route)
-
-
-def join(registry: Registry, info: WorkerInfo, now: float = 0.0, **changes: object) -> None:
+def join(fleet: Fleet, info: WorkerInfo, now: float = 0.0, **changes: object) -> None:
     layout = msgspec.structs.replace(LAYOUT, **changes)
-    registry.report_rank(info.instance_id, report(info.role, layout), now)
-    registry.register(Register(worker=info), now)
+    fleet.report_rank(info.instance_id, report(info.role, layout), now)
+    fleet.register(Register(worker=info), now)
 
 
 def test_worker_waits_until_all_its_ranks_have_reported() -> None:
-    registry = Registry()
+    fleet = Fleet()
     info = worker("prefill-0", "a")
     with pytest.raises(Refused) as refused:
-        registry.register(Register(worker=info), 0.0)
+        fleet.register(Register(worker=info), 0.0)
     assert (refused.value.refusal.code, refused.value.status) == ("ranks_pending", 425)
 
-    join(registry, info)
-    assert [member.worker_id for member in registry.members()] == ["prefill-0"]
-    assert registry.members()[0].kv_layout == LAYOUT
+    join(fleet, info)
+    assert [member.worker_id for member in fleet.members()] == ["prefill-0"]
+    assert fleet.members()[0].kv_layout == LAYOUT
 
 
 def test_layout_mismatch_names_each_difference_and_the_other_worker() -> None:
-    registry = Registry()
-    join(registry, worker("prefill-0", "a"))
-    with pytest.raises(Refused, match=r"page_size: 32 != 16; dtype: bfloat16 != float32.*prefill-0"):
-        join(registry, worker("decode-0", "b", Role.DECODE), page_size=32, dtype="bfloat16")
-    assert len(registry.members()) == 1
+    fleet = Fleet()
+    join(fleet, worker("prefill-0", "a"))
+    with pytest.raises(
+        Refused, match=r"page_size: 32 != 16; dtype: bfloat16 != float32 \(fleet: prefill-0\)"
+    ):
+        join(fleet, worker("decode-0", "b", Role.DECODE), page_size=32, dtype="bfloat16")
+    assert len(fleet.members()) == 1
 
 
 def test_other_model_is_refused_although_its_layout_fits() -> None:
-    registry = Registry()
-    join(registry, worker("prefill-0", "a"))
+    fleet = Fleet()
+    join(fleet, worker("prefill-0", "a"))
     with pytest.raises(Refused, match="decode-0 cannot join: model: other != tiny"):
-        join(registry, worker("decode-0", "b", Role.DECODE, model="other"))
+        join(fleet, worker("decode-0", "b", Role.DECODE, model="other"))
 
 
 def test_other_protocol_is_refused() -> None:
-    registry = Registry()
+    fleet = Fleet()
     with pytest.raises(Refused, match="speaks protocol 99, this service 1"):
-        registry.register(Register(worker=worker("p", "a"), protocol=99), 0.0)
+        fleet.register(Register(worker=worker("p", "a"), protocol=99), 0.0)
 
 
 def test_restarted_worker_supersedes_its_predecessor_at_once() -> None:
     gone: list[str] = []
-    registry = Registry(on_gone=gone.append)
-    join(registry, worker("prefill-0", "a"))
-    join(registry, worker("prefill-0", "b"))
+    fleet = Fleet(on_gone=gone.append)
+    join(fleet, worker("prefill-0", "a"))
+    join(fleet, worker("prefill-0", "b"))
     assert gone == ["a"]
-    assert [member.instance_id for member in registry.members()] == ["b"]
+    assert [member.instance_id for member in fleet.members()] == ["b"]
 
 
 def test_restart_with_new_layout_is_allowed_when_it_is_alone() -> None:
-    registry = Registry()
-    join(registry, worker("prefill-0", "a"))
-    registry.deregister(InstanceId("a"), "stopped")
-    join(registry, worker("prefill-0", "b"), page_size=32)
-    assert registry.members()[0].instance_id == "b"
+    fleet = Fleet()
+    join(fleet, worker("prefill-0", "a"))
+    fleet.deregister(InstanceId("a"), "stopped")
+    join(fleet, worker("prefill-0", "b"), page_size=32)
+    assert fleet.members()[0].instance_id == "b"
 
 
 def test_lease_expires_unless_renewed() -> None:
-    registry = Registry()
-    join(registry, worker("prefill-0", "a"))
-    registry.heartbeat(InstanceId("a"), 9.0)
-    assert registry.expire(18.9) == []
-    assert registry.expire(19.0) == ["a"]
+    fleet = Fleet()
+    join(fleet, worker("prefill-0", "a"))
+    fleet.heartbeat(InstanceId("a"), 9.0)
+    assert fleet.expire(18.9) == []
+    assert fleet.expire(19.0) == ["a"]
     with pytest.raises(Refused) as refused:
-        registry.heartbeat(InstanceId("a"), 20.0)
+        fleet.heartbeat(InstanceId("a"), 20.0)
     assert refused.value.status == 404
 
 
 def test_version_changes_exactly_when_members_do() -> None:
-    registry = Registry()
-    seen = [registry.version]
-    join(registry, worker("prefill-0", "a"))
-    seen.append(registry.version)
-    registry.heartbeat(InstanceId("a"), 1.0)
-    assert registry.version == seen[-1] > seen[0]
-    assert registry.deregister(InstanceId("a"), "") is True
-    assert registry.deregister(InstanceId("a"), "") is False
-    assert registry.version == seen[-1] + 1
+    fleet = Fleet()
+    seen = [fleet.version]
+    join(fleet, worker("prefill-0", "a"))
+    seen.append(fleet.version)
+    fleet.heartbeat(InstanceId("a"), 1.0)
+    assert fleet.version == seen[-1] > seen[0]
+    assert fleet.deregister(InstanceId("a"), "") is True
+    assert fleet.deregister(InstanceId("a"), "") is False
+    assert fleet.version == seen[-1] + 1
 
 
-def test_route_table_is_complete_when_every_tp_rank_is_there() -> None:
-    table = RouteTable()
-    table.put(row(tp_rank=1, tp_size=2, port=5001))
-    with pytest.raises(RouteError) as error:
-        table.topology()
-    assert error.value.status == 503
-    table.put(row(tp_rank=0, tp_size=2, port=5000))
-    assert table.topology()["attn_tp_size"] == 2
-    assert table.rank(0, 0, 1, 0) == {"rank_ip": "127.0.0.1", "rank_port": 5001}
-    with pytest.raises(RouteError, match="tp=7"):
-        table.rank(0, 0, 7, 0)
+def test_mismatch_says_which_flags_to_change() -> None:
+    fleet = Fleet()
+    join(fleet, worker("prefill-0", "a"))
+    with pytest.raises(Refused, match="Start it with the same --kv-cache-dtype and --page-size"):
+        join(fleet, worker("decode-0", "b", Role.DECODE), page_size=32, dtype="bfloat16")
+    with pytest.raises(Refused, match="Start it with the same model, or stop"):
+        join(fleet, worker("decode-0", "c", Role.DECODE), num_layers=3)
 
 
-def test_rank_that_reports_twice_replaces_its_row() -> None:
-    table = RouteTable()
-    table.put(row(port=5000))
-    table.put(row(port=6000))
-    assert table.rank(0, 0, 0, 0)["rank_port"] == 6000
+def test_model_path_may_differ_when_the_served_name_is_the_same() -> None:
+    fleet = Fleet()
+    join(fleet, worker("prefill-0", "a"))
+    elsewhere = msgspec.structs.replace(worker("decode-0", "b", Role.DECODE), model="/other/machine/tiny")
+    join(fleet, elsewhere)
+    unnamed = msgspec.structs.replace(worker("decode-1", "c", Role.DECODE, "x"), served_model_name="")
+    with pytest.raises(Refused, match="model: x != tiny"):
+        join(fleet, unnamed)
 
 
-def test_incomplete_row_is_refused_by_name() -> None:
-    with pytest.raises(RouteError, match="lacks rank_port") as error:
-        RouteTable().put({**row(), "rank_port": None})
-    assert error.value.status == 400
+def test_replaced_process_cannot_take_its_name_back_while_the_successor_lives() -> None:
+    """Two live processes of one name would otherwise replace each other for ever."""
+    fleet = Fleet()
+    join(fleet, worker("prefill-0", "a"))
+    join(fleet, worker("prefill-0", "b"))
+    with pytest.raises(Refused, match="prefill-0 was replaced by a newer process") as refused:
+        join(fleet, worker("prefill-0", "a"))
+    assert (refused.value.refusal.code, refused.value.status) == ("name_taken", 409)
+    assert [member.instance_id for member in fleet.members()] == ["b"]
+
+    fleet.deregister(InstanceId("b"), "stopped")
+    join(fleet, worker("prefill-0", "a"))
+    assert [member.instance_id for member in fleet.members()] == ["a"]
 
 
-def test_dp_ranks_are_forgotten_after_their_time() -> None:
-    table = RouteTable()
-    table.register_dp_rank(7, 1, now=0.0)
-    assert table.query_dp_ranks([7, 8]) == {"7": 1}
-    table.register_dp_rank(9, 0, now=DP_RANK_TTL_S + 1)
-    assert table.query_dp_ranks([7, 9]) == {"9": 0}
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"rank": 1}, r"rank must be 0..0, got 1"),
+        ({"rank": -1}, r"rank must be 0..0, got -1"),
+        ({"num_ranks": 0}, "rank must be"),
+        ({"route": None}, "prefill rank 0 reports no route"),
+        ({"route": {"rank_ip": "127.0.0.1"}}, "rank row lacks attn_tp_size"),
+        ({"num_ranks": 2}, "2 ranks, but the topology has 1"),
+    ],
+)
+def test_malformed_report_is_refused_by_name(changes: dict[str, object], text: str) -> None:
+    with pytest.raises(Refused, match=text) as refused:
+        Fleet().report_rank(InstanceId("a"), msgspec.structs.replace(report(), **changes), 0.0)
+    assert refused.value.status == 400
 
 
-@pytest.mark.engine
-def test_topology_is_what_sglangs_decode_side_reads() -> None:
-    conn = pytest.importorskip("sglang.srt.disaggregation.common.conn", reason="needs sglang")
-    table = RouteTable()
-    table.put(row())
-    info = conn.PrefillServerInfo(**table.topology())
-    assert (info.attn_tp_size, info.page_size, info.kv_cache_dtype) == (1, 16, "float32")
-    assert info.follow_bootstrap_room is True
-    assert info.prefill_http_port == 31000
+def test_ranks_of_one_server_must_agree() -> None:
+    fleet = Fleet()
+    ranks = [
+        RankRoute(role=Role.PREFILL, rank=i, num_ranks=2, kv_layout=LAYOUT, route=row(i, 2)) for i in (0, 1)
+    ]
+    fleet.report_rank(InstanceId("a"), ranks[0], 0.0)
+    other = msgspec.structs.replace(ranks[1], kv_layout=msgspec.structs.replace(LAYOUT, num_layers=3))
+    with pytest.raises(Refused, match="ranks 1 and 0 of one server disagree: num_layers: 3 != 2"):
+        fleet.report_rank(InstanceId("a"), other, 0.0)
+    with pytest.raises(Refused, match="1 of 2 of its ranks"):
+        fleet.register(Register(worker=worker("p", "a")), 0.0)
+    fleet.report_rank(InstanceId("a"), ranks[1], 0.0)
+    assert len(fleet.register(Register(worker=worker("p", "a")), 0.0).ranks) == 2
+
+
+def test_role_must_be_that_of_its_ranks() -> None:
+    fleet = Fleet()
+    fleet.report_rank(InstanceId("a"), report(Role.DECODE), 0.0)
+    with pytest.raises(Refused, match="p is prefill, but its ranks are decode"):
+        fleet.register(Register(worker=worker("p", "a")), 0.0)
+
+
+def test_time_in_which_the_service_stood_still_costs_nobody_his_lease() -> None:
+    fleet = Fleet()
+    join(fleet, worker("prefill-0", "a"))
+    fleet.forgive(5.0)
+    assert fleet.expire(14.9) == []
+    assert fleet.expire(15.0) == ["a"]
+
+
+class FleetHistory(RuleBasedStateMachine):
+    """Whatever joins, dies and comes back: one layout, one model, one instance per name."""
+
+    instances = Bundle("instances")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone: list[str] = []
+        self.fleet = Fleet(on_gone=self.gone.append)
+        self.now = 0.0
+        self.count = 0
+        self.seen: tuple[int, list[WorkerInfo]] = (0, [])
+
+    @rule(target=instances, name=st.sampled_from("pqd"))
+    def start(self, name: str) -> WorkerInfo:
+        self.count += 1
+        return worker(name, f"i{self.count}", Role.DECODE if name == "d" else Role.PREFILL)
+
+    @rule(info=instances, page_size=st.sampled_from([16, 32]), model=st.sampled_from(["tiny", "other"]))
+    def joins(self, info: WorkerInfo, page_size: int, model: str) -> None:
+        changed = msgspec.structs.replace(info, served_model_name=model)
+        try:
+            join(self.fleet, changed, self.now, page_size=page_size)
+        except Refused as refused:
+            assert refused.refusal.code in ("mismatch", "name_taken")
+            assert refused.status == 409
+
+    @rule(info=instances)
+    def renews(self, info: WorkerInfo) -> None:
+        known = info.instance_id in {member.instance_id for member in self.fleet.members()}
+        try:
+            self.fleet.heartbeat(info.instance_id, self.now)
+            assert known
+        except Refused:
+            assert not known
+
+    @rule(info=instances)
+    def leaves(self, info: WorkerInfo) -> None:
+        self.fleet.deregister(info.instance_id, "")
+        assert self.fleet.get(info.instance_id) is None
+
+    @rule(passed_s=st.floats(0, 30))
+    def time_passes(self, passed_s: float) -> None:
+        self.now += passed_s
+        for instance_id in self.fleet.expire(self.now):
+            assert self.fleet.get(instance_id) is None
+
+    @invariant()
+    def members_fit_together(self) -> None:
+        members = self.fleet.members()
+        assert len({member.worker_id for member in members}) == len(members)
+        assert len({member.kv_layout for member in members}) <= 1
+        assert len({member.served_model_name for member in members}) <= 1
+
+    @invariant()
+    def version_tells_every_change(self) -> None:
+        version, members = self.seen
+        assert self.fleet.version >= version
+        if self.fleet.members() != members:
+            assert self.fleet.version > version
+        self.seen = (self.fleet.version, self.fleet.members())
+
+
+TestFleetHistory = FleetHistory.TestCase
+TestFleetHistory.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

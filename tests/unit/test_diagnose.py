@@ -109,3 +109,9 @@ def test_tail_starts_at_this_run_and_is_bounded(tmp_path: Path) -> None:
     assert read_tail(tmp_path / "missing") == ""
     assert last_lines("a\nb\nc", 2) == "b\nc"
     assert last_lines("a\nusage: x [-h]\n   [--foo]\nx: error: bad") == "a\nx: error: bad"
+
+
+def test_a_clients_mistake_in_the_log_is_not_why_the_process_ended() -> None:
+    tail = "[2026-11-21 06:29:37] [http_server] Error: The input (5000 tokens) is longer than the context"
+    assert diagnose(tail) is None
+    assert "SIGKILL from outside" in explain_exit(-9, tail)

@@ -14,6 +14,7 @@ from pdserve.config import WorkerEnv
 from pdserve.errors import ConfigError, ProtocolMismatch
 from pdserve.plugin.geometry import describe_layout, rank_index
 from pdserve.plugin.hooks import check_sglang_version
+from pdserve.plugin.imports import is_cpu_server
 from pdserve.plugin.stats import TransferStats
 
 
@@ -68,6 +69,29 @@ def test_rank_index_follows_sglangs_table_order() -> None:
         attn_cp_rank=0, attn_tp_size=4, attn_tp_rank=3, pp_size=1, pp_rank=0,
     )  # fmt: skip
     assert rank_index(manager) == (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_cpu"),
+    [
+        (["--device", "cpu", "--port", "1"], True),
+        (["--port", "1", "--device=cpu"], True),
+        (["--port", "1"], False),
+    ],
+)
+def test_cpu_server_is_told_by_its_flags(flags: list[str], is_cpu: bool) -> None:
+    assert is_cpu_server(flags) is is_cpu
+
+
+def test_gpu_only_package_is_not_found_afterwards() -> None:
+    code = (
+        "from pdserve.plugin.imports import skip_gpu_only_packages; skip_gpu_only_packages()\n"
+        "import importlib.util; print(importlib.util.find_spec('flashinfer'))\n"
+        "import flashinfer\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "None\n"
+    assert "ModuleNotFoundError" in done.stderr
 
 
 def test_other_sglang_release_is_refused_by_name() -> None:

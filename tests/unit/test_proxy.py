@@ -13,6 +13,7 @@ from pdserve.balancer import relay
 from pdserve.balancer.http_errors import error_event
 from pdserve.balancer.request import RequestRefused, RoomBook, Route, parse_request
 from pdserve.balancer.stream import StreamTally, merge_prompt_logprobs, stream_failure, usage_of_body
+from pdserve.types import RequestShape
 from tests.fakes import Behaviour, FakeSGLang, until
 from tests.unit.balancer_client import Site, running_site
 
@@ -222,13 +223,16 @@ async def test_decode_reset_before_the_first_byte_is_retried(body: object, fault
         await until(lambda: site.state("decode-0") == "suspect")
 
 
-async def test_a_retry_avoids_the_failed_worker_not_only_the_pair() -> None:
+async def test_a_retry_avoids_the_failed_worker_even_if_it_looks_idle() -> None:
     async with running_site(prefill=2, decode=4, max_retries=1) as site:
+        long = RequestShape(prompt_tokens=100_000, max_new_tokens=1)
+        held = [await site.balancer.fleet.reserve(long, timeout_s=1) for _ in range(4)]
+        for reservation in held:
+            if reservation.pair.prefill.worker_id == "prefill-0":
+                reservation.release(prefill_ok=None, decode_ok=None)
         behave(site.prefill, status=500)
-        replies = [await site.generate(PLAIN) for _ in range(6)]
-        assert [reply.status for reply in replies] == [200] * 6
-        assert site.prefill.requests
-        assert site.counts["retried"] >= 1
+        assert (await site.generate(PLAIN)).status == 200
+        assert (len(site.prefill.requests), len(site.prefills[1].requests)) == (1, 1)
 
 
 async def test_the_failed_worker_is_used_again_where_there_is_no_other() -> None:

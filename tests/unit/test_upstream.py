@@ -9,14 +9,25 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import uvloop
 
 from pdserve.balancer.exchange import HIGH_WATER_BYTES, Wakeup
 from pdserve.balancer.upstream import UpstreamPool
 from pdserve.errors import ConfigError, WorkerTimeout, WorkerUnreachable
 from tests.fakes import FakeSGLang, until
 
-LIMITS = {"first_byte_s": 5.0, "silence_s": 5.0}
+LIMITS: Any = {"first_byte_s": 5.0, "silence_s": 5.0}
 STREAM = json.dumps({"stream": True, "rid": "r"}).encode()
+
+
+LOOPS = {"asyncio": asyncio.DefaultEventLoopPolicy, "uvloop": uvloop.EventLoopPolicy}
+
+
+@pytest.fixture(scope="module", params=LOOPS)
+def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
+    """The balancer runs on uvloop, whose transports differ in what a closed one forgives."""
+    policy: asyncio.AbstractEventLoopPolicy = LOOPS[request.param]()
+    return policy
 
 
 @pytest.fixture
