@@ -73,7 +73,7 @@ class RankRow(msgspec.Struct, frozen=True, kw_only=True):
             raise RouteError(400, f"rank row lacks {', '.join(missing)}")
         try:
             parsed = msgspec.convert(row, cls, strict=False)
-        except msgspec.ValidationError as exc:
+        except ValueError as exc:  # of another type or out of range; or text that is not Unicode
             raise RouteError(400, f"rank row is wrong: {exc}") from exc
         for name, rank, size in zip(["dp", "cp", "tp", "pp"], parsed.key, parsed.sizes, strict=True):
             if rank >= size:

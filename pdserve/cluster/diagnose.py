@@ -50,6 +50,17 @@ _RULES: tuple[tuple[str, _Explain], ...] = (
         ),
     ),
     (
+        r"RuntimeError: Not enough memory: (.+)",
+        lambda m: f"not enough memory: {m[1]} after --",
+    ),
+    (
+        r"scheduler died during initialization \(exit code: -9\)",
+        lambda _: (
+            "its scheduler was killed while it started, as the kernel does when memory is short; start "
+            "fewer servers, or give a lower --max-total-tokens after --"
+        ),
+    ),
+    (
         r"Not enough memory\. Please try to increase --mem-fraction-static",
         lambda _: (
             "not enough memory is left for the KV pool; after --, give a higher --mem-fraction-static "

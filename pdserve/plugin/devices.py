@@ -22,6 +22,12 @@ class PdservePlatform(CpuDeviceMixin, SRTPlatform):
         """The only backend that needs neither Triton nor AMX."""
         return "torch_native"
 
+    def get_kv_pool_cls(self, *, kind: str) -> type[Any] | None:
+        """SGLang's pools with a check of the free memory first."""
+        from pdserve.plugin.pools import PdserveMHAPool, PdserveMLAPool
+
+        return {"mha": PdserveMHAPool, "mla": PdserveMLAPool}.get(kind)
+
     def get_dispatch_key_name(self) -> str:
         """Fused ops fall back to their plain torch form."""
         return "native"

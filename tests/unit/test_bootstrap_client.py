@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
+from pdserve.bootstrap import watch
 from pdserve.bootstrap.client import FleetWatcher, LeaseClient, LeaseKeeper
 from pdserve.bootstrap.messages import FleetView
 from pdserve.bootstrap.watch import settled
@@ -163,7 +164,8 @@ async def test_keeper_stops_quickly_although_the_service_hangs() -> None:
         assert time.monotonic() - started < 4.0
 
 
-async def test_watcher_survives_whatever_answers_on_the_port() -> None:
+async def test_watcher_survives_whatever_answers_on_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "MAX_BACKOFF_S", 0.01)
     good = msgspec.json.encode(
         FleetView(epoch="e", version=1, workers=[worker("decode-0", "d", Role.DECODE)])
     )

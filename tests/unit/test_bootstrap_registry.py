@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
@@ -240,4 +240,6 @@ class FleetHistory(RuleBasedStateMachine):
 
 
 TestFleetHistory = FleetHistory.TestCase
-TestFleetHistory.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestFleetHistory.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

@@ -9,7 +9,7 @@ import socket
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pdserve.bootstrap.listener import Listener
@@ -90,13 +90,17 @@ def test_wrong_field_is_refused_when_it_is_reported_not_when_it_is_asked_for(fie
     assert not table.is_complete
 
 
+# A shared machine decides how long an example takes, not the code under test.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "2", "text", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner, max_size=3),
     max_leaves=6,
 )
 
 
+@unhurried
 @given(changes=st.dictionaries(st.sampled_from(sorted(row())), json_values))
 def test_no_row_makes_a_table_that_cannot_answer(changes: dict[str, Any]) -> None:
     table = RouteTable()
@@ -107,6 +111,7 @@ def test_no_row_makes_a_table_that_cannot_answer(changes: dict[str, Any]) -> Non
         assert error.status in (400, 503)
 
 
+@unhurried
 @given(
     sizes=st.tuples(*[st.integers(1, 3)] * 4),
     is_system_dp=st.booleans(),
@@ -160,7 +165,7 @@ def test_port_of_a_dead_instance_is_the_last_one_to_be_tried() -> None:
     plan.released(7001, now=0.0)
     plan.released(7000, now=1.0)
     assert list(plan.candidates(None, now=2.0)) == [7002, 7001, 7000]
-    assert list(plan.candidates(7000, now=2.0))[0] == 7000, "its own former port is no stranger's"
+    assert next(plan.candidates(7000, now=2.0)) == 7000, "its own former port is no stranger's"
     assert list(plan.candidates(None, now=QUARANTINE_S + 0.5)) == [7001, 7002, 7000]
     assert list(plan.candidates(99_999, now=2.0)) == [7002, 7001, 7000]
 
@@ -169,6 +174,10 @@ def test_port_of_a_dead_instance_is_the_last_one_to_be_tried() -> None:
 def test_impossible_port_range_is_a_config_error(port_range: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="port_range must be LOW-HIGH"):
         PortPlan(port_range)
+
+
+def _without_null(answer: Any) -> Any:
+    return {k: v for k, v in answer.items() if v is not None} if isinstance(answer, dict) else answer
 
 
 @pytest.mark.engine
@@ -204,7 +213,8 @@ async def test_answers_equal_those_of_sglangs_own_server() -> None:
             )
             assert ours[0] == theirs[0], (method, path)
             if theirs[0] == 200:
-                assert ours[1] == theirs[1], (method, path)
+                # SGLang also sends the fields that its decode side fills in later, all null.
+                assert _without_null(ours[1]) == _without_null(theirs[1]), (method, path)
         info = conn.PrefillServerInfo(**(await call(listener.port, "GET", TOPOLOGY))[1])
         assert (info.attn_tp_size, info.page_size, info.kv_cache_dtype) == (2, 16, "float32")
         assert (info.follow_bootstrap_room, info.prefill_http_port) == (True, 31000)

@@ -115,3 +115,15 @@ def test_a_clients_mistake_in_the_log_is_not_why_the_process_ended() -> None:
     tail = "[2026-11-21 06:29:37] [http_server] Error: The input (5000 tokens) is longer than the context"
     assert diagnose(tail) is None
     assert "SIGKILL from outside" in explain_exit(-9, tail)
+
+
+def test_pool_larger_than_the_machine_is_told_in_its_own_words() -> None:
+    tail = (
+        "RuntimeError: Not enough memory: a KV pool of 4000000016 tokens needs 2048.0 GB, this machine has "
+        "18.3 GB free; give a lower --max-total-tokens\n"
+        "RuntimeError: Rank 0 scheduler died during initialization (exit code: 1)\n"
+    )
+    told = diagnose(tail)
+    assert told is not None
+    assert told.startswith("not enough memory: a KV pool of 4000000016 tokens needs 2048.0 GB")
+    assert told.endswith("give a lower --max-total-tokens after --")

@@ -52,3 +52,15 @@ def test_live_workers_are_counted_whoever_started_them() -> None:
     _leave(_dead_pid())
     _leave(os.getpid())
     assert leftovers.live_workers() == [os.getpid()]
+
+
+def test_zombie_counts_as_dead() -> None:
+    """In a container nobody may ever collect an orphan: its files must still be cleared."""
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    _leave(zombie.pid)
+    try:
+        assert leftovers.live_workers() == []
+        assert leftovers.sweep() == [zombie.pid]
+    finally:
+        zombie.wait()
