@@ -69,7 +69,8 @@ class Deregister(msgspec.Struct, frozen=True, kw_only=True):
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """Body of every non-200 answer. ``code``: ``ranks_pending`` (425, try again), ``mismatch`` (409),
-    ``protocol`` (409), ``unknown_instance`` (404), ``bad_request`` (400), ``name_taken`` (409)."""
+    ``protocol`` (409), ``unknown_instance`` (404), ``bad_request`` (400), ``name_taken``
+    (409: a newer process has this worker's name), ``no_port`` (503, try again)."""
 
     code: str
     message: str

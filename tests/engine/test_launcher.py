@@ -61,10 +61,11 @@ def test_flag_that_sglang_does_not_know_is_named(tiny_model: Path, tmp_path: Pat
 
 
 def test_model_that_does_not_fit_says_so(tiny_model: Path, tmp_path: Path) -> None:
-    """A KV pool larger than the machine's memory."""
+    """A KV pool larger than the machine's memory: refused before a byte of it is allocated."""
     args = [str(tiny_model), "--port", str(free_port()), "--log-dir", str(tmp_path)]
-    done = _launch(*args, "--", "--max-total-tokens", "4000000000")
-    _assert_one_clear_line(done, 1, "memory")
+    flags = ["--mem-fraction-static", "0.99", "--max-total-tokens", "4000000000", "--dtype", "float32"]
+    done = _launch(*args, "--", *flags)
+    _assert_one_clear_line(done, 1, "not enough memory", "KV pool", "--max-total-tokens")
 
 
 def test_workers_that_do_not_fit_each_other_are_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:

@@ -193,7 +193,6 @@ async def test_answers_equal_those_of_sglangs_own_server() -> None:
         await until_listening(stock_port)
         rank = "/route?prefill_dp_rank=0&prefill_cp_rank=0&target_tp_rank={}&target_pp_rank=0"
         exchange: list[tuple[str, str, Any]] = [
-            ("GET", "/health", None),
             ("PUT", "/route", row(tp_rank=0, tp_size=2, port=5000)),
             ("GET", TOPOLOGY, None),  # 503: one rank is missing
             ("GET", rank.format(0), None),
@@ -205,8 +204,9 @@ async def test_answers_equal_those_of_sglangs_own_server() -> None:
             ("POST", "/route", {}),
             ("POST", "/register_dp_rank", {"bootstrap_room": 2**62, "dp_rank": 1}),
             ("POST", "/query_dp_ranks", {"bootstrap_rooms": [2**62, 7]}),
+            ("GET", "/health", None),
         ]
-        for method, path, body in exchange[1:]:
+        for method, path, body in exchange:
             theirs, ours = (
                 await call(stock_port, method, path, body),
                 await call(listener.port, method, path, body),

@@ -120,10 +120,10 @@ def test_a_clients_mistake_in_the_log_is_not_why_the_process_ended() -> None:
 def test_pool_larger_than_the_machine_is_told_in_its_own_words() -> None:
     tail = (
         "RuntimeError: Not enough memory: a KV pool of 4000000016 tokens needs 2048.0 GB, this machine has "
-        "18.3 GB free; give a lower --max-total-tokens\n"
+        "18.3 GB to give; use a lower --max-total-tokens\n"
         "RuntimeError: Rank 0 scheduler died during initialization (exit code: 1)\n"
     )
     told = diagnose(tail)
     assert told is not None
     assert told.startswith("not enough memory: a KV pool of 4000000016 tokens needs 2048.0 GB")
-    assert told.endswith("give a lower --max-total-tokens after --")
+    assert told.endswith("use a lower --max-total-tokens after --")
