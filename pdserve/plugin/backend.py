@@ -80,6 +80,8 @@ class PdserveKVManager(NixlKVManager):
                 total_kv_heads=int(model.get_total_num_kv_heads()),
                 tp_size=int(self.attn_tp_size),
                 model_dtype=str(model.dtype).removeprefix("torch."),
+                # A pipeline stage registers only its own layers; the fleet compares whole models.
+                num_layers=int(model.num_hidden_layers) if self.pp_size > 1 else None,
             ),
             route=route,
         )

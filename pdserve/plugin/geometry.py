@@ -8,13 +8,20 @@ from pdserve.types import KVLayoutDescriptor
 
 
 def describe_layout(
-    kv_args: Any, *, is_mla: bool, total_kv_heads: int, tp_size: int, model_dtype: str
+    kv_args: Any,
+    *,
+    is_mla: bool,
+    total_kv_heads: int,
+    tp_size: int,
+    model_dtype: str,
+    num_layers: int | None = None,
 ) -> KVLayoutDescriptor:
     """Geometry of this rank's pools, scaled to the whole model.
 
     ``tp_size`` is the attention TP; with fewer heads than ranks each rank
     holds one head (SGLang: ModelConfig.get_num_kv_heads). ``model_dtype``
-    stands in for a KV dtype of ``auto``.
+    stands in for a KV dtype of ``auto``; ``num_layers`` overrides what the
+    regions say.
 
     MHA registers K regions then V regions, ``2 * num_layers`` in all; MLA one
     region per layer. ``kv_item_lens`` are bytes of one page of this rank's
@@ -23,7 +30,7 @@ def describe_layout(
     items = list(kv_args.kv_item_lens)
     page_size = int(kv_args.page_size)
     regions_per_layer = 1 if is_mla else 2
-    num_layers = len(items) // regions_per_layer
+    found_layers = len(items) // regions_per_layer
     total_heads = 1 if is_mla else total_kv_heads
     local_heads = 1 if is_mla else max(1, total_kv_heads // tp_size)
     scale = total_heads // local_heads
@@ -31,7 +38,7 @@ def describe_layout(
     return KVLayoutDescriptor(
         page_size=page_size,
         dtype=model_dtype if kv_args.kv_cache_dtype_str == "auto" else str(kv_args.kv_cache_dtype_str),
-        num_layers=num_layers,
+        num_layers=found_layers if num_layers is None else num_layers,
         num_kv_heads=total_heads,
         token_bytes=layer_page_bytes * scale // max(page_size, 1),
         kind="mla" if is_mla else "mha",

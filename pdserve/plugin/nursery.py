@@ -31,7 +31,7 @@ import setproctitle
 
 from pdserve.config import WorkerEnv, adopt_worker_defaults, replace_environ
 from pdserve.lifeline import die_with_parent
-from pdserve.plugin.imports import skip_gpu_only_packages
+from pdserve.plugin.imports import skip_gpu_only_packages, without_collections
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +65,15 @@ def main() -> None:
 def preload() -> None:
     """Import everything a worker needs and freeze it, so that collections do not unshare the pages."""
     skip_gpu_only_packages()
-    from sglang.srt.plugins import load_plugins
+    with without_collections():
+        from sglang.srt.plugins import load_plugins
 
-    load_plugins()
-    for name in PRELOAD:
-        try:
-            importlib.import_module(name)
-        except ImportError as exc:
-            logger.warning("nursery could not preload %s: %s", name, exc)
+        load_plugins()
+        for name in PRELOAD:
+            try:
+                importlib.import_module(name)
+            except ImportError as exc:
+                logger.warning("nursery could not preload %s: %s", name, exc)
     gc.collect()
     gc.freeze()
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pdserve import leftovers
 from pdserve.config import WorkerEnv, adopt_scratch, adopt_worker_defaults
 from pdserve.errors import PdserveError
-from pdserve.plugin.imports import is_cpu_server, skip_gpu_only_packages
+from pdserve.plugin.imports import is_cpu_server, skip_gpu_only_packages, without_collections
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +39,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_sglang(flags: Sequence[str], env: WorkerEnv) -> None:
     """Serve with these SGLang flags; used by ``main`` and, after a fork, by the nursery."""
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
+    with without_collections():
+        from sglang.srt.plugins import load_plugins
 
-    load_plugins()
+        load_plugins()  # before anything else: it replaces classes that other modules then import
+        from sglang.srt.entrypoints.http_server import app, launch_server
+        from sglang.srt.server_args import prepare_server_args
+        from sglang.srt.utils import kill_process_tree
+
     leftovers.sweep()
     scratch = leftovers.scratch_dir(os.getpid())
     adopt_scratch(scratch)
     server_args = prepare_server_args(list(flags))
-    from sglang.srt.entrypoints.http_server import app, launch_server
 
     from pdserve.plugin.membership import Membership
     from pdserve.plugin.patches import run_scheduler

@@ -195,25 +195,34 @@ def join_worker(fleet: Fleet, role: str, model: Path, name: str, flags: Sequence
         kill_tree(worker)
 
 
+def _start_server(log_path: Path, port: int, *flags: str) -> subprocess.Popen[bytes]:
+    """One SGLang server with only what it needs to run on a CPU; dies with the test process."""
+    command = [sys.executable, "-m", "pdserve.plugin.worker", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--device", "cpu", "--attention-backend", "torch_native", "--page-size", "16"]
+    command += ["--max-total-tokens", "65536", "--skip-server-warmup", "--disable-overlap-schedule"]
+    environ = {**os.environ, "PDSERVE_ACTIVE": "1", "PDSERVE_STOCK": "1", "SGLANG_PLATFORM": "pdserve"}
+    environ |= {"PDSERVE_PARENT_PID": str(os.getpid()), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environ |= {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python", "SGLANG_HOST_IP": "127.0.0.1"}
+    with log_path.open("wb") as log:
+        return subprocess.Popen(
+            [*command, *ENGINE_FLAGS, *flags], stdout=log, stderr=log, env=environ, start_new_session=True
+        )
+
+
+def _wait_listening(url: str) -> None:
+    wait_for(lambda: call(url, "GET", "/ping", timeout_s=5)[0] == 200, f"SGLang at {url}", READY_S)
+
+
 class Reference:
     """One plain SGLang server of the same model: what disaggregation must not change."""
 
     def __init__(self, model: Path, folder: Path) -> None:
-        self.url = f"http://127.0.0.1:{free_port()}"
-        flags = ["--model-path", str(model), "--host", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1]]
-        flags += ["--device", "cpu", "--attention-backend", "torch_native", "--page-size", "16"]
-        flags += ["--max-total-tokens", "65536", "--skip-server-warmup", "--disable-overlap-schedule"]
-        environ = {**os.environ, "PDSERVE_ACTIVE": "1", "SGLANG_PLATFORM": "pdserve", "OMP_NUM_THREADS": "1"}
-        environ |= {"PDSERVE_PARENT_PID": str(os.getpid())}
-        environ |= {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python", "HF_HUB_OFFLINE": "1"}
-        with (folder / "reference.log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "pdserve.plugin.worker", *flags, *ENGINE_FLAGS],
-                stdout=log, stderr=log, env=environ, start_new_session=True,
-            )  # fmt: skip
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._process = _start_server(folder / "reference.log", port, "--model-path", str(model))
 
     def __enter__(self) -> Reference:
-        wait_for(lambda: call(self.url, "GET", "/ping", timeout_s=5)[0] == 200, "reference server", READY_S)
+        _wait_listening(self.url)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -224,6 +233,29 @@ class Reference:
         status, answer = call(self.url, "POST", "/generate", generate_body(prompt))
         assert status == 200, answer
         return list(answer["output_ids"])
+
+
+class StockPair:
+    """A prefill and a decode server as SGLang's documentation starts them, unknown to any pdserve service."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        prefill, decode, self.bootstrap_port = (free_port() + offset for offset in range(3))
+        self.prefill_url, self.decode_url = (f"http://127.0.0.1:{port}" for port in (prefill, decode))
+        common = ["--model-path", str(model), "--disaggregation-transfer-backend", "nixl"]
+        common += ["--disaggregation-bootstrap-port", str(self.bootstrap_port)]
+        self._processes = [
+            _start_server(folder / f"{mode}.log", port, *common, "--disaggregation-mode", mode)
+            for mode, port in (("prefill", prefill), ("decode", decode))
+        ]
+
+    def __enter__(self) -> StockPair:
+        for url in (self.prefill_url, self.decode_url):
+            _wait_listening(url)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            kill_tree(process)
 
 
 def stop(process: subprocess.Popen[bytes], expect: int | None = None) -> None:

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from pdserve import leftovers
-from tests.engine.fleet import call, free_port, launch_fleet, wait_for
+from tests.engine.corpus import CORPUS
+from tests.engine.fleet import StockPair, call, free_port, generate_body, launch_fleet, wait_for
 
 pytestmark = pytest.mark.engine
 
@@ -136,3 +137,25 @@ def _runs(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_balancer_fronts_servers_started_without_pdserve(
+    tiny_model: Path, tmp_path: Path, expected: dict[str, list[int]]
+) -> None:
+    """``pdserve balance --prefill URL PORT --decode URL``: SGLang's own bootstrap server, no membership."""
+    with StockPair(tiny_model, tmp_path) as pair:
+        port = free_port()
+        command = [sys.executable, "-m", "pdserve", "balance", "--port", str(port), "--pd-disaggregation"]
+        command += ["--prefill", pair.prefill_url, str(pair.bootstrap_port), "--decode", pair.decode_url]
+        with (tmp_path / "balance.log").open("wb") as log:
+            balancer = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for(lambda: call(url, "GET", "/health")[0] == 200, "a tested pair", 60)
+            for prompt in CORPUS[::20]:
+                status, answer = call(url, "POST", "/generate", generate_body(prompt))
+                assert status == 200, answer
+                assert answer["output_ids"] == expected[prompt.name]
+        finally:
+            balancer.terminate()
+            assert balancer.wait(30) == 0
