@@ -1,4 +1,7 @@
-"""The launcher itself: starts that must fail clearly, and an end that must leave nothing."""
+"""The launcher itself: starts that must fail clearly, and an end that must leave nothing.
+
+Named to run before the session's fleet exists: at most four SGLang servers are up at a time.
+"""
 
 from __future__ import annotations
 
