@@ -63,7 +63,8 @@ HOOKS: tuple[HookTarget, ...] = (
         "sglang.srt.managers.scheduler.Scheduler.on_idle",
         "around",
         "pdserve.plugin.idle:sleep_when_parked",
-        "P/D loops spin while a request waits elsewhere",
+        "P/D loops spin while a request waits elsewhere; on a GPU they keep the core they have",
+        cpu_only=True,
     ),
     HookTarget(
         "sglang.srt.managers.load_snapshot.shm_path_for",

@@ -201,6 +201,32 @@ def test_lost_bootstrap_service_stops_no_request_and_everybody_returns(
     fleet.wait_empty()
 
 
+def test_silent_bootstrap_service_makes_no_decode_server_give_up_its_prefill(
+    fleet: Fleet, expected: dict[str, list[int]]
+) -> None:
+    """Two missed heartbeats: stock decode then fails every room of that prefill; ours asks the prefill."""
+    before = {worker["worker_id"]: worker["instance_id"] for worker in fleet.state()["workers"]}
+    _still_serves(fleet, expected)
+    logs = [fleet.logs / f"{name}.log" for name in ("decode-0", "decode-1")]
+    seen = [len(log.read_text()) for log in logs]
+
+    def news() -> str:
+        return "".join(log.read_text()[start:] for log, start in zip(logs, seen, strict=True))
+
+    (pid,) = _children_running(fleet, "bootstrap")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_for(lambda: "the prefill server answers; its requests go on" in news(), "the question", 60)
+        _still_serves(fleet, expected)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert "Lost connection with prefill instance" not in news()
+    wait_for(lambda: fleet.state()["bootstrap"]["connected"], "the service awake")
+    after = {worker["worker_id"]: worker["instance_id"] for worker in fleet.state()["workers"]}
+    assert after == before
+    fleet.wait_empty()
+
+
 def test_killed_balancer_comes_back_on_its_port(fleet: Fleet, expected: dict[str, list[int]]) -> None:
     pids = _children_running(fleet, "balancer")
     assert len(pids) == 1

