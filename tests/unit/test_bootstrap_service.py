@@ -140,9 +140,10 @@ async def test_taken_port_is_a_config_error_that_says_what_to_do() -> None:
 
 
 async def test_port_range_is_kept_and_its_end_is_named() -> None:
-    async with service(port_range=(42_815, 42_815)) as running:
-        assert await join(running, "prefill-0", "a") == 42_815
-        with pytest.raises(WorkerRejected, match="no free port left in 42815-42815"):
+    # Below the ephemeral range: no outgoing connection of another test can hold it.
+    async with service(port_range=(31_815, 31_815)) as running:
+        assert await join(running, "prefill-0", "a") == 31_815
+        with pytest.raises(WorkerRejected, match="no free port left in 31815-31815"):
             await join(running, "prefill-1", "b")
         assert [member.worker_id for member in running.fleet.members()] == ["prefill-0"]
 
@@ -189,18 +190,18 @@ async def test_client_that_asks_twice_gets_one_port() -> None:
 
 
 async def test_full_port_range_does_not_keep_a_restarted_worker_out(caplog: pytest.LogCaptureFixture) -> None:
-    async with service(port_range=(42_816, 42_816)) as running:
-        assert await join(running, "prefill-0", "a") == 42_816
-        assert await join(running, "prefill-0", "b") == 42_816
+    async with service(port_range=(31_816, 31_816)) as running:
+        assert await join(running, "prefill-0", "a") == 31_816
+        assert await join(running, "prefill-0", "b") == 31_816
         assert [member.instance_id for member in running.fleet.members()] == ["b"]
         assert "--port-range a few more ports" in caplog.text
 
 
 async def test_freed_port_goes_to_nobody_else_while_another_is_free() -> None:
-    async with service(port_range=(42_817, 42_818)) as running:
-        assert await join(running, "prefill-0", "a") == 42_817
+    async with service(port_range=(31_817, 31_818)) as running:
+        assert await join(running, "prefill-0", "a") == 31_817
         running.deregister(InstanceId("a"), "stopped")
-        assert await join(running, "prefill-1", "b") == 42_818
+        assert await join(running, "prefill-1", "b") == 31_818
 
 
 @pytest.mark.parametrize("former", [70_000, -1, 0])
