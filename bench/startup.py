@@ -4,7 +4,7 @@ Two sides, interleaved, in one invocation: ``pdserve launch`` (forked workers)
 and the same servers started by hand as SGLang's documentation says (one
 ``launch_server`` process each, all at once, on the same CPU platform), ready
 when each answers and one token has come through each pair. Physics: a server
-is three processes and each imports torch and SGLang, about 12 s of one core;
+is three processes and each imports torch and SGLang, 18 to 25 s of one core;
 the nursery imports once and forks.
 
     python bench/startup.py [--rounds 3] [--model PATH]
