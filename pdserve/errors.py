@@ -8,6 +8,10 @@ PdserveError
 │   ├── WorkerUnreachable     no connection, or it broke before the response ended
 │   ├── WorkerTimeout         connected, but silent for too long
 │   └── WorkerRejected        it answered with an HTTP error status; 4xx blames the client
+├── TransferError             KV could not be moved
+│   ├── RegistrationFailed    memory or backend refused by the transport: fix the set-up
+│   ├── PeerLost              the other side is gone: its metadata must be loaded again
+│   └── TransferFailed        one room's transfer failed; carries room and reason
 ├── KVLayoutMismatch          two workers whose KV bytes do not fit: refuse to pair them
 └── ProtocolMismatch          peer speaks another version, or SGLang is not the supported one
 """
@@ -62,6 +66,34 @@ class WorkerRejected(WorkerError):
         super().__init__(url, f"HTTP {status}: {body[:300]!r}")
         self.status = status
         self.body = body
+
+
+class TransferError(PdserveError):
+    """KV could not be moved from a prefill to a decode rank."""
+
+
+class RegistrationFailed(TransferError):
+    """The transport refused memory or a backend; nothing can be sent until the set-up is fixed."""
+
+
+class PeerLost(TransferError):
+    """The transport lost the other side.
+
+    ``may_have_written`` tells whether bytes of the refused write can still land there.
+    """
+
+    def __init__(self, message: str, *, may_have_written: bool = False) -> None:
+        super().__init__(message)
+        self.may_have_written = may_have_written
+
+
+class TransferFailed(TransferError):
+    """One room's transfer failed. ``room`` names the request, ``reason`` is fit for a log."""
+
+    def __init__(self, room: int, reason: str) -> None:
+        super().__init__(f"room={room}: {reason}")
+        self.room = room
+        self.reason = reason
 
 
 class KVLayoutMismatch(PdserveError):

@@ -1,0 +1,1 @@
+"""Paged KV as bytes: geometry, page runs, staging slabs, gather and scatter, page allocation."""

@@ -1,1 +1,1 @@
-"""How KV bytes travel between workers. So far: what NIXL needs to behave on shared cores."""
+"""Moves paged KV from a prefill rank to a decode rank: engines, plan, sender, receiver."""

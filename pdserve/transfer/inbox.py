@@ -1,0 +1,326 @@
+"""The decode rank's side: counts what has arrived, scatters slab pieces into pages, returns credits.
+
+One named thread drains the transport's messages, often while something is
+expected and not at all otherwise. A room is told complete only when every byte
+is in its pages.
+
+Pages may be released only when no scatter into them runs: ``is_busy`` says so,
+and a room that its owner has closed is never scattered into again, because the
+busy mark is set before the owner is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pdserve.errors import PdserveError
+from pdserve.kv.coalesce import Completion, PageCopier
+from pdserve.kv.layout import PageIds
+from pdserve.transfer.counter import ArrivalCounter
+from pdserve.transfer.engine import PeerName, TransferEngine
+from pdserve.transfer.messages import Arrival, Credit, Void, decode_arrival
+
+logger = logging.getLogger(__name__)
+
+BUSY_POLL_S = 0.0002
+"""Pause between looks while messages keep coming."""
+
+QUIET_POLL_S = 0.002
+"""Pause while rooms are expected and nothing has come for ``BUSY_FOR_S``."""
+
+BUSY_FOR_S = 0.05
+
+
+class RoomOwner(Protocol):
+    """Who the pages belong to. Called from the inbox thread."""
+
+    def is_open(self, room: int) -> bool:
+        """False once the room failed or was aborted: nothing may be written for it any more."""
+
+    def rank_arrived(self, room: int, rank: int) -> None:
+        """All bytes of this prefill rank are in the room's pages."""
+
+    def failed(self, room: int, reason: str) -> None:
+        """The room cannot complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A part of the slab that one prefill rank writes to."""
+
+    number: int
+    address: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class _Room:
+    pages: PageIds
+    busy: int = 0
+    incomplete_since_s: float | None = None
+
+
+@dataclass(slots=True)
+class _Scatter:
+    arrival: Arrival
+    peer: PeerName
+    completion: Completion
+    begun_s: float
+
+
+@dataclass(slots=True)
+class InboxStats:
+    """Cumulative; times in seconds."""
+
+    num_messages: int = 0
+    num_duplicates: int = 0
+    num_stray: int = 0
+    num_scattered: int = 0
+    scattered_bytes: int = 0
+    scatter_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Due:
+    generations: list[int] = field(default_factory=list)
+    scatter_s: float = 0.0
+
+
+class Inbox:
+    """Receives for one decode rank. ``start`` it; ``expect`` and ``forget`` rooms; ``close`` it."""
+
+    def __init__(
+        self, engine: TransferEngine, copier: PageCopier, owner: RoomOwner,
+        send_credit: Callable[[Credit], None], *, arrival_timeout_s: float = 30.0,
+    ) -> None:  # fmt: skip
+        """``arrival_timeout_s``: how long messages may stay away after the last one of the room has come."""
+        self._engine = engine
+        self._copier = copier
+        self._owner = owner
+        self._send_credit = send_credit
+        self._arrival_timeout_s = arrival_timeout_s
+        self._windows: dict[int, Window] = {}
+        self._voided: dict[int, set[int]] = defaultdict(set)
+        self._rooms: dict[int, _Room] = {}
+        self._counter = ArrivalCounter()
+        self._scatters: list[_Scatter] = []
+        self._reading: set[tuple[int, int]] = set()
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._is_closing = False
+        self.stats = InboxStats()
+        self._thread = threading.Thread(target=self._run, name="pdserve-inbox", daemon=True)
+
+    def start(self) -> None:
+        """Start the receiving thread."""
+        self._thread.start()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End the thread."""
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def open_window(self, window: Window) -> None:
+        """Make a window known before its prefill rank learns of it."""
+        with self._lock:
+            self._windows[window.number] = window
+
+    def expect(self, room: int, pages: PageIds) -> None:
+        """A room's pages are ready to be written; call before the prefill learns their ids."""
+        with self._wake:
+            self._rooms[room] = _Room(pages)
+            self._counter.expect(room)
+            self._wake.notify()
+
+    def forget(self, room: int) -> None:
+        """The room is over. Its pages may be released once ``is_busy`` is False."""
+        with self._lock:
+            room_state = self._rooms.get(room)
+            self._counter.forget(room)
+            if room_state is not None and not room_state.busy:
+                self._rooms.pop(room)
+
+    def is_busy(self, room: int) -> bool:
+        """True while a scatter into the room's pages runs."""
+        with self._lock:
+            state = self._rooms.get(room)
+            return state is not None and state.busy > 0
+
+    def void(self, void: Void) -> None:
+        """Never act on these pieces any more; their space goes back at once unless a scatter reads it."""
+        with self._lock:
+            free = [number for number in void.generations if (void.window, number) not in self._reading]
+            self._voided[void.window].update(free)
+        if free:
+            self._send_credit(Credit(agent=self._engine.name, window=void.window, generations=free))
+
+    @property
+    def num_expected(self) -> int:
+        """Rooms being waited for."""
+        return len(self._rooms)
+
+    def _run(self) -> None:
+        busy_until_s = 0.0
+        next_check_s = 0.0
+        while True:
+            with self._wake:
+                if not self._rooms and not self._scatters and not self._is_closing:
+                    # A message that came for nobody still owns slab space: look once in a while.
+                    self._wake.wait(1.0)
+                if self._is_closing:
+                    return
+            now_s = time.monotonic()
+            try:
+                if self.poll():
+                    busy_until_s = now_s + BUSY_FOR_S
+                if now_s >= next_check_s:
+                    next_check_s = now_s + 1.0
+                    self._fail_overdue(now_s)
+            except Exception:
+                # The thread serves every other room too.
+                logger.exception("receiving loop: unexpected error")
+            time.sleep(BUSY_POLL_S if now_s < busy_until_s or self._scatters else QUIET_POLL_S)
+
+    def poll(self) -> bool:
+        """Take what has arrived, finish scatters. The thread's body; tests call it themselves."""
+        messages = self._engine.arrivals()
+        credits: dict[tuple[PeerName, int], _Due] = defaultdict(_Due)
+        for peer, raw in messages:
+            self.stats.num_messages += 1
+            try:
+                self._take(peer, decode_arrival(raw), credits)
+            except PdserveError as exc:
+                logger.warning("message from %s not acted on: %s", peer, exc)
+        has_finished = self._finish_scatters(credits)
+        for (_, window), due in credits.items():
+            self._send_credit(
+                Credit(agent=self._engine.name, window=window, generations=due.generations,
+                       scatter_s=due.scatter_s)
+            )  # fmt: skip
+        return bool(messages) or has_finished
+
+    def _take(self, peer: PeerName, arrival: Arrival, credits: dict[tuple[PeerName, int], _Due]) -> None:
+        slab = arrival.slab
+        with self._lock:
+            if slab is not None and slab.generation in self._voided[slab.window]:
+                self._voided[slab.window].discard(slab.generation)
+                return
+            room = self._rooms.get(arrival.room)
+            is_known_room = self._counter.is_expected(arrival.room)
+            is_new = room is not None and self._counter.claim(arrival.room, arrival.rank, arrival.seq)
+            if is_new and room is not None:
+                room.busy += 1  # before the owner is asked, see the module's head
+                if slab is not None:
+                    self._reading.add((slab.window, slab.generation))
+        if not is_new or room is None:
+            if is_known_room:
+                self.stats.num_duplicates += 1
+                return  # its space went back, or will, with the first copy
+            self.stats.num_stray += 1
+            self._give_back(peer, arrival, credits, 0.0)
+            return
+        if not self._owner.is_open(arrival.room):
+            self._leave(arrival)
+            self._give_back(peer, arrival, credits, 0.0)
+            return
+        if slab is None:
+            self._leave(arrival)
+            self._count(arrival)
+            return
+        self._scatter(peer, arrival, room, credits)
+
+    def _scatter(
+        self, peer: PeerName, arrival: Arrival, room: _Room, credits: dict[tuple[PeerName, int], _Due]
+    ) -> None:
+        slab = arrival.slab
+        assert slab is not None
+        begin = time.perf_counter()
+        try:
+            window = self._windows.get(slab.window)
+            if window is None or slab.offset + slab.piece.nbytes > window.nbytes:
+                raise PdserveError(f"piece of {slab.piece.nbytes} bytes is not within window {slab.window}")
+            completion = self._copier.scatter_pages(room.pages, slab.piece, window.address + slab.offset)
+        except PdserveError as exc:
+            self._leave(arrival)
+            self._give_back(peer, arrival, credits, 0.0)
+            self._owner.failed(arrival.room, f"KV could not be unpacked: {exc}")
+            return
+        scatter = _Scatter(arrival, peer, completion, begin)
+        if completion.is_done():
+            self._finish(scatter, credits)
+        else:
+            with self._lock:
+                self._scatters.append(scatter)
+
+    def _finish_scatters(self, credits: dict[tuple[PeerName, int], _Due]) -> bool:
+        done = [scatter for scatter in self._scatters if scatter.completion.is_done()]
+        for scatter in done:
+            with self._lock:
+                self._scatters.remove(scatter)
+            self._finish(scatter, credits)
+        return bool(done)
+
+    def _finish(self, scatter: _Scatter, credits: dict[tuple[PeerName, int], _Due]) -> None:
+        seconds = time.perf_counter() - scatter.begun_s
+        assert scatter.arrival.slab is not None
+        self.stats.num_scattered += 1
+        self.stats.scattered_bytes += scatter.arrival.slab.piece.nbytes
+        self.stats.scatter_s += seconds
+        self._leave(scatter.arrival)
+        self._give_back(scatter.peer, scatter.arrival, credits, seconds)
+        self._count(scatter.arrival)
+
+    def _leave(self, arrival: Arrival) -> None:
+        with self._lock:
+            if arrival.slab is not None:
+                self._reading.discard((arrival.slab.window, arrival.slab.generation))
+            state = self._rooms.get(arrival.room)
+            if state is None:
+                return
+            state.busy -= 1
+            if not state.busy and not self._counter.is_expected(arrival.room):
+                self._rooms.pop(arrival.room)
+
+    def _count(self, arrival: Arrival) -> None:
+        with self._lock:
+            is_complete = self._counter.count(arrival.room, arrival.rank, arrival.total)
+            state = self._rooms.get(arrival.room)
+            if state is not None:
+                is_missing = bool(self._counter.missing(arrival.room))
+                state.incomplete_since_s = time.monotonic() if is_missing else None
+        if is_complete:
+            self._owner.rank_arrived(arrival.room, arrival.rank)
+
+    @staticmethod
+    def _give_back(
+        peer: PeerName, arrival: Arrival, credits: dict[tuple[PeerName, int], _Due], seconds: float
+    ) -> None:
+        if arrival.slab is not None:
+            due = credits[peer, arrival.slab.window]
+            due.generations.append(arrival.slab.generation)
+            due.scatter_s += seconds
+
+    def _fail_overdue(self, now_s: float) -> None:
+        with self._lock:
+            overdue = {
+                room: self._counter.missing(room)
+                for room, state in self._rooms.items()
+                if state.incomplete_since_s is not None
+                and now_s - state.incomplete_since_s > self._arrival_timeout_s
+            }
+        for room, missing in overdue.items():
+            if missing:
+                self._owner.failed(
+                    room,
+                    f"{sum(missing.values())} KV messages of prefill ranks {sorted(missing)} did not arrive "
+                    f"within {self._arrival_timeout_s:.0f} s of the last one",
+                )

@@ -1,0 +1,267 @@
+"""The prefill rank's transfer loop: many writes in flight, fair over decode ranks, no busy spin.
+
+One named thread owns all peers. A submitted chunk becomes one share per peer;
+shares of a peer run in order, peers take turns one write at a time, and every
+posted write is polled later, so a slow peer holds up nobody else.
+
+The owner of the rooms (SGLang's manager) is asked before the first byte of a
+chunk moves and told when the last one has settled: that is what its promise
+not to write into released pages rests on (``RoomGate``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from pdserve.errors import PdserveError, PeerLost
+from pdserve.transfer.engine import PeerName
+from pdserve.transfer.messages import Credit, Void
+from pdserve.transfer.peer import PeerLink
+from pdserve.transfer.share import ChunkJob, RoomGate, Share, Step, StepRunner
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_FLIGHT = 32
+"""Writes posted to one peer at a time; more only lengthen the list that is polled."""
+
+SETTLE_S = 5.0
+"""How long the other writes of a failed chunk may take to settle (as SGLang's NIXL_ERR_SETTLE_TIMEOUT_S)."""
+
+POLL_S = (0.00005, 0.001)
+"""Shortest and longest sleep between polls while writes are in flight; doubles while nothing moves."""
+
+
+class Outbox:
+    """Transfers chunks for one prefill rank. ``start`` it, ``submit`` to it, ``close`` it."""
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        gate: RoomGate,
+        send_control: Callable[[PeerName, Void], None],
+        *,
+        credit_timeout_s: float = 30.0,
+    ) -> None:
+        self._runner = runner
+        self._gate = gate
+        self._send_control = send_control
+        self._credit_timeout_s = credit_timeout_s
+        self._peers: dict[PeerName, PeerLink] = {}
+        self._queues: dict[PeerName, deque[Share]] = {}
+        self._active: list[Share] = []
+        self._unsettled: list[Share] = []
+        self._mail: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="pdserve-outbox", daemon=True)
+
+    def start(self) -> None:
+        """Start the transfer thread."""
+        self._thread.start()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Stop posting and end the thread. Writes in flight are left to the transport."""
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def add_peer(self, link: PeerLink) -> None:
+        """Make a peer known, or replace what is known of it after it was lost."""
+        self._post(lambda: self._set_peer(link))
+
+    def remove_peer(self, name: PeerName) -> None:
+        """Forget a peer that is gone; what is still queued for it fails."""
+        self._post(lambda: self._drop_peer(name))
+
+    def submit(self, job: ChunkJob) -> None:
+        """Queue a chunk. Chunks of one room must be submitted in token order."""
+        self._post(lambda: self._accept(job))
+
+    def credit(self, credit: Credit) -> None:
+        """The decode rank is done with pieces of its window."""
+        self._post(lambda: self._take_credit(credit))
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing queued and nothing in flight; slab pieces may still be out."""
+        return not self._mail and not self._active
+
+    def held_window_bytes(self) -> int:
+        """Bytes of all windows whose credits have not come back."""
+        return sum(peer.window.held_bytes for peer in list(self._peers.values()))
+
+    def _post(self, action: Callable[[], None]) -> None:
+        with self._wake:
+            self._mail.append(action)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        pause_s = POLL_S[0]
+        next_sweep_s = time.monotonic() + 1.0
+        while True:
+            with self._wake:
+                if not self._mail and not self._is_closing:
+                    self._wake.wait(pause_s if self._active else self._idle_wait_s())
+                mail, self._mail = list(self._mail), deque()
+                if self._is_closing:
+                    return
+            has_moved = bool(mail)
+            for action in mail:
+                self._guarded(action)
+            for name in list(self._queues):
+                has_moved |= self._advance(name)
+            has_moved |= self._reap()
+            pause_s = POLL_S[0] if has_moved else min(POLL_S[1], pause_s * 2)
+            if time.monotonic() >= next_sweep_s:
+                next_sweep_s = time.monotonic() + 1.0
+                self._guarded(self._sweep)
+
+    def _idle_wait_s(self) -> float | None:
+        return 1.0 if any(peer.window.num_held for peer in self._peers.values()) else None
+
+    @staticmethod
+    def _guarded(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:
+            # One bad message must not end the thread that every other room needs.
+            logger.exception("transfer loop: unexpected error")
+
+    def _set_peer(self, link: PeerLink) -> None:
+        known = self._peers.get(link.name)
+        if known is not None:
+            link.costs = known.costs
+            if known.offer.window == link.offer.window:
+                link.window = known.window
+        self._peers[link.name] = link
+        self._queues.setdefault(link.name, deque())
+
+    def _drop_peer(self, name: PeerName) -> None:
+        self._peers.pop(name, None)
+        for share in list(self._queues.pop(name, ())):
+            share.job.fail(f"decode rank {name} is gone")
+
+    def _accept(self, job: ChunkJob) -> None:
+        shares = [Share(job, target) for target in job.targets]
+        job.shares.extend(shares)
+        self._active.extend(shares)
+        for share in shares:
+            queue = self._queues.get(share.target.peer)
+            if queue is None:
+                job.fail(f"decode rank {share.target.peer} is not connected")
+            else:
+                queue.append(share)
+        if not shares:
+            self._gate.finished(job)
+
+    def _take_credit(self, credit: Credit) -> None:
+        peer = self._peers.get(PeerName(credit.agent))
+        if peer is not None:
+            self._runner.take_credit(peer, credit)
+
+    def _advance(self, name: PeerName) -> bool:
+        """Post at most one write for this peer. True if something moved."""
+        peer, queue = self._peers.get(name), self._queues[name]
+        if peer is None or not queue:
+            return False
+        if sum(len(share.in_flight) for share in queue) >= MAX_IN_FLIGHT:
+            return False
+        waiting: set[int] = set()
+        for share in list(queue):
+            if share.is_posted or share.job.failure is not None:
+                continue
+            if share.job.room in waiting:
+                continue
+            if not share.job.is_ready():
+                waiting.add(share.job.room)
+                continue
+            return self._step(peer, share)
+        return False
+
+    def _step(self, peer: PeerLink, share: Share) -> bool:
+        job = share.job
+        if not job.is_entered:
+            if not self._gate.enter(job.room):
+                job.fail("room is closed", is_silent=True)
+                return True
+            job.is_entered = True
+        elif not self._gate.is_open(job.room):
+            job.fail("room was closed during the transfer", is_silent=True)
+            return True
+        try:
+            return self._runner.post_next(peer, share)
+        except PdserveError as exc:
+            if isinstance(exc, PeerLost) and exc.may_have_written:
+                job.may_have_written = True
+            job.fail(str(exc))
+        except Exception as exc:
+            logger.exception("room=%s: unexpected transfer error", job.room)
+            job.fail(f"unexpected transfer error: {exc}")
+        return True
+
+    def _reap(self) -> bool:
+        has_moved = False
+        for share in self._active:
+            peer = self._peers.get(share.target.peer)
+            for step in list(share.in_flight):
+                has_moved |= self._reap_step(peer, share, step)
+        for share in list(self._active):
+            if share.job.is_over or self._finish_if_over(share.job):
+                has_moved = True
+        return has_moved
+
+    def _reap_step(self, peer: PeerLink | None, share: Share, step: Step) -> bool:
+        try:
+            return self._runner.reap(peer, share, step)
+        except PdserveError as exc:
+            with contextlib.suppress(ValueError):
+                share.in_flight.remove(step)
+            if isinstance(exc, PeerLost) and exc.may_have_written:
+                share.job.may_have_written = True
+            share.job.fail(str(exc))
+            return True
+
+    def _finish_if_over(self, job: ChunkJob) -> bool:
+        in_flight = any(share.in_flight for share in job.shares)
+        if job.failure is None:
+            if in_flight or not all(share.is_posted for share in job.shares):
+                return False
+        elif in_flight and time.monotonic() < job.failed_at_s + SETTLE_S:
+            return False
+        job.is_over = True
+        for share in job.shares:
+            self._forget(share, was_settled=not share.in_flight)
+        if job.failure is None:
+            self._gate.finished(job)
+        else:
+            self._gate.failed(job, settled=not in_flight)
+        return True
+
+    def _forget(self, share: Share, *, was_settled: bool) -> None:
+        self._active.remove(share)
+        with contextlib.suppress(ValueError, KeyError):
+            self._queues[share.target.peer].remove(share)
+        self._runner.forget(share)
+        if not was_settled:
+            self._unsettled.append(share)
+
+    def _sweep(self) -> None:
+        """Ask for slab pieces back whose arrival was never acted on: lost message, failed write."""
+        for share in list(self._unsettled):
+            for step in list(share.in_flight):
+                self._reap_step(self._peers.get(share.target.peer), share, step)
+            if not share.in_flight:
+                self._unsettled.remove(share)
+        deadline_s = time.monotonic() - self._credit_timeout_s
+        for peer in self._peers.values():
+            overdue = self._runner.overdue(peer, deadline_s)
+            if overdue:
+                logger.warning("%s: %d slab pieces without credit, asking for them", peer.name, len(overdue))
+                self._send_control(peer.name, Void(window=peer.offer.window, generations=overdue))

@@ -1,0 +1,203 @@
+"""One decode rank as a prefill rank sees it: where it may write, and what that costs.
+
+A chunk's share for the peer becomes *steps*; every step is one posted write::
+
+    direct:  pool pages ─────────────────────────────► pool pages      1 step, many descriptors
+    packed:  pool pages ─gather► own slab ─► window ─scatter► pages    1 step per piece, 1 descriptor
+    aux:     metadata row ───────────────────────────► metadata row    1 step, last chunk only
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pdserve.errors import KVLayoutMismatch
+from pdserve.kv.coalesce import Piece
+from pdserve.kv.layout import HeadSlice, PagedRegions, PageIds, head_slice, heads_of_rank, num_runs
+from pdserve.kv.staging import StagingRing
+from pdserve.transfer.engine import DescriptorList, MemoryKind, PeerName, StridedSpans, TransferEngine
+from pdserve.transfer.messages import PeerOffer
+from pdserve.transfer.plan import Path, PathCosts, split_pieces
+
+Indices = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPool:
+    """The prefill rank's side: its pool, its attention TP place, its memory."""
+
+    regions: PagedRegions
+    total_kv_heads: int
+    tp_size: int
+    tp_rank: int
+    kind: MemoryKind
+    device: int
+    model_dtype: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class PeerLink:
+    """State of one peer; owned by the outbox thread after ``connect``."""
+
+    name: PeerName
+    offer: PeerOffer
+    own: OwnPool
+    slice: HeadSlice | None
+    """Part of each token row that this rank has to send; None when it holds no head of the peer's."""
+    blocks: tuple[DescriptorList, DescriptorList] | None
+    """Prepared pages of both pools; None when the geometries differ, so that only packed works."""
+    window: StagingRing
+    piece_bytes: int
+    costs: PathCosts = field(default_factory=PathCosts)
+
+    @property
+    def can_direct(self) -> bool:
+        """Pages of both sides are the same bytes."""
+        return self.blocks is not None
+
+    @property
+    def can_pack(self) -> bool:
+        """The peer gave this rank a window."""
+        return self.piece_bytes > 0
+
+    def plan(self, source: PageIds, target: PageIds, first_token: int, forced: Path | None) -> SharePlan:
+        """Decide how ``source`` pages reach the room's ``target`` pages from token ``first_token`` on.
+
+        Args:
+            source: ``[n]`` page ids of this rank's pool, in token order.
+            target: ``[m]`` all page ids the peer gave for the room.
+            first_token: token position, counted from the first target page.
+            forced: take this path where the geometry allows it.
+
+        Raises:
+            KVLayoutMismatch: if there is no way to write there.
+        """
+        regions, target_size = self.own.regions, self.offer.page_size
+        room_left = len(target) * target_size - first_token
+        num_tokens = min(len(source) * regions.page_size, room_left)
+        if self.slice is None or num_tokens <= 0:
+            return SharePlan(Path.DIRECT, nbytes=0)
+        nbytes = num_tokens * self.slice.nbytes * regions.num_regions
+        pieces: list[Piece] = []
+        if self.can_pack:
+            pieces = split_pieces(
+                num_regions=regions.num_regions, first_token=0, num_tokens=num_tokens,
+                slice_offset=self.slice.source_offset, slice_bytes=self.slice.nbytes,
+                piece_bytes=self.piece_bytes, token_unit=max(regions.page_size, target_size),
+            )  # fmt: skip
+        if not self.can_direct:
+            if not pieces:
+                raise KVLayoutMismatch(
+                    f"{self.name}: pages of {regions.page_size} and {target_size} tokens, "
+                    f"{regions.row_bytes} and {self.offer.row_bytes} bytes a token need slab space, "
+                    "and the decode rank has none left; raise PDSERVE_SLAB_MB on the decode servers"
+                )
+            return SharePlan(Path.PACKED, nbytes=nbytes, pieces=deque(pieces))
+        first = first_token // target_size
+        count = num_tokens // regions.page_size
+        pages = (source[:count], target[first : first + count])
+        num_descriptors = num_runs(*pages) * regions.num_regions
+        path = forced or Path.DIRECT
+        if forced is None and pieces:
+            path = self.costs.choose(nbytes, num_descriptors, len(pieces))
+        if path is Path.PACKED and not pieces:
+            path = Path.DIRECT
+        plan = SharePlan(path, nbytes=nbytes, pages=pages, num_descriptors=num_descriptors)
+        if path is Path.PACKED:
+            plan.pieces.extend(pieces)
+        return plan
+
+    def direct_indices(self, plan: SharePlan) -> tuple[Indices, Indices]:
+        """Block numbers of all pages, or of what is left of a packed plan, on both sides."""
+        source, target = plan.pages
+        here, there = self.own.regions.num_pages, self.offer.num_pages
+        if not plan.pieces:
+            regions = np.arange(self.own.regions.num_regions, dtype=np.int32)
+            return _blocks(regions, source, here), _blocks(regions, target, there)
+        size = self.own.regions.page_size
+        ours, theirs = [], []
+        for piece in plan.pieces:
+            regions = np.arange(piece.region_begin, piece.region_begin + piece.num_regions, dtype=np.int32)
+            pages = slice(piece.first_token // size, (piece.first_token + piece.num_tokens) // size)
+            ours.append(_blocks(regions, source[pages], here))
+            theirs.append(_blocks(regions, target[pages], there))
+        return np.concatenate(ours), np.concatenate(theirs)
+
+
+@dataclass(slots=True)
+class SharePlan:
+    """What is to be written for one chunk to one peer. ``pieces`` shrinks as they are posted."""
+
+    path: Path
+    nbytes: int
+    pages: tuple[PageIds, PageIds] = field(
+        default_factory=lambda: (np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32))
+    )
+    num_descriptors: int = 0
+    pieces: deque[Piece] = field(default_factory=deque)
+
+    @property
+    def num_steps(self) -> int:
+        """Writes this plan takes, aux not counted."""
+        if self.nbytes == 0:
+            return 0
+        return 1 if self.path is Path.DIRECT else len(self.pieces)
+
+
+def connect_peer(
+    engine: TransferEngine,
+    name: PeerName,
+    offer: PeerOffer,
+    own: OwnPool,
+    *,
+    source_blocks: DescriptorList,
+    max_piece_bytes: int,
+) -> PeerLink:
+    """Check the peer's geometry against the own and prepare its pages.
+
+    Raises:
+        KVLayoutMismatch: when no conversion leads from one pool to the other.
+        PeerLost: when the transport cannot reach the memory.
+    """
+    theirs, ours = offer.regions, own.regions
+    if theirs.num_regions != ours.num_regions or theirs.head_bytes != ours.head_bytes:
+        raise KVLayoutMismatch(
+            f"decode rank {name}: {theirs.num_regions} regions of {theirs.head_bytes} bytes a head, "
+            f"this prefill has {ours.num_regions} of {ours.head_bytes}; serve the same model and KV dtype"
+        )
+    if own.model_dtype != offer.model_dtype:
+        raise KVLayoutMismatch(
+            f"decode rank {name} keeps KV as {offer.model_dtype}, this prefill as {own.model_dtype}; "
+            "give both the same --kv-cache-dtype and --dtype"
+        )
+    part = head_slice(
+        heads_of_rank(own.total_kv_heads, own.tp_size, own.tp_rank),
+        heads_of_rank(offer.total_kv_heads, offer.tp_size, offer.tp_rank),
+        ours.head_bytes,
+    )
+    whole = HeadSlice(0, 0, ours.row_bytes)
+    is_same = part == whole and theirs.row_bytes == ours.row_bytes and theirs.page_size == ours.page_size
+    blocks = None
+    if is_same and theirs.is_dense and ours.is_dense:
+        target = engine.prepare(name, page_blocks(theirs, offer.device), offer.kind)
+        blocks = (source_blocks, target)
+    window = StagingRing(offer.window_bytes)
+    piece_bytes = min(max_piece_bytes, window.capacity // 2)
+    return PeerLink(name, offer, own, part, blocks, window, piece_bytes)
+
+
+def page_blocks(regions: PagedRegions, device: int) -> StridedSpans:
+    """Every page of every region as one strided span: block ``region * num_pages + page``."""
+    rows = [
+        (base, regions.page_size * regions.row_bytes, device, regions.page_bytes, regions.num_pages)
+        for base in regions.bases
+    ]
+    return np.array(rows, dtype=np.uint64).reshape(-1, 5)
+
+
+def _blocks(regions: Indices, pages: PageIds, num_pages: int) -> Indices:
+    return (regions[:, None] * np.int32(num_pages) + pages[None, :]).reshape(-1).astype(np.int32, copy=False)

@@ -1,0 +1,139 @@
+"""How a chunk travels: direct (one descriptor per run and region) or packed (gather, few writes, scatter).
+
+FlowKV's law: a transfer takes ``alpha * descriptors + bytes / bandwidth``. Direct
+pays alpha for each run of pages that is consecutive on both sides, times the
+regions; packed pays two more copies of the bytes but has few descriptors. Both
+laws are fitted live for every peer, so the choice follows the machine.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import math
+from dataclasses import dataclass, field
+
+from pdserve.kv.coalesce import Piece
+
+FORGET = 0.97
+"""Weight a sample keeps after each newer one: about 30 samples back matter."""
+
+EXPLORE_EVERY = 64
+"""Every so many close choices the other path is taken, so that its law stays fresh."""
+
+CLOSE_CHOICE = 1.5
+"""Two paths are close when the slower is predicted to take at most this many times the faster."""
+
+
+class Path(enum.StrEnum):
+    """How a chunk's bytes travel."""
+
+    DIRECT = "direct"
+    PACKED = "packed"
+
+
+class LinearCost:
+    """``seconds = per_item * items + per_byte * bytes``, fitted by least squares that forget. Never negative.
+
+    Starts from a prior worth ``PRIOR_WEIGHT`` samples at two sizes.
+    """
+
+    PRIOR_WEIGHT = 0.2
+
+    def __init__(self, per_item_s: float, per_byte_s: float) -> None:
+        self.per_item_s = per_item_s
+        self.per_byte_s = per_byte_s
+        self.num_samples = 0
+        # Normal equations of (items, megabytes) -> seconds; megabytes keep the matrix well scaled.
+        self._sums = [0.0] * 5
+        for items, megabytes in ((100.0, 0.1), (1.0, 10.0)):
+            self._add(items, megabytes, per_item_s * items + per_byte_s * megabytes * 1e6, self.PRIOR_WEIGHT)
+
+    def predict_s(self, items: int, nbytes: int) -> float:
+        """Expected seconds."""
+        return self.per_item_s * items + self.per_byte_s * nbytes
+
+    def observe(self, items: int, nbytes: int, seconds: float) -> None:
+        """Learn from one finished transfer. Samples of other sizes weigh by relative, not absolute, error."""
+        if items <= 0 or nbytes <= 0 or seconds <= 0:
+            return
+        self.num_samples += 1
+        self._sums = [value * FORGET for value in self._sums]
+        self._add(float(items), nbytes / 1e6, seconds, 1.0)
+        self._solve()
+
+    def _add(self, items: float, megabytes: float, seconds: float, weight: float) -> None:
+        scaled = weight / seconds**2 if seconds > 0 else weight
+        sums = self._sums
+        sums[0] += scaled * items * items
+        sums[1] += scaled * items * megabytes
+        sums[2] += scaled * megabytes * megabytes
+        sums[3] += scaled * items * seconds
+        sums[4] += scaled * megabytes * seconds
+
+    def _solve(self) -> None:
+        ii, ib, bb, it, bt = self._sums
+        determinant = ii * bb - ib * ib
+        if determinant > 1e-9 * ii * bb:
+            per_item, per_megabyte = (it * bb - bt * ib) / determinant, (bt * ii - it * ib) / determinant
+        else:
+            per_item, per_megabyte = self.per_item_s, self.per_byte_s * 1e6
+            scale = (it + bt) / max(1e-30, per_item * (ii + ib) + per_megabyte * (ib + bb))
+            per_item, per_megabyte = per_item * scale, per_megabyte * scale
+        if per_item < 0:
+            per_item, per_megabyte = 0.0, bt / bb
+        elif per_megabyte < 0:
+            per_item, per_megabyte = it / ii, 0.0
+        self.per_item_s, self.per_byte_s = per_item, per_megabyte / 1e6
+
+
+@dataclass(slots=True)
+class PathCosts:
+    """The two laws of one peer. Priors are host memory on one machine (bench/transfer.py)."""
+
+    direct: LinearCost = field(default_factory=lambda: LinearCost(3e-6, 1e-10))
+    packed: LinearCost = field(default_factory=lambda: LinearCost(150e-6, 2.5e-10))
+    _close_choices: int = 0
+
+    def choose(self, nbytes: int, num_descriptors: int, num_pieces: int) -> Path:
+        """The path with the lower expected time; now and then the other one, when they are close."""
+        direct_s = self.direct.predict_s(num_descriptors, nbytes)
+        packed_s = self.packed.predict_s(num_pieces, nbytes)
+        best, other = (Path.DIRECT, Path.PACKED) if direct_s <= packed_s else (Path.PACKED, Path.DIRECT)
+        if max(direct_s, packed_s) <= CLOSE_CHOICE * min(direct_s, packed_s):
+            self._close_choices += 1
+            if self._close_choices % EXPLORE_EVERY == 0:
+                return other
+        return best
+
+    def observe(self, path: Path, items: int, nbytes: int, seconds: float) -> None:
+        """Learn from one finished chunk share; ``items`` are descriptors (direct) or pieces (packed)."""
+        (self.direct if path is Path.DIRECT else self.packed).observe(items, nbytes, seconds)
+
+
+def split_pieces(
+    *, num_regions: int, first_token: int, num_tokens: int, slice_offset: int, slice_bytes: int,
+    piece_bytes: int, token_unit: int,
+) -> list[Piece]:  # fmt: skip
+    """Cut a chunk into pieces of at most ``piece_bytes``: by regions, by tokens only when one does not fit.
+
+    Args:
+        token_unit: tokens are cut at multiples of this (the page size), so that
+            both sides keep copying whole pages. At least one unit per piece.
+    """
+    region_bytes = num_tokens * slice_bytes
+    if region_bytes <= piece_bytes:
+        per_piece = max(1, piece_bytes // region_bytes)
+        # Even pieces pipeline better than full ones and a small rest.
+        count = math.ceil(num_regions / per_piece)
+        bounds = [num_regions * index // count for index in range(count + 1)]
+        return [
+            Piece(begin, end - begin, first_token, num_tokens, slice_offset, slice_bytes)
+            for begin, end in itertools.pairwise(bounds)
+        ]
+    tokens = max(token_unit, piece_bytes // slice_bytes // token_unit * token_unit)
+    return [
+        Piece(region, 1, first_token + start, min(tokens, num_tokens - start), slice_offset, slice_bytes)
+        for region in range(num_regions)
+        for start in range(0, num_tokens, tokens)
+    ]
