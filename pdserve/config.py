@@ -23,6 +23,7 @@ from pdserve.types import Role
 T = TypeVar("T")
 
 DEVICES = ("auto", "cpu", "cuda")
+TRANSFER_PATHS = ("auto", "direct", "packed")
 START_METHODS = ("auto", "fork", "spawn")
 
 
@@ -113,6 +114,54 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DataPlaneConfig:
+    """How a worker moves KV. The switches of ``pdserve launch`` reach it by environment."""
+
+    is_on: bool = True
+    """False: SGLang's own NIXL path, for comparison."""
+    path: str = "auto"
+    """``direct`` or ``packed`` force one path where the geometry allows it."""
+    slab_mb: int = 0
+    """Slab of each rank in MiB; 0: 64 on CPU, 1024 on a GPU."""
+    windows: int = 8
+    """Parts of a decode rank's slab, one per prefill rank that writes to it."""
+    cache_dir: str = ""
+    """Where built CUDA kernels are kept; empty: pdserve's cache folder."""
+
+    def __post_init__(self) -> None:
+        if self.path not in TRANSFER_PATHS:
+            raise ConfigError(f"transfer path must be one of {', '.join(TRANSFER_PATHS)}, got {self.path!r}")
+        if not 0 <= self.slab_mb <= 65536:
+            raise ConfigError(f"slab must be 0 (default) to 65536 MiB, got {self.slab_mb}")
+        if not 1 <= self.windows <= 1024:
+            raise ConfigError(f"slab windows must be 1 to 1024, got {self.windows}")
+
+    @classmethod
+    def from_environ(cls, env: Mapping[str, str]) -> DataPlaneConfig:
+        """Read PDSERVE_DATA_PLANE (on, off), _TRANSFER_PATH, _SLAB_MB, _SLAB_WINDOWS.
+
+        Raises:
+            ConfigError: naming the variable and what it may be.
+        """
+        switch = env.get("PDSERVE_DATA_PLANE", "on")
+        if switch not in ("on", "off"):
+            raise ConfigError(f"PDSERVE_DATA_PLANE must be on or off, got {switch!r}")
+        numbers = {}
+        for name, default in (("PDSERVE_SLAB_MB", 0), ("PDSERVE_SLAB_WINDOWS", 8)):
+            text = env.get(name, "") or str(default)
+            if not text.isdigit():
+                raise ConfigError(f"{name} must be a whole number, got {text!r}")
+            numbers[name] = int(text)
+        return cls(
+            is_on=switch == "on",
+            path=env.get("PDSERVE_TRANSFER_PATH", "") or "auto",
+            slab_mb=numbers["PDSERVE_SLAB_MB"],
+            windows=numbers["PDSERVE_SLAB_WINDOWS"],
+            cache_dir=str(cache_dir() / "kernels"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerEnv:
     """What the launcher told a worker process through its environment."""
 
@@ -128,6 +177,7 @@ class WorkerEnv:
     """Only what SGLang cannot do without on CPU; everything else stays SGLang's own, for comparisons."""
     advertise_host: str = ""
     """Host by which other machines reach this worker; empty: the host it listens on."""
+    data_plane: DataPlaneConfig = field(default_factory=DataPlaneConfig)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> WorkerEnv:
@@ -155,6 +205,7 @@ class WorkerEnv:
             fork_children=env.get("PDSERVE_FORK_CHILDREN", "1") == "1",
             stock=env.get("PDSERVE_STOCK", "") == "1",
             advertise_host=env.get("PDSERVE_ADVERTISE_HOST", ""),
+            data_plane=DataPlaneConfig.from_environ(env),
         )
 
 

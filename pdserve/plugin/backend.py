@@ -17,8 +17,9 @@ import sys
 from typing import Any
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
-from sglang.srt.disaggregation.nixl.conn import NixlKVBootstrapServer, NixlKVManager, NixlKVSender
+from sglang.srt.disaggregation.nixl.conn import NixlKVBootstrapServer, NixlKVSender
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from pdserve.bootstrap.client import LeaseClient
@@ -27,8 +28,11 @@ from pdserve.config import WorkerEnv
 from pdserve.errors import PdserveError
 from pdserve.plugin.geometry import describe_layout, rank_index
 from pdserve.plugin.stats import TransferStats
+from pdserve.plugin.transfer_manager import PdserveKVReceiver, TransferManager
 from pdserve.transfer.nixl import set_progress_delay
 from pdserve.types import InstanceId, Role
+
+__all__ = ["PdserveKVBootstrapServer", "PdserveKVManager", "PdserveKVReceiver", "PdserveKVSender"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +44,8 @@ PROGRESS_DELAY_US = 5000
 """On CPU, longest sleep of NIXL's progress thread between UCX events, should one be missed."""
 
 
-class PdserveKVManager(NixlKVManager):
-    """SGLang's NIXL manager with DRAM pools on CPU and membership in the bootstrap service."""
+class PdserveKVManager(TransferManager):
+    """SGLang's NIXL manager with DRAM pools on CPU, our data plane, membership in the bootstrap service."""
 
     def __init__(
         self, args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool | None = False
@@ -132,7 +136,15 @@ class PdserveKVManager(NixlKVManager):
 
 
 class PdserveKVSender(NixlKVSender):
-    """SGLang's sender; counts what it moved."""
+    """SGLang's sender; counts what it moved, and fails at once when decode gave the room up before."""
+
+    def __init__(self, mgr: Any, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
+        plane = mgr.prefill_plane
+        reason = None if plane is None else plane.failure_of(bootstrap_room)
+        if reason is not None:
+            mgr.record_failure(bootstrap_room, reason)
+            mgr.update_status(bootstrap_room, KVPoll.Failed)
 
     def _register_prefill_dp_rank(self) -> None:
         env = self.kv_mgr._pdserve_env

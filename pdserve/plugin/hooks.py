@@ -54,6 +54,12 @@ HOOKS: tuple[HookTarget, ...] = (
         "transfer counters",
     ),
     HookTarget(
+        "sglang.srt.disaggregation.nixl.conn.NixlKVReceiver",
+        "replace",
+        "pdserve.plugin.backend:PdserveKVReceiver",
+        "order-free completion and slab windows of the data plane",
+    ),
+    HookTarget(
         "sglang.srt.disaggregation.nixl.conn.NixlKVBootstrapServer",
         "replace",
         "pdserve.plugin.backend:PdserveKVBootstrapServer",

@@ -120,6 +120,10 @@ class NixlEngine:
             raise PeerLost(f"NIXL cannot connect: {exc}") from exc
         return PeerName(name)
 
+    def is_connected(self, peer: PeerName) -> bool:
+        """False once NIXL has dropped a peer's metadata after a disconnect; ``connect`` loads it again."""
+        return bool(self._agent.check_remote_metadata(str(peer)))
+
     def prepare(self, peer: PeerName | None, blocks: StridedSpans, kind: MemoryKind) -> DescriptorList:
         """NIXL's prepared descriptor list, in its compressed (strided) form."""
         try:

@@ -1,0 +1,180 @@
+"""Where SGLang's pools meet the transfer core: geometry from KVArgs, slabs, windows.
+
+``unsupported`` names what keeps a server on SGLang's own NIXL path; the rest of
+this module is only used when it finds nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pdserve.config import DataPlaneConfig, WorkerEnv
+from pdserve.kv.coalesce import HostPageCopier, PageCopier
+from pdserve.kv.layout import PagedRegions
+from pdserve.transfer.engine import MemoryKind
+from pdserve.transfer.inbox import Window
+from pdserve.transfer.messages import PROTOCOL_VERSION, PeerOffer
+from pdserve.transfer.nixl import NixlEngine
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("UCX",)
+"""NIXL backends whose writes carry messages, which completion is counted by."""
+
+QUARANTINE_S = 120.0
+"""A window of a silent prefill rank is given to another one only after this long: it may still write."""
+
+
+def unsupported(manager: Any, env: WorkerEnv) -> str:
+    """Why this rank must stay on SGLang's own path; empty when the data plane can serve it.
+
+    ``manager`` is SGLang's CommonKVManager, initialised.
+    """
+    args = manager.kv_args
+    kinds = set(args.kv_data_mem_kinds)
+    checks = (
+        (env.stock or not env.data_plane.is_on, "switched off"),
+        (not args.kv_data_ptrs, "no KV regions on this rank"),
+        (manager.pp_size > 1, "pipeline parallelism"),
+        (manager.attn_cp_size > 1 or manager.dcp_size > 1, "context parallelism"),
+        (manager.kv_shard_size > 1, "sharded KV pages"),
+        (manager.is_hybrid_mla_backend, "hybrid MLA pools"),
+        (bool(args.state_types), f"state pools ({', '.join(str(kind) for kind in args.state_types)})"),
+        (manager.defer_decode_allocation, "prefill_complete allocation"),
+        (bool(getattr(args, "mla_compression_ratios", None)), "compressed MLA layers"),
+        (len(set(args.kv_item_lens)) > 1, "regions of different page sizes"),
+        (len(kinds) > 1, f"mixed memory kinds ({', '.join(sorted(kinds))})"),
+        (bool(manager.server_args.enable_pd_role_switch), "role switching"),
+    )
+    return next((reason for is_so, reason in checks if is_so), "")
+
+
+def regions_of(args: Any, *, is_mla: bool, total_kv_heads: int, tp_size: int) -> PagedRegions:
+    """The rank's pools from SGLang's KVArgs; every region is dense."""
+    page_size = int(args.page_size)
+    row_bytes = int(args.kv_item_lens[0]) // page_size
+    num_pages = min(
+        int(length) // int(item) for length, item in zip(args.kv_data_lens, args.kv_item_lens, strict=True)
+    )
+    return PagedRegions(
+        bases=tuple(int(pointer) for pointer in args.kv_data_ptrs),
+        num_pages=num_pages,
+        page_size=page_size,
+        row_bytes=row_bytes,
+        token_stride=row_bytes,
+        num_kv_heads=1 if is_mla else max(1, total_kv_heads // tp_size),
+    )
+
+
+@dataclass(slots=True)
+class Slab:
+    """Slab memory of one rank, registered with the transport. ``owner`` keeps the memory alive."""
+
+    address: int
+    nbytes: int
+    owner: Any
+
+
+def make_slab(engine: NixlEngine, nbytes: int, kind: MemoryKind, device: int) -> Slab:
+    """Allocate and register slab memory on the pools' device."""
+    if kind is MemoryKind.VRAM:
+        import torch
+
+        tensor = torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{device}")
+        slab = Slab(int(tensor.data_ptr()), nbytes, tensor)
+    else:
+        array = np.empty(nbytes + 4096, dtype=np.uint8)
+        aligned = -(-array.ctypes.data // 4096) * 4096
+        slab = Slab(aligned, nbytes, array)
+    spans = np.array([(slab.address, nbytes, _device_id(kind, device))], dtype=np.uint64)
+    engine.register(spans, kind)
+    return slab
+
+
+def make_copier(regions: PagedRegions, kind: MemoryKind, device: int, config: DataPlaneConfig) -> PageCopier:
+    """The copier for memory of this kind."""
+    if kind is MemoryKind.DRAM:
+        return HostPageCopier(regions)
+    from pdserve.kv.cuda_copy import CudaPageCopier
+
+    return CudaPageCopier(regions, device, cache_dir=config.cache_dir)
+
+
+def _device_id(kind: MemoryKind, device: int) -> int:
+    return device if kind is MemoryKind.VRAM else 0
+
+
+@dataclass(slots=True)
+class WindowTable:
+    """Which prefill rank holds which window of this decode rank's slab."""
+
+    slab: Slab
+    count: int
+    _holders: dict[int, str] = field(default_factory=dict)
+    _released: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def window_bytes(self) -> int:
+        """Every window has the same size."""
+        return self.slab.nbytes // self.count
+
+    def window_of(self, endpoint: str) -> Window | None:
+        """The window of a prefill rank (``ip:port``), always the same one; None when all are out."""
+        for number, holder in self._holders.items():
+            if holder == endpoint:
+                self._released.pop(number, None)
+                return self._window(number)
+        now_s = time.monotonic()
+        free = [number for number in range(self.count) if number not in self._holders]
+        if not free:
+            free = [number for number, since in self._released.items() if now_s - since > QUARANTINE_S]
+        if not free:
+            logger.warning("no slab window left for prefill rank %s: direct writes only", endpoint)
+            return None
+        self._released.pop(free[0], None)
+        self._holders[free[0]] = endpoint
+        return self._window(free[0])
+
+    def holder(self, number: int) -> str | None:
+        """Endpoint of the prefill rank that holds this window."""
+        return self._holders.get(number)
+
+    def release(self, endpoint_host_ports: set[str]) -> None:
+        """These prefill ranks are believed dead; their windows may be given away after the quarantine."""
+        for number, holder in self._holders.items():
+            if holder in endpoint_host_ports:
+                self._released.setdefault(number, time.monotonic())
+
+    def _window(self, number: int) -> Window:
+        return Window(number, self.slab.address + number * self.window_bytes, self.window_bytes)
+
+
+def make_offer(
+    regions: PagedRegions, window: Window | None, *, env: WorkerEnv, kind: MemoryKind, device: int,
+    total_kv_heads: int, tp_size: int, tp_rank: int, model_dtype: str,
+) -> PeerOffer:  # fmt: skip
+    """What this decode rank tells one prefill rank."""
+    return PeerOffer(
+        version=PROTOCOL_VERSION,
+        instance_id=env.instance_id,
+        bases=regions.bases,
+        num_pages=regions.num_pages,
+        page_size=regions.page_size,
+        row_bytes=regions.row_bytes,
+        token_stride=regions.token_stride,
+        num_kv_heads=regions.num_kv_heads,
+        total_kv_heads=total_kv_heads,
+        tp_size=tp_size,
+        tp_rank=tp_rank,
+        memory=str(kind),
+        device=_device_id(kind, device),
+        window=-1 if window is None else window.number,
+        window_address=0 if window is None else window.address,
+        window_bytes=0 if window is None else window.nbytes,
+        model_dtype=model_dtype,
+    )

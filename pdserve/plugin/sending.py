@@ -1,0 +1,244 @@
+"""The prefill rank's data plane: SGLang's rooms and chunks in, outbox jobs out.
+
+    add_transfer_request ──► ChunkJob ──► outbox ──► finished ──► room Success, prefill answers
+    ABORT from decode ──► room Failed ──► outbox stops posting ──► last write settles ──► ABORT_ACK
+    room fails here ──► KV_STATUS Failed to every decode rank at once
+
+The count in ``_staging_outstanding`` is SGLang's own: its abort acknowledgement
+waits for it, so decode keeps its pages until nothing of ours can land in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+from sglang.srt.disaggregation.base.conn import KVPoll
+
+from pdserve.errors import PdserveError, PeerLost, ProtocolMismatch
+from pdserve.kv.coalesce import PageCopier
+from pdserve.plugin.dataplane import Slab
+from pdserve.transfer.engine import PeerName, Spans
+from pdserve.transfer.messages import Credit, PeerOffer, Void, decode_control, encode
+from pdserve.transfer.nixl import NixlEngine
+from pdserve.transfer.outbox import Outbox
+from pdserve.transfer.peer import OwnPool, PeerLink, connect_peer, page_blocks
+from pdserve.transfer.plan import Path
+from pdserve.transfer.share import ChunkJob, StepRunner, Target, TransferRecord
+from pdserve.transfer.warm import warm_up
+
+logger = logging.getLogger(__name__)
+
+CONTROL_TAG = b"PDSERVE"
+"""First frame of our messages on SGLang's ZMQ sockets."""
+
+MAX_REMEMBERED_ROOMS = 10_000
+"""Failed rooms and records kept for decode ranks and metrics that ask late."""
+
+
+class PrefillPlane:
+    """Data plane of one prefill rank. ``manager`` is the PdserveKVManager that owns the rooms."""
+
+    def __init__(
+        self, manager: Any, engine: NixlEngine, copier: PageCopier, own: OwnPool, slab: Slab,
+        *, rank: int, piece_bytes: int, forced_path: Path | None,
+    ) -> None:  # fmt: skip
+        self._manager = manager
+        self._engine = engine
+        self._own = own
+        self._slab = slab
+        self._piece_bytes = piece_bytes
+        self._forced_path = forced_path
+        self._blocks = engine.prepare(None, page_blocks(own.regions, own.device), own.kind)
+        self._links: dict[str, PeerLink] = {}
+        self._refused: dict[str, str] = {}
+        self._failed_rooms: OrderedDict[int, str] = OrderedDict()
+        self._records: OrderedDict[int, TransferRecord] = OrderedDict()
+        self._records_lock = threading.Lock()
+        runner = StepRunner(
+            engine, copier, rank=rank, kind=own.kind, device=own.device,
+            slab_address=slab.address, slab_bytes=slab.nbytes,
+        )  # fmt: skip
+        self.outbox = Outbox(runner, self, self._send_void)
+        self.outbox.start()
+
+    # Peers
+
+    def connect(self, info: Any, offer: PeerOffer) -> None:
+        """A decode rank has registered, or is loaded again after the transport had dropped it.
+
+        ``info`` is SGLang's KVArgsRegisterInfo. A rank whose pools do not fit is
+        remembered: its rooms fail at once with the reason.
+        """
+        name = str(info.agent_name)
+        try:
+            peer = self._engine.connect(info.agent_metadata)
+            link = connect_peer(
+                self._engine, peer, offer, self._own, source_blocks=self._blocks,
+                max_piece_bytes=min(self._piece_bytes, self._slab.nbytes // 2),
+            )  # fmt: skip
+        except PdserveError as exc:
+            logger.error("decode rank %s cannot be served: %s", name, exc)
+            self._refused[name] = str(exc)
+            self._links.pop(name, None)
+            return
+        known = self._links.get(name)
+        if known is None:
+            warm_up(self._engine, link, self._slab.address)
+        self._refused.pop(name, None)
+        self._links[name] = link
+        self.outbox.add_peer(link)
+
+    def knows(self, agent: str) -> bool:
+        """True for a decode rank that this plane serves, or refuses by name."""
+        return agent in self._links or agent in self._refused
+
+    def refusal(self, agent: str) -> str | None:
+        """Why rooms of this decode rank must fail; None when they need not."""
+        return self._refused.get(agent)
+
+    # Rooms
+
+    def submit(self, room: int, infos: list[Any], *, kv_indices: Any, first_page: int, is_last: bool,
+               aux_index: int | None, events: list[Any]) -> None:  # fmt: skip
+        """Queue one chunk of a room for every decode rank in ``infos`` (SGLang's TransferInfo)."""
+        aux = None if aux_index is None else self._own_aux(aux_index)
+        targets = []
+        for info in infos:
+            table = self._manager.decode_kv_args_table[info.agent_name]
+            peer_aux = None if aux_index is None else self._peer_aux(table, info.dst_aux_index)
+            targets.append(Target(PeerName(info.agent_name), info.dst_kv_indices, peer_aux))
+        self.outbox.submit(
+            ChunkJob(
+                room=room,
+                pages=kv_indices,
+                first_token=first_page * self._own.regions.page_size,
+                is_last=is_last,
+                targets=targets,
+                aux=aux,
+                is_ready=lambda: all(event.query() for event in events),
+                forced_path=self._forced_path,
+            )
+        )
+
+    def remember_failure(self, room: int, reason: str) -> None:
+        """Decode may ask for this room only later; then it must hear the reason, not wait for a time-out."""
+        self._failed_rooms[room] = reason
+        while len(self._failed_rooms) > MAX_REMEMBERED_ROOMS:
+            self._failed_rooms.popitem(last=False)
+
+    def failure_of(self, room: int) -> str | None:
+        """Why the room had failed before decode asked for it."""
+        return self._failed_rooms.get(room)
+
+    def take_record(self, room: int) -> TransferRecord | None:
+        """What the room's transfer took, once; None if it never went through this plane."""
+        with self._records_lock:
+            return self._records.pop(room, None)
+
+    def take_control(self, raw: bytes) -> None:
+        """A message of a decode rank on the control socket."""
+        try:
+            message = decode_control(raw)
+        except ProtocolMismatch as exc:
+            logger.warning("control message not acted on: %s", exc)
+            return
+        if isinstance(message, Credit):
+            self.outbox.credit(message)
+
+    # RoomGate, called from the outbox thread
+
+    def enter(self, room: int) -> bool:
+        """Count first, look second: an abort that comes in between waits for the count."""
+        manager = self._manager
+        manager._staging_outstanding[room] += 1
+        if self.is_open(room):
+            manager.update_status(room, KVPoll.Transferring)
+            return True
+        self._leave(room)
+        return False
+
+    def is_open(self, room: int) -> bool:
+        """False once SGLang or decode gave the room up."""
+        status = self._manager.request_status.get(room)
+        return status is not None and status != KVPoll.Failed
+
+    def finished(self, job: ChunkJob) -> None:
+        """All writes of a chunk are done; after the last chunk the room is a success on this side."""
+        manager, room = self._manager, job.room
+        self._keep_record(job)
+        if job.is_last and manager.conclude_transfer(
+            bootstrap_room=room, status=KVPoll.Success, targets=[]
+        ) == KVPoll.Failed:  # fmt: skip
+            manager.tell_decode(room)
+        if job.is_entered:
+            self._leave(room)
+        if job.is_last and manager._staging_outstanding.get(room, 0) <= 0:
+            manager._staging_outstanding.pop(room, None)
+            manager.transfer_infos.pop(room, None)
+            manager.req_to_decode_prefix_len.pop(room, None)
+
+    def failed(self, job: ChunkJob, *, settled: bool) -> None:
+        """A chunk failed. Decode hears of it at once and releases its pages once our count is zero."""
+        manager, room = self._manager, job.room
+        infos = manager.transfer_infos.get(room) or {}
+        if job.may_have_written or not settled:
+            manager.poison_deferred_ack_room(room)
+        if not job.is_silent:
+            logger.warning("room=%s: KV transfer failed: %s", room, job.failure)
+            manager.conclude_failure(bootstrap_room=room, failure_reason=job.failure or "KV transfer failed")
+        if job.is_entered and settled:
+            self._leave(room)
+        if not job.is_silent:
+            self._reload_peers(list(infos))
+
+    def _leave(self, room: int) -> None:
+        manager = self._manager
+        manager._staging_outstanding[room] -= 1
+        if manager.enable_deferred_decode_kv_release:
+            manager._maybe_ack_drained_abort(room)
+        if room not in manager.request_status and manager._staging_outstanding[room] <= 0:
+            manager._staging_outstanding.pop(room, None)
+
+    def _keep_record(self, job: ChunkJob) -> None:
+        with self._records_lock:
+            self._records.setdefault(job.room, TransferRecord()).add(job.record)
+            while len(self._records) > MAX_REMEMBERED_ROOMS:
+                self._records.popitem(last=False)
+
+    def _reload_peers(self, agents: list[str]) -> None:
+        """NIXL forgets a peer after a disconnect and never restores it; load it again from what we hold."""
+        for agent in agents:
+            info = self._manager.decode_kv_args_table.get(agent)
+            if info is None or agent not in self._links:
+                continue
+            with contextlib.suppress(PeerLost):
+                if not self._engine.is_connected(PeerName(agent)):
+                    logger.warning("transport lost decode rank %s; loading it again", agent)
+                    self.connect(info, info.pdserve_offer)
+
+    def _send_void(self, peer: PeerName, void: Void) -> None:
+        info = self._manager.decode_kv_args_table.get(str(peer))
+        if info is not None:
+            self._manager.send_control(info.endpoint, int(info.dst_port), [CONTROL_TAG, encode(void)])
+
+    def _own_aux(self, index: int) -> Spans:
+        args = self._manager.kv_args
+        return _rows(args.aux_data_ptrs, args.aux_item_lens, index)
+
+    def _peer_aux(self, table: Any, index: int) -> Spans:
+        # The stride is this side's item length, as SGLang's send_aux has it; a peer that
+        # registered fewer buffers gets the leading ones.
+        lengths = self._manager.kv_args.aux_item_lens
+        return _rows(table.dst_aux_ptrs[: len(lengths)], lengths, index)
+
+
+def _rows(pointers: list[int], lengths: list[int], index: int) -> Spans:
+    return np.array(
+        [(pointer + length * index, length, 0) for pointer, length in zip(pointers, lengths, strict=False)],
+        dtype=np.uint64,
+    )

@@ -1,0 +1,317 @@
+"""SGLang's NIXL manager with pdserve's data plane in it.
+
+    decode                                     prefill
+    registration + PeerOffer frame ──────────► connect, warm up
+    room metadata (page ids) ────────────────► room WaitingForInput
+                                               chunks ─► outbox
+    inbox counts messages ◄──── NIXL writes ───┘
+    Credit ──────────────────────────────────► slab space back
+    KV_STATUS Failed ◄──────────────────────── any failure or abort, at once
+
+Everything else, and every peer that sends no offer, stays SGLang's own path.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.common.conn import AbortNotification
+from sglang.srt.disaggregation.nixl.conn import (
+    GUARD,
+    KVArgsRegisterInfo,
+    NixlKVManager,
+    NixlKVReceiver,
+    TransferInfo,
+)
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.environ import envs
+from sglang.srt.utils.network import NetworkAddress
+
+from pdserve.config import WorkerEnv
+from pdserve.errors import ProtocolMismatch
+from pdserve.plugin.dataplane import (
+    BACKENDS,
+    WindowTable,
+    make_copier,
+    make_offer,
+    make_slab,
+    regions_of,
+    unsupported,
+)
+from pdserve.plugin.receiving import DecodePlane
+from pdserve.plugin.sending import CONTROL_TAG, PrefillPlane
+from pdserve.transfer.engine import MemoryKind
+from pdserve.transfer.messages import PeerOffer, decode_offer, encode
+from pdserve.transfer.nixl import NixlEngine
+from pdserve.transfer.peer import OwnPool
+from pdserve.transfer.plan import Path
+
+logger = logging.getLogger(__name__)
+
+OFFER_FRAME = 24
+"""Index of our frame in a registration, after SGLang's own (0 is the room, "None")."""
+
+DEFAULT_SLAB_MB = {MemoryKind.DRAM: 64, MemoryKind.VRAM: 1024}
+
+PIECES_PER_WINDOW = 4
+"""A window holds at least so many pieces, so that gather, write and scatter overlap."""
+
+
+class TransferManager(NixlKVManager):
+    """Data plane side of ``PdserveKVManager``; the planes are None while it is off or not possible."""
+
+    prefill_plane: PrefillPlane | None = None
+    decode_plane: DecodePlane | None = None
+    _pdserve_env: WorkerEnv
+
+    def register_buffer_to_engine(self) -> None:
+        """SGLang registers its pools; then, before any of its threads run, the planes come up."""
+        super().register_buffer_to_engine()
+        backend = str(envs.SGLANG_DISAGGREGATION_NIXL_BACKEND.get())
+        reason = unsupported(self, self._pdserve_env)
+        if not reason and backend not in BACKENDS:
+            reason = f"NIXL backend {backend}"
+        if not reason and envs.SGLANG_DISAGG_STAGING_BUFFER.get():
+            reason = "SGLang's own staging buffer"
+        if reason:
+            logger.info("data plane off (%s): KV goes SGLang's way", reason)
+            return
+        self._make_plane()
+
+    def _make_plane(self) -> None:
+        env, config, args = self._pdserve_env, self._pdserve_env.data_plane, self.kv_args
+        model = ModelConfig.from_server_args(self.server_args)
+        is_mla = bool(self.is_mla_backend)
+        total_heads = 1 if is_mla else int(model.get_total_num_kv_heads())
+        # Every MLA rank holds the same latent row: as if there were one rank.
+        tp_size = 1 if is_mla else int(self.attn_tp_size)
+        tp_rank = 0 if is_mla else int(self.attn_tp_rank)
+        regions = regions_of(args, is_mla=is_mla, total_kv_heads=total_heads, tp_size=tp_size)
+        kind, device = MemoryKind(args.kv_data_mem_kinds[0]), int(args.gpu_id)
+        dtype = str(args.kv_cache_dtype_str)
+        dtype = str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+        engine = NixlEngine(self.agent)
+        copier = make_copier(regions, kind, device, config)
+        slab = make_slab(engine, (config.slab_mb or DEFAULT_SLAB_MB[kind]) << 20, kind, device)
+        piece_bytes = slab.nbytes // config.windows // PIECES_PER_WINDOW
+        if self.disaggregation_mode == DisaggregationMode.PREFILL:
+            own = OwnPool(
+                regions, total_heads, tp_size, tp_rank, kind, device if kind is MemoryKind.VRAM else 0, dtype
+            )
+            self.prefill_plane = PrefillPlane(
+                self, engine, copier, own, slab,
+                rank=self._prefill_unique_rank(),
+                piece_bytes=piece_bytes,
+                forced_path=None if config.path == "auto" else Path(config.path),
+            )  # fmt: skip
+        else:
+            self.decode_plane = DecodePlane(self, engine, copier, WindowTable(slab, config.windows))
+            self._offer_facts: dict[str, Any] = {
+                "env": env, "kind": kind, "device": device, "total_kv_heads": total_heads,
+                "tp_size": tp_size, "tp_rank": tp_rank, "model_dtype": dtype,
+            }  # fmt: skip
+            self._regions = regions
+        logger.info(
+            "data plane on: %d regions of %d pages, slab %d MiB, pieces of %d KiB, path %s",
+            regions.num_regions, regions.num_pages, slab.nbytes >> 20, piece_bytes >> 10, config.path,
+        )  # fmt: skip
+
+    def send_control(self, host: str, port: int, frames: list[bytes]) -> None:
+        """Best-effort message to a peer's ZMQ socket; one that is gone does not need it."""
+        address = NetworkAddress(host, port)
+        try:
+            self._send_multipart_locked(address.to_tcp(), frames, is_ipv6=address.is_ipv6)
+        except Exception as exc:
+            logger.warning("control message to %s not sent: %s", address.to_host_port_str(), exc)
+
+    # Prefill side
+
+    def _start_bootstrap_thread(self) -> None:
+        if self.prefill_plane is None:
+            super()._start_bootstrap_thread()
+            return
+        threading.Thread(target=self._serve_decode_ranks, name="pdserve-control", daemon=True).start()
+
+    def _serve_decode_ranks(self) -> None:
+        """Messages of decode ranks. Unlike SGLang's thread it outlives a message it cannot read."""
+        while True:
+            frames = self.server_socket.recv_multipart()
+            try:
+                self._take_message(frames)
+            except Exception:
+                logger.exception("control socket: message of %d frames not acted on", len(frames))
+
+    def _take_message(self, frames: list[bytes]) -> None:
+        plane = self.prefill_plane
+        assert plane is not None
+        if frames[0] == CONTROL_TAG:
+            plane.take_control(frames[1])
+        elif self._handle_abort_notification(frames):
+            self._forget_unknown_room(frames)
+        elif frames[0] != GUARD:
+            logger.warning("control socket: foreign message of %d frames", len(frames))
+        elif frames[1] == b"None":
+            self._take_registration(frames[1:])
+        else:
+            self._take_room(TransferInfo.from_zmq(frames[1:]))
+
+    def _forget_unknown_room(self, frames: list[bytes]) -> None:
+        """An abort may overtake the request itself: its room must then fail at once, not after 300 s."""
+        notification = AbortNotification.from_zmq(frames)
+        if notification is None or notification.room in self.request_status:
+            return
+        assert self.prefill_plane is not None
+        self.transfer_infos.pop(notification.room, None)
+        self.prefill_plane.remember_failure(notification.room, "aborted by the decode server")
+
+    def _take_registration(self, frames: list[bytes]) -> None:
+        info = KVArgsRegisterInfo.from_zmq(frames)
+        offer = _read_offer(frames)
+        if offer is None:
+            self._add_remote_peer(info)
+            return
+        assert self.prefill_plane is not None
+        info.pdserve_offer = offer
+        self.check_peer_aux_buffer_count(info.agent_name, len(info.dst_aux_ptrs))
+        self.decode_kv_args_table[info.agent_name] = info
+        self.prefill_plane.connect(info, offer)
+
+    def _take_room(self, info: Any) -> None:
+        plane, room = self.prefill_plane, info.room
+        assert plane is not None
+        infos = self.transfer_infos.setdefault(room, {})
+        infos[info.agent_name] = info
+        if (reason := plane.failure_of(room)) is not None:
+            self.transfer_infos.pop(room, None)
+            self._send_failure([(info.endpoint, info.dst_port)], room, reason)
+            return
+        if (reason := plane.refusal(info.agent_name)) is not None:
+            # This server may not have heard of the room yet: its request fails when it comes.
+            plane.remember_failure(room, reason)
+            self.record_failure(room, reason)
+            self.tell_decode(room, reason)
+            self.update_status(room, KVPoll.Failed)
+            return
+        if len(infos) != info.required_dst_info_num:
+            return
+        self.resolve_kv_replica_factor(infos)
+        lengths = (one.decode_prefix_len for one in infos.values() if one.decode_prefix_len is not None)
+        self.req_to_decode_prefix_len[room] = next(lengths, 0)
+        self.update_status(room, KVPoll.WaitingForInput)
+
+    def update_status(self, bootstrap_room: int, status: Any) -> None:
+        """As SGLang's; a prefill rank's failure is told to decode at once instead of after 300 s."""
+        was = self.request_status.get(bootstrap_room)
+        super().update_status(bootstrap_room, status)
+        plane = self.prefill_plane
+        if plane is None or status != KVPoll.Failed or was in (None, KVPoll.Failed):
+            return
+        self.tell_decode(bootstrap_room)
+
+    def tell_decode(self, room: int, reason: str | None = None) -> None:
+        """Send KV_STATUS Failed to the room's decode ranks, or keep the news for those still to come."""
+        plane = self.prefill_plane
+        assert plane is not None
+        with self.failure_lock:
+            reason = reason or self.failure_records.get(room) or "prefill gave the request up"
+        targets = self._room_notify_targets(room)
+        if targets:
+            self._send_failure(targets, room, reason)
+        else:
+            plane.remember_failure(room, reason)
+
+    def _send_failure(self, targets: list[tuple[str, int]], room: int, reason: str) -> None:
+        self.send_kv_status_message(
+            targets=targets, bootstrap_room=room, status=KVPoll.Failed, failure_reason=reason
+        )
+
+    def add_transfer_request(
+        self, bootstrap_room: int, kv_indices: Any, index_slice: slice, is_last_chunk: bool,
+        aux_index: int | None = None, state_indices: Any = None, num_kv_tokens: int | None = None,
+        *, wait_event: Any = None, indices_event: Any = None, trace_ctx: Any = None,
+    ) -> None:  # fmt: skip
+        """Queue a chunk. Waits, without blocking, for the events that SGLang's NIXL manager drops."""
+        infos = [info for info in self.transfer_infos.get(bootstrap_room, {}).values() if not info.is_dummy]
+        plane = self.prefill_plane
+        if plane is None or not infos or not all(plane.knows(info.agent_name) for info in infos):
+            for event in (wait_event, indices_event):
+                if event is not None:
+                    event.synchronize()
+            super().add_transfer_request(
+                bootstrap_room, kv_indices, index_slice, is_last_chunk,
+                aux_index=aux_index, state_indices=state_indices, num_kv_tokens=num_kv_tokens,
+            )  # fmt: skip
+            return
+        plane.submit(
+            bootstrap_room, infos, kv_indices=kv_indices, first_page=index_slice.start or 0,
+            is_last=is_last_chunk, aux_index=aux_index if is_last_chunk else None,
+            events=[event for event in (wait_event, indices_event) if event is not None],
+        )  # fmt: skip
+
+    # Decode side
+
+    def handle_chunk_ready(self, msg: list[bytes]) -> bool:
+        """First look at every message on the decode listener; ours go to the plane."""
+        if msg and msg[0] == CONTROL_TAG:
+            if self.decode_plane is not None:
+                self.decode_plane.take_control(msg[1])
+            return True
+        return bool(super().handle_chunk_ready(msg))
+
+    def is_abort_release_safe(self, bootstrap_room: int, required_acks: int) -> bool:
+        """As SGLang's, and no scatter runs into the room's pages any more."""
+        if self.decode_plane is not None and self.decode_plane.inbox.is_busy(bootstrap_room):
+            return False
+        return bool(super().is_abort_release_safe(bootstrap_room, required_acks))
+
+    def offer_frames(self, endpoint: str) -> list[bytes]:
+        """Our frame for the registration with this prefill rank (``ip:port``); none without a plane."""
+        plane = self.decode_plane
+        if plane is None:
+            return []
+        offer = make_offer(self._regions, plane.window_for(endpoint), **self._offer_facts)
+        return [encode(offer)]
+
+
+class PdserveKVReceiver(NixlKVReceiver):
+    """SGLang's receiver; announces its rooms to the inbox and offers a slab window."""
+
+    def _register_kv_args(self) -> bool:
+        if self.bootstrap_infos is None:
+            return False
+        message = self.kv_mgr.build_receiver_registration_message()
+        for info in self.bootstrap_infos:
+            frames = self.kv_mgr.offer_frames(f"{info['rank_ip']}:{info['rank_port']}")
+            if not self._send_bootstrap_message(
+                bootstrap_info=info, message=[*message, *frames], operation="_register_kv_args"
+            ):
+                return False
+        return True
+
+    def send_metadata(self, kv_indices: Any, *args: Any, **kwargs: Any) -> None:
+        """Expect the room before its prefill learns the pages."""
+        plane = self.kv_mgr.decode_plane
+        if plane is not None:
+            plane.expect(self.bootstrap_room, kv_indices)
+        super().send_metadata(kv_indices, *args, **kwargs)
+
+    def clear(self) -> None:
+        """The room is over: later messages of it are nobody's."""
+        plane = self.kv_mgr.decode_plane
+        if plane is not None:
+            plane.inbox.forget(self.bootstrap_room)
+        super().clear()
+
+
+def _read_offer(frames: list[bytes]) -> PeerOffer | None:
+    if len(frames) <= OFFER_FRAME or not frames[OFFER_FRAME]:
+        return None
+    try:
+        return decode_offer(frames[OFFER_FRAME])
+    except ProtocolMismatch as exc:
+        logger.warning("decode rank %s: %s; it is served SGLang's way", frames[3].decode(), exc)
+        return None
