@@ -23,6 +23,7 @@ from pdserve.types import Role
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 FLEET, LISTEN, ENGINE, RUN, ROUTING = "Fleet", "Addresses", "SGLang", "Running", "Routing"
+TRANSFER = "KV transfer"
 
 app = typer.Typer(
     name="pdserve",
@@ -142,6 +143,27 @@ def launch(
             "--decode-args", panel=ENGINE, text="SGLang flags of decode only. (one string; default none)"
         ),
     ] = None,
+    data_plane: Annotated[
+        str | None,
+        _option(
+            "--data-plane", panel=TRANSFER, metavar="on|off", text="off: SGLang's own. (name; default on)"
+        ),
+    ] = None,
+    transfer_path: Annotated[
+        str | None,
+        _option(
+            "--transfer-path",
+            panel=TRANSFER,
+            metavar="auto|direct|packed",
+            text="How KV travels; auto: whatever is quicker. (name; default auto)",
+        ),
+    ] = None,
+    slab_mb: Annotated[
+        int | None,
+        _option(
+            "--slab-mb", panel=TRANSFER, text="Slab of each rank. (MiB; default 0: 64 on CPU, 1024 on GPU)"
+        ),
+    ] = None,
     ready_timeout: Annotated[
         float | None,
         _option("--ready-timeout", panel=RUN, text="Longest wait until ready. (seconds; default 600)"),
@@ -152,6 +174,7 @@ def launch(
     flags |= dict(host=host, port=port, bootstrap_port=bootstrap_port, policy=policy, log_dir=log_dir)
     flags |= dict(start_method=start_method, ready_timeout_s=ready_timeout, sglang_args=ctx.obj or None)
     flags |= dict(prefill_args=prefill_args, decode_args=decode_args)
+    flags |= dict(data_plane=data_plane, transfer_path=transfer_path, slab_mb=slab_mb)
     settings = command_line.launch_config(config, flags, _note)
     if dry_run:
         from pdserve.cluster.machine import plan_on_this_machine

@@ -23,6 +23,7 @@ from pdserve.types import Role
 T = TypeVar("T")
 
 DEVICES = ("auto", "cpu", "cuda")
+SWITCH = ("on", "off")
 TRANSFER_PATHS = ("auto", "direct", "packed")
 START_METHODS = ("auto", "fork", "spawn")
 
@@ -91,6 +92,12 @@ class LaunchConfig:
     sglang_args: tuple[str, ...] = ()
     prefill_args: tuple[str, ...] = ()
     decode_args: tuple[str, ...] = ()
+    data_plane: str = "on"
+    """``off``: SGLang's own NIXL path, for comparison."""
+    transfer_path: str = "auto"
+    """``direct`` or ``packed`` force one path where the pools allow it."""
+    slab_mb: int = 0
+    """Slab of each rank in MiB; 0: 64 on CPU, 1024 on a GPU."""
     served_model_name: str = ""
     """Name in ``/v1/models``; empty: the embedded model's name, or what SGLang makes of ``model``."""
     config_file: str = ""
@@ -109,8 +116,21 @@ class LaunchConfig:
             )
         if self.tp < 1:
             raise ConfigError(f"tp must be at least 1, got {self.tp}")
+        if self.data_plane not in SWITCH:
+            raise ConfigError(f"data_plane must be on or off, got {self.data_plane!r}")
+        DataPlaneConfig(path=self.transfer_path, slab_mb=self.slab_mb)
         for name in ("port", "bootstrap_port", "worker_base_port"):
             check_port(name, getattr(self, name))
+
+    @property
+    def data_plane_environment(self) -> dict[str, str]:
+        """What workers must be told of the data plane; nothing when all is default."""
+        wanted = {
+            "PDSERVE_DATA_PLANE": (self.data_plane, "on"),
+            "PDSERVE_TRANSFER_PATH": (self.transfer_path, "auto"),
+            "PDSERVE_SLAB_MB": (str(self.slab_mb), "0"),
+        }
+        return {name: value for name, (value, default) in wanted.items() if value != default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +164,7 @@ class DataPlaneConfig:
             ConfigError: naming the variable and what it may be.
         """
         switch = env.get("PDSERVE_DATA_PLANE", "on")
-        if switch not in ("on", "off"):
+        if switch not in SWITCH:
             raise ConfigError(f"PDSERVE_DATA_PLANE must be on or off, got {switch!r}")
         numbers = {}
         for name, default in (("PDSERVE_SLAB_MB", 0), ("PDSERVE_SLAB_WINDOWS", 8)):

@@ -35,9 +35,10 @@ class Role(enum.StrEnum):
 class KVLayoutDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     """Byte geometry of one worker's KV pool, as its ranks report it.
 
-    Two workers may be paired on SGLang's stock transfer path only if every
-    field is equal. ``token_bytes`` counts K and V of one token in one layer
-    over all attention heads of the model, so it does not depend on TP.
+    Two workers may be paired on SGLang's stock transfer path only if every field
+    is equal; pdserve's data plane converts page sizes. ``token_bytes`` counts K
+    and V of one token in one layer over all attention heads of the model, so it
+    does not depend on TP.
     """
 
     page_size: int
@@ -47,13 +48,21 @@ class KVLayoutDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     token_bytes: int
     kind: str = "mha"
     layout: str = "NHD"
+    converts_pages: bool = False
+    """This worker's data plane exchanges KV with pools of another page size."""
 
     def differences(self, other: KVLayoutDescriptor) -> list[str]:
-        """Name each field that differs, as ``field: ours != theirs``; empty means pairable."""
+        """Name each field that keeps the two apart, as ``field: ours != theirs``; empty means pairable.
+
+        The page size does not when both sides convert.
+        """
+        ignored = {"converts_pages"}
+        if self.converts_pages and other.converts_pages:
+            ignored.add("page_size")
         return [
             f"{name}: {getattr(self, name)} != {getattr(other, name)}"
             for name in self.__struct_fields__
-            if getattr(self, name) != getattr(other, name)
+            if name not in ignored and getattr(self, name) != getattr(other, name)
         ]
 
 

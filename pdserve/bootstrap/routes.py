@@ -60,6 +60,8 @@ class RankRow(msgspec.Struct, frozen=True, kw_only=True):
     enable_kv_cache_sharding: bool | None = None
     prefill_http_port: _Port | None = None
     decode_allocation_policy: str = "early"
+    converts_pages: bool = False
+    """pdserve's data plane writes into pools of another page size; SGLang itself cannot."""
 
     @classmethod
     def parse(cls, row: Mapping[str, Any]) -> RankRow:
@@ -145,7 +147,8 @@ class RouteTable:
             "attn_cp_size": row.attn_cp_size,
             "dp_size": row.dp_size,
             "pp_size": row.pp_size,
-            "page_size": row.page_size,
+            # SGLang's decode refuses another page size; None leaves the check to our own layout comparison.
+            "page_size": None if row.converts_pages else row.page_size,
             "kv_cache_dtype": self._known("kv_cache_dtype"),
             "follow_bootstrap_room": method == "follow_bootstrap_room",
             "enable_dsa_cache_layer_split": bool(self._known("enable_dsa_cache_layer_split")),

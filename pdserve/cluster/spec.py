@@ -120,6 +120,7 @@ def plan_cluster(
         environ=environ,
         served_model_name=config.served_model_name,
         fork_children=config.start_method != "spawn",
+        data_plane=config.data_plane_environment,
     )
     shares = _gpu_shares(config, device, gpus)
     bootstrap_address = join_host_port(inner_host, bootstrap_port)
@@ -150,6 +151,7 @@ def worker_spec(
     environ: Mapping[str, str] | None = None,
     served_model_name: str = "",
     fork_children: bool = True,
+    data_plane: Mapping[str, str] | None = None,
 ) -> ProcessSpec:
     """One SGLang server; ``device`` is "cpu" or "cuda", ``args`` the user's SGLang flags.
 
@@ -179,6 +181,7 @@ def worker_spec(
     )
     if not fork_children:
         env["PDSERVE_FORK_CHILDREN"] = "0"
+    env.update(data_plane or {})
     argv = (sys.executable, "-m", "pdserve.plugin.worker", *flags)
     ready_url = http_url(inner_address(host), port) + "/health"
     return ProcessSpec(name, ProcessKind.WORKER, argv, env, ready_url, role, tuple(gpus), flags)

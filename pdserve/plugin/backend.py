@@ -86,8 +86,9 @@ class PdserveKVManager(TransferManager):
                 model_dtype=str(model.dtype).removeprefix("torch."),
                 # A pipeline stage registers only its own layers; the fleet compares whole models.
                 num_layers=int(model.num_hidden_layers) if self.pp_size > 1 else None,
+                converts_pages=self.converts_pages,
             ),
-            route=route,
+            route=None if route is None else {**route, "converts_pages": self.converts_pages},
         )
         try:
             client = LeaseClient(env.bootstrap_url)
@@ -161,10 +162,17 @@ class PdserveKVSender(NixlKVSender):
     def get_transfer_metric(self) -> Any:
         """SGLang asks once, when a request's transfer has succeeded."""
         metric = super().get_transfer_metric()
-        stats = self.kv_mgr.transfer_stats
-        if stats is not None:
-            rank, _ = rank_index(self.kv_mgr)
-            stats.add(rank, kv_bytes=int(metric.transfer_total_bytes or 0), transfers=1)
+        manager = self.kv_mgr
+        plane = manager.prefill_plane
+        record = None if plane is None else plane.take_record(self.bootstrap_room)
+        if record is not None:
+            # SGLang multiplies pages by page bytes, which is wrong for a part of the heads.
+            metric.transfer_total_bytes = record.nbytes
+        if manager.transfer_stats is not None:
+            counted = {"kv_bytes": int(metric.transfer_total_bytes or 0)}
+            if record is not None:
+                counted = record.counters()
+            manager.transfer_stats.add(rank_index(manager)[0], transfers=1, **counted)
         return metric
 
 

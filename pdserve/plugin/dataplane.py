@@ -36,7 +36,8 @@ def unsupported(manager: Any, env: WorkerEnv) -> str:
     ``manager`` is SGLang's CommonKVManager, initialised.
     """
     args = manager.kv_args
-    kinds = set(args.kv_data_mem_kinds)
+    # Not set yet on a GPU prefill when it reports to the bootstrap service.
+    kinds = set(getattr(args, "kv_data_mem_kinds", None) or ["VRAM"])
     checks = (
         (env.stock or not env.data_plane.is_on, "switched off"),
         (not args.kv_data_ptrs, "no KV regions on this rank"),

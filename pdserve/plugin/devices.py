@@ -9,8 +9,23 @@ from sglang.srt.platforms.cuda import CudaSRTPlatform
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from pdserve.config import WorkerEnv
 
-class PdservePlatform(CpuDeviceMixin, SRTPlatform):
+
+class SegmentedPools:
+    """Paged KV pools whose pages come from the segment allocator, unless the data plane is switched off."""
+
+    def get_paged_allocator_cls(self) -> type[Any] | None:
+        """SGLang asks when the page size is above 1; None is its own allocator."""
+        env = WorkerEnv.from_environ()
+        if env.stock or not env.data_plane.is_on:
+            return None
+        from pdserve.plugin.allocator import PdservePagedAllocator
+
+        return PdservePagedAllocator
+
+
+class PdservePlatform(SegmentedPools, CpuDeviceMixin, SRTPlatform):
     """CPU: torch-native attention, torch allocators, no graphs, no pinned memory."""
 
     _enum = PlatformEnum.OOT
@@ -46,5 +61,5 @@ class PdservePlatform(CpuDeviceMixin, SRTPlatform):
         """Nothing: a garbage collection at every idle wake-up would cost more than it frees."""
 
 
-class PdserveCudaPlatform(CudaSRTPlatform):
+class PdserveCudaPlatform(SegmentedPools, CudaSRTPlatform):
     """CUDA as SGLang has it. ``_enum`` stays CUDA, so no feature is refused as out-of-tree."""

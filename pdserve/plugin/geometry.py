@@ -15,6 +15,7 @@ def describe_layout(
     tp_size: int,
     model_dtype: str,
     num_layers: int | None = None,
+    converts_pages: bool = False,
 ) -> KVLayoutDescriptor:
     """Geometry of this rank's pools, scaled to the whole model.
 
@@ -43,6 +44,7 @@ def describe_layout(
         token_bytes=layer_page_bytes * scale // max(page_size, 1),
         kind="mla" if is_mla else "mha",
         layout=str(kv_args.kv_layout or "NHD"),
+        converts_pages=converts_pages,
     )
 
 

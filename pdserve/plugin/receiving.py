@@ -57,6 +57,15 @@ class DecodePlane:
 
     def rank_arrived(self, room: int, rank: int) -> None:
         """SGLang counts the ranks and makes the room a success after the last one."""
+        stats = self._manager.transfer_stats
+        if stats is not None:
+            own = self.inbox.stats
+            stats.set(
+                self._manager.stats_rank,
+                messages=own.num_messages,
+                scattered_bytes=own.scattered_bytes,
+                scatter_us=round(own.scatter_s * 1e6),
+            )
         self._manager.apply_prefill_status(bootstrap_room=room, status=int(KVPoll.Success), prefill_rank=rank)
 
     def failed(self, room: int, reason: str) -> None:

@@ -93,6 +93,11 @@ class PrefillPlane:
         self._links[name] = link
         self.outbox.add_peer(link)
 
+    def refuse(self, agent: str, reason: str) -> None:
+        """Rooms of this decode rank fail at once with ``reason``."""
+        logger.error("decode rank cannot be served: %s", reason)
+        self._refused[agent] = reason
+
     def knows(self, agent: str) -> bool:
         """True for a decode rank that this plane serves, or refuses by name."""
         return agent in self._links or agent in self._refused
@@ -190,6 +195,8 @@ class PrefillPlane:
             manager.poison_deferred_ack_room(room)
         if not job.is_silent:
             logger.warning("room=%s: KV transfer failed: %s", room, job.failure)
+            if manager.transfer_stats is not None:
+                manager.transfer_stats.add(manager.stats_rank, failures=1)
             manager.conclude_failure(bootstrap_room=room, failure_reason=job.failure or "KV transfer failed")
         if job.is_entered and settled:
             self._leave(room)

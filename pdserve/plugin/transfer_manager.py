@@ -13,6 +13,7 @@ Everything else, and every peer that sends no offer, stays SGLang's own path.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from typing import Any
@@ -42,8 +43,11 @@ from pdserve.plugin.dataplane import (
     regions_of,
     unsupported,
 )
+from pdserve.plugin.geometry import rank_index
 from pdserve.plugin.receiving import DecodePlane
 from pdserve.plugin.sending import CONTROL_TAG, PrefillPlane
+from pdserve.plugin.stats import TransferStats
+from pdserve.plugin.undertaker import Undertaker
 from pdserve.transfer.engine import MemoryKind
 from pdserve.transfer.messages import PeerOffer, decode_offer, encode
 from pdserve.transfer.nixl import NixlEngine
@@ -67,6 +71,28 @@ class TransferManager(NixlKVManager):
     prefill_plane: PrefillPlane | None = None
     decode_plane: DecodePlane | None = None
     _pdserve_env: WorkerEnv
+    transfer_stats: TransferStats | None = None
+
+    @functools.cached_property
+    def undertaker(self) -> Undertaker:
+        """Watches prefill ranks that owe an abort acknowledgement."""
+        return Undertaker()
+
+    @property
+    def stats_rank(self) -> int:
+        """This rank's row in the server's transfer counters."""
+        return rank_index(self)[0]
+
+    @property
+    def converts_pages(self) -> bool:
+        """True if this rank exchanges KV with pools of another page size.
+
+        A decode radix cache cannot: the prefix it holds ends on its own page, which
+        need not be a page of the prefill's.
+        """
+        has_radix = bool(self.server_args.disaggregation_decode_enable_radix_cache)
+        is_decode = self.disaggregation_mode == DisaggregationMode.DECODE
+        return not unsupported(self, self._pdserve_env) and not (is_decode and has_radix)
 
     def register_buffer_to_engine(self) -> None:
         """SGLang registers its pools; then, before any of its threads run, the planes come up."""
@@ -171,10 +197,18 @@ class TransferManager(NixlKVManager):
     def _take_registration(self, frames: list[bytes]) -> None:
         info = KVArgsRegisterInfo.from_zmq(frames)
         offer = _read_offer(frames)
+        assert self.prefill_plane is not None
         if offer is None:
+            ours, theirs = list(self.kv_args.kv_item_lens), list(info.dst_kv_item_lens)
+            if info.decode_tp_size == self.attn_tp_size and theirs[: len(ours)] != ours:
+                self.prefill_plane.refuse(
+                    str(info.agent_name),
+                    f"decode rank {info.agent_name}: pages of {theirs[0]} bytes, this prefill's {ours[0]}; "
+                    "only pdserve's data plane converts, and it is off there: use one --page-size",
+                )
+                return
             self._add_remote_peer(info)
             return
-        assert self.prefill_plane is not None
         info.pdserve_offer = offer
         self.check_peer_aux_buffer_count(info.agent_name, len(info.dst_aux_ptrs))
         self.decode_kv_args_table[info.agent_name] = info
@@ -263,10 +297,17 @@ class TransferManager(NixlKVManager):
         return bool(super().handle_chunk_ready(msg))
 
     def is_abort_release_safe(self, bootstrap_room: int, required_acks: int) -> bool:
-        """As SGLang's, and no scatter runs into the room's pages any more."""
+        """As SGLang's, and no scatter runs into the room's pages; a dead prefill rank owes nothing."""
         if self.decode_plane is not None and self.decode_plane.inbox.is_busy(bootstrap_room):
             return False
+        if self.undertaker.are_all_dead(bootstrap_room):
+            return True
         return bool(super().is_abort_release_safe(bootstrap_room, required_acks))
+
+    def clear_deferred_abort_state(self, bootstrap_room: int) -> None:
+        """The room's pages are released."""
+        self.undertaker.forget(bootstrap_room)
+        super().clear_deferred_abort_state(bootstrap_room)
 
     def offer_frames(self, endpoint: str) -> list[bytes]:
         """Our frame for the registration with this prefill rank (``ip:port``); none without a plane."""
@@ -298,6 +339,14 @@ class PdserveKVReceiver(NixlKVReceiver):
         if plane is not None:
             plane.expect(self.bootstrap_room, kv_indices)
         super().send_metadata(kv_indices, *args, **kwargs)
+
+    def _send_abort_notification(self, *, force_arm: bool = False) -> None:
+        super()._send_abort_notification(force_arm=force_arm)
+        if self._abort_generation is None:
+            return  # nothing was announced to the prefill, so no page waits for an acknowledgement
+        infos = self.bootstrap_infos or []
+        endpoints = [(str(info["rank_ip"]), int(info["rank_port"])) for info in infos]
+        self.kv_mgr.undertaker.watch(self.bootstrap_room, endpoints)
 
     def clear(self) -> None:
         """The room is over: later messages of it are nobody's."""

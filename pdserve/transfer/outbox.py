@@ -103,11 +103,11 @@ class Outbox:
             self._wake.notify()
 
     def _run(self) -> None:
-        pause_s = POLL_S[0]
+        pause_s, has_moved = POLL_S[0], False
         next_sweep_s = time.monotonic() + 1.0
         while True:
             with self._wake:
-                if not self._mail and not self._is_closing:
+                if not has_moved and not self._mail and not self._is_closing:
                     self._wake.wait(pause_s if self._active else self._idle_wait_s())
                 mail, self._mail = list(self._mail), deque()
                 if self._is_closing:

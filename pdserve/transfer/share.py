@@ -62,6 +62,20 @@ class TransferRecord:
         for name in self.__dataclass_fields__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
+    def counters(self) -> dict[str, int]:
+        """As whole numbers, times in microseconds, under the names of plugin/stats.py."""
+        return {
+            "kv_bytes": self.nbytes,
+            "direct_chunks": self.num_direct,
+            "packed_chunks": self.num_packed,
+            "descriptors": self.num_descriptors,
+            "writes": self.num_writes,
+            "plan_us": round(self.plan_s * 1e6),
+            "gather_us": round(self.gather_s * 1e6),
+            "post_us": round(self.post_s * 1e6),
+            "wait_us": round(self.wait_s * 1e6),
+        }
+
 
 @dataclass(slots=True, eq=False)
 class ChunkJob:

@@ -16,18 +16,16 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-import zlib
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import TracebackType
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from pdserve.errors import TransferFailed
 from pdserve.kv.coalesce import HostPageCopier, host_bytes
-from pdserve.kv.layout import PagedRegions, PageIds
+from pdserve.kv.layout import PageIds
 from pdserve.transfer.engine import MemoryKind, PeerName
 from pdserve.transfer.inbox import Inbox, Window
 from pdserve.transfer.messages import (
@@ -44,43 +42,13 @@ from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import OwnPool, PeerLink, connect_peer, page_blocks
 from pdserve.transfer.plan import Path
 from pdserve.transfer.share import ChunkJob, StepRunner, Target, TransferRecord
+from pdserve.transfer.trial_pool import PoolSums, TrialGeometry, TrialPool
 from pdserve.transfer.warm import warm_up
+
+__all__ = ["SendReport", "Trial", "TrialGeometry", "copy_rate_bytes_per_s"]
 
 SEND_S = 120.0
 """Longest wait for one room; a trial that takes longer has hung."""
-
-
-class TrialGeometry(msgspec.Struct, frozen=True, kw_only=True):
-    """A rank's pool and slab. ``seed`` fills the pool with repeatable bytes."""
-
-    num_layers: int
-    num_pages: int
-    page_size: int
-    num_kv_heads: int
-    head_bytes: int
-    total_kv_heads: int = 0
-    """0: as many as ``num_kv_heads``."""
-    tp_size: int = 1
-    tp_rank: int = 0
-    gap_bytes: int = 0
-    """Bytes between tokens that belong to nobody."""
-    slab_bytes: int = 64 << 20
-    seed: int = 0
-
-    @property
-    def row_bytes(self) -> int:
-        """One token in one region."""
-        return self.num_kv_heads * self.head_bytes
-
-    @property
-    def token_bytes(self) -> int:
-        """K and V of one token in all layers."""
-        return 2 * self.num_layers * self.row_bytes
-
-    @property
-    def heads(self) -> int:
-        """Heads of the whole model."""
-        return self.total_kv_heads or self.num_kv_heads
 
 
 class _Expect(msgspec.Struct, tag=True, frozen=True):
@@ -111,64 +79,12 @@ class _Arrived(msgspec.Struct, tag=True, frozen=True):
     failure: str = ""
 
 
-class _Sums(msgspec.Struct, tag=True, frozen=True):
-    regions: list[int]
-    untouched: int
-
-
 _COMMANDS: msgspec.msgpack.Decoder[_Expect | _Digest | _Stop] = msgspec.msgpack.Decoder(
     _Expect | _Digest | _Stop
 )
-_REPLIES: msgspec.msgpack.Decoder[_Hello | _Arrived | _Sums] = msgspec.msgpack.Decoder(
-    _Hello | _Arrived | _Sums
+_REPLIES: msgspec.msgpack.Decoder[_Hello | _Arrived | PoolSums] = msgspec.msgpack.Decoder(
+    _Hello | _Arrived | PoolSums
 )
-
-
-class TrialPool:
-    """Host memory laid out as SGLang's pools."""
-
-    def __init__(self, geometry: TrialGeometry) -> None:
-        self.geometry = geometry
-        stride = geometry.row_bytes + geometry.gap_bytes
-        slots = geometry.num_pages * geometry.page_size
-        rng = np.random.default_rng(geometry.seed)
-        noise = rng.integers(0, 256, 1 << 20, dtype=np.uint8)
-        self._regions = []
-        for region in range(2 * geometry.num_layers):
-            memory = np.empty(slots * stride, dtype=np.uint8)
-            # Repeating noise, shifted per region: quick to make, and every page differs.
-            for start in range(0, memory.nbytes, noise.nbytes):
-                part = memory[start : start + noise.nbytes]
-                part[:] = np.roll(noise, region * 4099 + start // noise.nbytes * 17)[: part.nbytes]
-            self._regions.append(memory)
-        self.regions = PagedRegions(
-            bases=tuple(int(memory.ctypes.data) for memory in self._regions),
-            num_pages=geometry.num_pages,
-            page_size=geometry.page_size,
-            row_bytes=geometry.row_bytes,
-            token_stride=stride,
-            num_kv_heads=geometry.num_kv_heads,
-        )
-
-    def spans(self) -> npt.NDArray[np.uint64]:
-        """For registration."""
-        return np.array([(memory.ctypes.data, memory.nbytes, 0) for memory in self._regions], dtype=np.uint64)
-
-    def digest(self, pages: PageIds, num_tokens: int, first_head: int, num_heads: int) -> _Sums:
-        """CRC of the tokens' heads per region, and of every other byte of the pool."""
-        size, geometry = self.geometry.page_size, self.geometry
-        slots = (pages.astype(np.int64)[:, None] * size + np.arange(size)).reshape(-1)[:num_tokens]
-        sums, rest = [], 0
-        for memory in self._regions:
-            tokens = memory.reshape(-1, self.regions.token_stride)
-            heads = tokens[slots, : geometry.row_bytes].reshape(num_tokens, -1, geometry.head_bytes)
-            part = np.ascontiguousarray(heads[:, first_head : first_head + num_heads])
-            sums.append(zlib.crc32(part.tobytes()))
-            kept = tokens.copy()
-            first = first_head * geometry.head_bytes
-            kept[slots, first : first + num_heads * geometry.head_bytes] = 0
-            rest = zlib.crc32(kept.tobytes(), rest)
-        return _Sums(sums, rest)
 
 
 def _engine(name: str) -> NixlEngine:
@@ -356,12 +272,12 @@ class Trial:
 
     def digest_target(
         self, pages: PageIds, num_tokens: int, first_head: int = 0, num_heads: int = 0
-    ) -> _Sums:
+    ) -> PoolSums:
         """Checksums of the decode rank's pool; see ``TrialPool.digest``."""
         command = _Digest(pages.tolist(), num_tokens, first_head, num_heads or self.target.num_kv_heads)
         self._commands.send_bytes(encode(command))
         reply = _REPLIES.decode(self._commands.recv_bytes())
-        assert isinstance(reply, _Sums)
+        assert isinstance(reply, PoolSums)
         return reply
 
     def held_window_bytes(self) -> int:

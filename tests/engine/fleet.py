@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,10 @@ def launch_fleet(
 
 
 @contextlib.contextmanager
-def join_worker(fleet: Fleet, role: str, model: Path, name: str, flags: Sequence[str]) -> Iterator[int]:
+def join_worker(
+    fleet: Fleet, role: str, model: Path, name: str, flags: Sequence[str],
+    *, environ: Mapping[str, str] | None = None, options: Sequence[str] = (),
+) -> Iterator[int]:  # fmt: skip
     """``pdserve prefill|decode MODEL --join`` by hand, as on another machine; yields its process id."""
     command = [
         sys.executable,
@@ -185,9 +188,11 @@ def join_worker(fleet: Fleet, role: str, model: Path, name: str, flags: Sequence
         "--join",
         fleet.bootstrap_url.split("//")[1],
     ]
-    command += ["--name", name, "--", *ENGINE_FLAGS, *flags]
+    command += ["--name", name, *options, "--", *ENGINE_FLAGS, *flags]
     with (fleet.logs / f"{name}.log").open("wb") as log:
-        worker = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        worker = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **(environ or {})}
+        )
     try:
         yield worker.pid
         stop(worker)

@@ -119,7 +119,8 @@ def test_child_process_counts_into_its_parents_stats(monkeypatch: pytest.MonkeyP
         "s.add(5, kv_bytes=1, failures=2)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert stats.total() == {"kv_bytes": 4097, "transfers": 1, "failures": 2}
+    counted = {name: value for name, value in stats.total().items() if value}
+    assert counted == {"kv_bytes": 4097, "transfers": 1, "failures": 2}
 
 
 def test_process_whose_parent_is_gone_leaves_at_once() -> None:

@@ -1,0 +1,244 @@
+"""KV transfer through real servers: pdserve's data plane against SGLang's own NIXL path.
+
+Two fleets of one prefill and one decode server, alike but for
+``--data-plane``, stay up side by side; requests go to them in turn, one at a
+time, first with fresh pools, then after a churn of mixed requests has turned
+the pools over. The model is small in compute but keeps as much KV as the
+embedded SmolLM2-135M (30 layers, 3 heads of 64, float16: 23 040 bytes a token),
+so that transfer is a visible part of the time to first token.
+
+    transfer_ms   SGLang's own figure: first chunk handed over -> transfer a success at prefill
+    ttft_ms       first streamed byte at the client
+    cpu_ms        CPU time of the prefill scheduler's other threads (transfer, transport) per request
+
+    python bench/transfer_e2e.py [--tokens 500,2048,4000] [--requests 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+from common import describe_setup, print_result, print_setup
+
+from pdserve.cluster.ports import SystemPorts
+from pdserve.model.tiny import write_tiny_model
+
+SIDES = ("stock", "pdserve")
+POOL_TOKENS = 24_576
+CHURN_REQUESTS = 160
+READY_S = 300.0
+
+
+@dataclass
+class Fleet:
+    """One launched fleet."""
+
+    side: str
+    port: int
+    prefill_url: str = ""
+    scheduler_pid: int = 0
+
+
+@dataclass
+class Sample:
+    """One request. Milliseconds."""
+
+    ttft_ms: float
+    transfer_ms: float
+    cpu_ms: float
+
+
+def main() -> None:
+    """Print the table and the result line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", default="500,2048,4000", help="prompt lengths (tokens)")
+    parser.add_argument("--requests", type=int, default=12, help="measured requests per cell (count)")
+    parser.add_argument("--seed", type=int, default=3)
+    options = parser.parse_args()
+    lengths = [int(text) for text in options.tokens.split(",")]
+    setup = describe_setup(
+        model="30 layers, hidden 192, 3 KV heads of 64, float16: 23040 KV bytes a token",
+        pool=f"{POOL_TOKENS} tokens a server, pages of 16",
+        requests=options.requests,
+        seed=options.seed,
+        sides="pdserve launch --data-plane off (SGLang's transfer) / on, interleaved",
+    )
+    print_setup(setup)
+    rng = random.Random(options.seed)
+    samples: dict[tuple[str, int, str], list[Sample]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        model = write_tiny_model(
+            folder / "model", layers=30, hidden=192, heads=3, kv_heads=3, max_position=32768, dtype="float16"
+        )
+        fleets = [stack.enter_context(_fleet(side, model, folder)) for side in SIDES]
+        for state in ("fresh", "churned"):
+            if state == "churned":
+                for fleet in fleets:
+                    _churn(fleet, options.seed)
+            for length in lengths:
+                for turn in range(-1, options.requests):
+                    for fleet in fleets if turn % 2 else fleets[::-1]:
+                        sample = _measure(fleet, _prompt(rng, length))
+                        if turn >= 0:
+                            samples[state, length, fleet.side].append(sample)
+        counters = {fleet.side: _instance(fleet)["transfer"] for fleet in fleets}
+    rows = _report(samples, lengths)
+    print_result({"bench": "transfer_e2e", "setup": setup, "rows": rows, "counters": counters})
+
+
+def _report(samples: dict[tuple[str, int, str], list[Sample]], lengths: list[int]) -> list[dict[str, Any]]:
+    print(
+        f"{'pools':8} {'tokens':>6}  {'transfer ms':>22} {'ratio':>6}  {'ttft ms':>20} {'ratio':>6}  {'cpu ms':>18} {'ratio':>6}"
+    )
+    rows = []
+    for state in ("fresh", "churned"):
+        for length in lengths:
+            row: dict[str, Any] = {"pools": state, "tokens": length}
+            text = f"{state:8} {length:6d}"
+            for field, width in (("transfer_ms", 22), ("ttft_ms", 20), ("cpu_ms", 18)):
+                stock, ours = (
+                    median(getattr(sample, field) for sample in samples[state, length, side])
+                    for side in SIDES
+                )
+                row[field] = {
+                    "stock": round(stock, 3),
+                    "pdserve": round(ours, 3),
+                    "ratio": round(ours / stock, 3),
+                }
+                text += f"  {f'{stock:.2f} -> {ours:.2f}':>{width}} {ours / stock:6.2f}"
+            rows.append(row)
+            print(text)
+    print(flush=True)
+    return rows
+
+
+@contextlib.contextmanager
+def _fleet(side: str, model: Path, folder: Path) -> Iterator[Fleet]:
+    ports = SystemPorts()
+    port = ports.pick("127.0.0.1", 17_000 + 300 * SIDES.index(side))
+    command = [sys.executable, "-m", "pdserve", "launch", str(model), "--port", str(port)]
+    command += ["--data-plane", "off" if side == "stock" else "on", "--log-dir", str(folder / side)]
+    command += [
+        "--",
+        "--max-total-tokens",
+        str(POOL_TOKENS),
+        "--chunked-prefill-size",
+        "8192",
+        "--dtype",
+        "float16",
+    ]
+    with (folder / f"{side}.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        fleet = Fleet(side, port)
+        deadline = time.monotonic() + READY_S
+        while not fleet.prefill_url:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"{side}: not ready\n" + (folder / f"{side}.log").read_text()[-2000:])
+            time.sleep(0.5)
+            with contextlib.suppress(OSError, ValueError, KeyError, http.client.HTTPException):
+                state = _call(port, "GET", "/pdserve/state")
+                if any(pair["state"] == "ready" for pair in state["pairs"]):
+                    roles = {worker["role"]: worker for worker in state["workers"]}
+                    fleet.prefill_url = roles["prefill"]["url"]
+        fleet.scheduler_pid = _scheduler_of(int(_instance(fleet)["pid"]))
+        yield fleet
+    finally:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+
+
+def _scheduler_of(server_pid: int) -> int:
+    """The scheduler is the child with the largest memory: it holds the pools."""
+    children = psutil.Process(server_pid).children(recursive=True)
+    return max(children, key=lambda child: child.memory_info().rss).pid
+
+
+def _side_threads_s(pid: int) -> float:
+    """CPU time of every thread but the scheduler's own loop."""
+    return sum(
+        thread.user_time + thread.system_time for thread in psutil.Process(pid).threads() if thread.id != pid
+    )
+
+
+def _measure(fleet: Fleet, prompt: list[int]) -> Sample:
+    cpu_s = _side_threads_s(fleet.scheduler_pid)
+    body = {"input_ids": prompt, "stream": True}
+    body["sampling_params"] = {"temperature": 0, "max_new_tokens": 2, "ignore_eos": True}
+    connection = http.client.HTTPConnection("127.0.0.1", fleet.port, timeout=120)
+    begin = time.perf_counter()
+    connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        raise SystemExit(f"{fleet.side}: {response.status} {response.read()!r}")
+    response.read(1)
+    ttft_s = time.perf_counter() - begin
+    response.read()
+    connection.close()
+    time.sleep(0.05)  # the servers publish their figures after the answer
+    load = _call(int(fleet.prefill_url.rpartition(":")[2]), "GET", "/v1/loads?include=all")["loads"][0]
+    transfer_ms = float(load["disaggregation"]["kv_transfer_latency_ms"])
+    return Sample(ttft_s * 1e3, transfer_ms, (_side_threads_s(fleet.scheduler_pid) - cpu_s) * 1e3)
+
+
+def _churn(fleet: Fleet, seed: int) -> None:
+    """Mixed lengths and lifetimes, sixteen at a time, until the pools have turned over several times."""
+    rng = random.Random(seed)
+    jobs = [
+        (
+            _prompt(rng, min(3000, int(rng.lognormvariate(5.5, 1.0)) + 16)),
+            min(120, int(rng.expovariate(1 / 25)) + 1),
+        )
+        for _ in range(CHURN_REQUESTS)
+    ]
+
+    def run(job: tuple[list[int], int]) -> None:
+        prompt, length = job
+        sampling = {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
+        _call(fleet.port, "POST", "/generate", {"input_ids": prompt, "sampling_params": sampling})
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(run, jobs))
+
+
+def _prompt(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(32, 127) for _ in range(length)]
+
+
+def _instance(fleet: Fleet) -> dict[str, Any]:
+    return _call(int(fleet.prefill_url.rpartition(":")[2]), "GET", "/pdserve/instance")
+
+
+def _call(port: int, method: str, path: str, body: object = None) -> dict[str, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    payload = None if body is None else json.dumps(body)
+    connection.request(method, path, payload, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    if response.status != 200:
+        raise SystemExit(f"{method} {path}: {response.status} {text[:300]!r}")
+    return dict(json.loads(text))
+
+
+if __name__ == "__main__":
+    main()

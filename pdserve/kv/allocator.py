@@ -1,0 +1,184 @@
+"""FlowKV's segment allocator: free pages kept as maximal runs, requests served from the best-fitting one.
+
+A transfer costs a descriptor per run that is consecutive on both sides, so the
+fewer runs a request's pages form, the quicker it travels. A free list in order
+of release scatters them after some churn; here
+
+* a request takes the smallest free segment that holds it whole, else as few
+  segments as possible, largest first;
+* freed pages merge with their free neighbours at once;
+* a growing request takes the page after its last one when that is free, and
+  otherwise one from the smallest segment, so that large ones stay large.
+
+Host memory only, no tensors; page 0 is SGLang's padding page and never given out.
+Source: FlowKV (arXiv 2504.03775), section on the KV cache allocator.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Pages = npt.NDArray[np.int64]
+
+
+class SegmentAllocator:
+    """Allocates pages 1..``num_pages``. Not thread-safe: the scheduler owns it."""
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages < 0:
+            raise ValueError(f"a pool cannot have {num_pages} pages")
+        self.num_pages = num_pages
+        self.clear()
+
+    def clear(self) -> None:
+        """Every page is free again."""
+        self._by_size: list[tuple[int, int]] = []
+        self._length_at: dict[int, int] = {}
+        self._start_of_end: dict[int, int] = {}
+        self._is_free = np.zeros(self.num_pages + 2, dtype=bool)
+        self.num_free = 0
+        if self.num_pages:
+            self._is_free[1 : self.num_pages + 1] = True
+            self.num_free = self.num_pages
+            self._insert(1, self.num_pages)
+
+    @property
+    def num_segments(self) -> int:
+        """Maximal runs of free pages."""
+        return len(self._by_size)
+
+    @property
+    def largest_segment(self) -> int:
+        """Pages in the longest run; 0 when nothing is free."""
+        return self._by_size[-1][0] if self._by_size else 0
+
+    def segments(self) -> list[tuple[int, int]]:
+        """``(first page, pages)`` of every free segment, by page."""
+        return sorted(self._length_at.items())
+
+    def free_pages(self) -> Pages:
+        """All free pages in order, ``[num_free]``."""
+        return np.flatnonzero(self._is_free).astype(np.int64)
+
+    def alloc(self, num_pages: int, *, slack_pages: int = 0) -> Pages | None:
+        """``[num_pages]`` pages in as few runs as possible; None, and nothing taken, when too few are free.
+
+        Args:
+            slack_pages: try to leave so many free pages behind the run, for the request to grow into.
+        """
+        if num_pages > self.num_free:
+            return None
+        if num_pages <= 0:
+            return np.empty(0, dtype=np.int64)
+        parts = []
+        wanted = num_pages
+        while wanted:
+            start, length = self._best_fit(wanted, slack_pages)
+            taken = min(wanted, length)
+            self._take(start, taken)
+            parts.append(np.arange(start, start + taken, dtype=np.int64))
+            wanted -= taken
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def alloc_after(self, last_page: int, num_pages: int, *, slack_pages: int = 0) -> Pages | None:
+        """As ``alloc``, but the free pages right after ``last_page`` come first: a request that goes on."""
+        if num_pages > self.num_free:
+            return None
+        behind = min(num_pages, self._length_at.get(last_page + 1, 0))
+        if not behind:
+            return self.alloc(num_pages, slack_pages=slack_pages)
+        self._take(last_page + 1, behind)
+        first = np.arange(last_page + 1, last_page + 1 + behind, dtype=np.int64)
+        rest = self.alloc(num_pages - behind, slack_pages=slack_pages)
+        assert rest is not None
+        return np.concatenate((first, rest)) if len(rest) else first
+
+    def extend(self, last_pages: Sequence[int]) -> Pages | None:
+        """One more page for each request; None, and nothing taken, when too few are free.
+
+        Args:
+            last_pages: each request's last page; 0 when it is not known.
+        """
+        if len(last_pages) > self.num_free:
+            return None
+        found = np.empty(len(last_pages), dtype=np.int64)
+        # First all that can grow in place: another request's odd page must not take their room.
+        homeless = []
+        for index, last in enumerate(last_pages):
+            page = int(last) + 1
+            if last > 0 and page in self._length_at:
+                self._take(page, 1)
+                found[index] = page
+            else:
+                homeless.append(index)
+        for index in homeless:
+            _, start = self._by_size[0]
+            self._take(start, 1)
+            found[index] = start
+        return found
+
+    def free(self, pages: npt.NDArray[np.integer]) -> None:
+        """Give pages back, in any order.
+
+        Raises:
+            ValueError: naming the first page that is not held; nothing is freed then.
+        """
+        if len(pages) == 0:
+            return
+        ordered = np.sort(np.asarray(pages, dtype=np.int64))
+        if ordered[0] < 1 or ordered[-1] > self.num_pages:
+            wrong = ordered[0] if ordered[0] < 1 else ordered[-1]
+            raise ValueError(f"page {wrong} is not one of the pool's 1..{self.num_pages}")
+        steps = np.diff(ordered)
+        if (steps == 0).any():
+            raise ValueError(f"page {ordered[1:][steps == 0][0]} is freed twice at once")
+        if (already := self._is_free[ordered]).any():
+            raise ValueError(f"page {ordered[already][0]} is free already")
+        self._is_free[ordered] = True
+        self.num_free += len(ordered)
+        breaks = np.flatnonzero(steps != 1) + 1
+        starts = np.concatenate(([0], breaks))
+        ends = np.concatenate((breaks, [len(ordered)]))
+        for begin, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            self._merge(int(ordered[begin]), end - begin)
+
+    def _best_fit(self, wanted: int, slack_pages: int) -> tuple[int, int]:
+        for size in (wanted + slack_pages, wanted):
+            position = bisect_left(self._by_size, (size, 0))
+            if position < len(self._by_size):
+                length, start = self._by_size[position]
+                return start, length
+        length, start = self._by_size[-1]
+        return start, length
+
+    def _take(self, start: int, count: int) -> None:
+        """Cut ``count`` pages off the front of the segment at ``start``."""
+        length = self._remove(start)
+        self._is_free[start : start + count] = False
+        self.num_free -= count
+        if length > count:
+            self._insert(start + count, length - count)
+
+    def _merge(self, start: int, length: int) -> None:
+        before = self._start_of_end.get(start)
+        if before is not None:
+            length += self._remove(before)
+            start = before
+        if start + length in self._length_at:
+            length += self._remove(start + length)
+        self._insert(start, length)
+
+    def _insert(self, start: int, length: int) -> None:
+        self._length_at[start] = length
+        self._start_of_end[start + length] = start
+        insort(self._by_size, (length, start))
+
+    def _remove(self, start: int) -> int:
+        length = self._length_at.pop(start)
+        del self._start_of_end[start + length]
+        del self._by_size[bisect_left(self._by_size, (length, start))]
+        return length
