@@ -178,6 +178,7 @@ def worker_spec(
         gpus=gpus,
         threads=threads,
         environ=environ or {},
+        tp=tp,
     )
     if not fork_children:
         env["PDSERVE_FORK_CHILDREN"] = "0"

@@ -6,6 +6,7 @@ break the fleet is refused with the pdserve option to use instead.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def worker_environment(
     gpus: Sequence[int],
     threads: int,
     environ: Mapping[str, str],
+    tp: int = 1,
 ) -> dict[str, str]:
     """What a worker needs on top of ``environ``; tuning variables that are set there already win."""
     env = {
@@ -95,6 +97,10 @@ def worker_environment(
         tuning["HF_HUB_OFFLINE"] = "1"
     if device == "cpu":
         tuning["OMP_NUM_THREADS"] = tuning["MKL_NUM_THREADS"] = str(threads)
+        if tp > 1:
+            # SGLang wants a NUMA node per rank unless told which cores each may use: all of them.
+            cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+            tuning["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * tp)
         # NIXL starts 8 progress threads per prefill server by default.
         tuning["SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS"] = '{"num_threads":"1"}'
     return env | {key: value for key, value in tuning.items() if key not in environ}
