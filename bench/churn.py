@@ -1,8 +1,8 @@
 """How scattered a request's pages are after a long churn: SGLang's page allocator against the segment allocator.
 
 The same seeded trace on both, as a busy decode server sees it: prompts of
-log-normal length (median 150 tokens) arrive as long as 5 % of the pool stay free,
-every running request grows page by page, requests end at random, most of them early. A request's pages form *runs*; a
+log-normal length (median 150 tokens) arrive as long as a share of the pool stays
+free (``--free``), every running request grows page by page, requests end at random, most of them early. A request's pages form *runs*; a
 transfer needs one descriptor per run that is consecutive on both sides.
 
     python bench/churn.py [--pages 4096] [--seed 1]
@@ -11,6 +11,7 @@ transfer needs one descriptor per run that is consecutive on both sides.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class Churn:
     allocator: Any
     page_size: int
     rng: np.random.Generator
+    free_share: float = 0.05
     rows: list[list[int]] = field(default_factory=list)
     given_out: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"alloc": [], "grow": [], "free": []})
@@ -95,7 +97,7 @@ class Churn:
         while self.given_out < turnovers * num_pages:
             while True:
                 wanted = int(min(limit, self.rng.lognormal(5.0, 1.0))) + 1
-                if self.allocator.available_size() < wanted + 0.05 * num_pages * self.page_size:
+                if self.allocator.available_size() < wanted + self.free_share * num_pages * self.page_size:
                     break
                 row = self.arrive(wanted)
                 if row is None:
@@ -109,14 +111,22 @@ class Churn:
 
 
 def fragmented_pages(
-    kind: str, num_pages: int, page_size: int, request_tokens: int, *, seed: int, num_requests: int = 1
+    kind: str,
+    num_pages: int,
+    page_size: int,
+    request_tokens: int,
+    *,
+    seed: int,
+    num_requests: int = 1,
+    free_share: float = 0.05,
 ) -> list[Pages]:
     """What the next requests of ``request_tokens`` get after the churn, one page list each.
 
     Between them the churn goes on, and each is freed again. Requests end until
     the pool has room for the one that is measured.
     """
-    churn = Churn(make_allocator(kind, num_pages, page_size), page_size, np.random.default_rng(seed))
+    allocator = make_allocator(kind, num_pages, page_size)
+    churn = Churn(allocator, page_size, np.random.default_rng(seed), free_share)
     churn.run(num_pages, TURNOVERS)
     found: list[Pages] = []
     while len(found) < num_requests:
@@ -137,22 +147,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pages", type=int, default=4096, help="pool size (pages of 16 tokens)")
     parser.add_argument("--requests", type=int, default=25, help="measured requests per length (count)")
+    parser.add_argument("--free", default="0.15,0.05", help="free shares of the pool to churn at (ratio)")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     setup = describe_setup(pool=f"{options.pages} pages of 16", requests=options.requests, seed=options.seed,
                            turnovers=TURNOVERS)  # fmt: skip
     print_setup(setup)
     rows = []
-    print(f"{'tokens':>7} {'pages':>6}  {'runs stock':>16}  {'runs segment':>16}   (median, p95)")
-    for tokens in (500, 1000, 2048, 4000, 8000):
-        row: dict[str, Any] = {"tokens": tokens}
+    print(f"{'free':>5} {'tokens':>7} {'pages':>6}  {'runs stock':>16}  {'runs segment':>16}   (median, p95)")
+    shares = [float(text) for text in options.free.split(",")]
+    for share, tokens in itertools.product(shares, (500, 1000, 2048, 4000, 8000)):
+        row: dict[str, Any] = {"free": share, "tokens": tokens}
         for kind in KINDS:
-            lists = fragmented_pages(kind, options.pages, 16, tokens, seed=options.seed, num_requests=options.requests)
+            lists = fragmented_pages(
+                kind, options.pages, 16, tokens, seed=options.seed, num_requests=options.requests
+            )
             runs = sorted(num_runs(pages, pages) for pages in lists)
             row[kind] = {"median": median(runs), "p95": runs[int(len(runs) * 0.95)]}
         rows.append(row)
         shown = [f"{row[kind]['median']:.0f}, {row[kind]['p95']}" for kind in KINDS]
-        print(f"{tokens:7d} {-(-tokens // 16):6d}  {shown[0]:>16}  {shown[1]:>16}")
+        print(f"{share:5.2f} {tokens:7d} {-(-tokens // 16):6d}  {shown[0]:>16}  {shown[1]:>16}")
     cost = {kind: _call_cost(kind, options.pages, options.seed) for kind in KINDS}
     print("\nmedian us a call: " + "; ".join(f"{kind} {cost[kind]}" for kind in KINDS))
     print_result({"bench": "churn", "setup": setup, "rows": rows, "us_per_call": cost})

@@ -11,7 +11,7 @@ round, in one invocation. Times are from submitting the chunk to the decode rank
 having every byte in its pages, preparation, packing and unpacking included.
 
     stock         every page of every region its own descriptor, scattered pages
-    merged        direct: neighbours on both sides merged, pages of a churned stock pool
+    merged        direct: neighbours on both sides merged, pages of a churned stock pool (churn.py)
     per layer     packed, one write per region, same pages
     whole         packed, one write for all, same pages
     segments      direct, pages of a churned pool under pdserve's segment allocator
@@ -19,12 +19,15 @@ having every byte in its pages, preparation, packing and unpacking included.
     planner+seg   what pdserve does by itself, on the churned segment pool's pages
     contiguous    direct, one run: the floor
 
-    python bench/transfer.py [--geometry embedded|llama8b] [--tokens 500,2048] [--rounds 9]
+Rows repeat for each free share of the pool that the churn keeps (``--free``).
+
+    python bench/transfer.py [--geometry embedded|llama8b] [--tokens 500,2048] [--free 0.15,0.05] [--rounds 9]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 from statistics import median
@@ -79,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--geometry", choices=GEOMETRIES, default="embedded")
     parser.add_argument("--tokens", default="", help="comma-separated request lengths (tokens)")
+    parser.add_argument("--free", default="0.15,0.05", help="free shares of the churned pools (ratio)")
     parser.add_argument("--rounds", type=int, default=9, help="times each column is measured (count)")
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
@@ -94,15 +98,19 @@ def main() -> None:
         copy_gb_s=round(copy_rate_bytes_per_s() / 1e9, 1),
     )
     print_setup(setup)
-    rows = [_row(geometry, length, options.rounds, options.seed) for length in lengths]
+    shares = [float(text) for text in options.free.split(",")]
+    rows = [
+        _row(geometry, length, share, options.rounds, options.seed)
+        for length, share in itertools.product(lengths, shares)
+    ]
     print_result({"bench": "transfer", "setup": setup, "rows": rows, "checks": _checks(rows)})
 
 
-def _row(geometry: TrialGeometry, tokens: int, rounds: int, seed: int) -> dict[str, object]:
+def _row(geometry: TrialGeometry, tokens: int, free: float, rounds: int, seed: int) -> dict[str, object]:
     count = -(-tokens // geometry.page_size)
     reports: dict[str, list[SendReport]] = defaultdict(list)
     runs: dict[str, list[int]] = defaultdict(list)
-    pages = _page_lists(geometry, count, rounds, seed)
+    pages = _page_lists(geometry, count, rounds, seed, free)
     nbytes = count * geometry.page_size * geometry.token_bytes
     with Trial(geometry, piece_bytes=PIECE_BYTES) as trial:
         for turn in range(-2, rounds):  # two rounds to warm up: page faults, the planner's laws
@@ -122,7 +130,7 @@ def _row(geometry: TrialGeometry, tokens: int, rounds: int, seed: int) -> dict[s
             "piece_us": round(costs.packed.per_item_s * 1e6, 1),
             "packed_gb_s": round(1e-9 / max(costs.packed.per_byte_s, 1e-15), 1),
         }
-    print(f"{tokens} tokens, {count} pages, {nbytes / 1e6:.1f} MB; fitted: {law}")
+    print(f"{tokens} tokens, {count} pages, churned at {free:.0%} free, {nbytes / 1e6:.1f} MB; fitted: {law}")
     print(
         f"  {'':12} {'total ms':>9} {'x floor':>8} {'GB/s':>6} {'runs':>6} {'descr.':>7} "
         f"{'plan':>6} {'gather':>7} {'post':>7} {'wait':>7} {'scatter':>8} {'P cpu':>7}"
@@ -138,7 +146,14 @@ def _row(geometry: TrialGeometry, tokens: int, rounds: int, seed: int) -> dict[s
             f"{c['wait_ms']:7.2f} {c['scatter_ms']:8.2f} {c['cpu_ms']:7.2f}"
         )
     print(flush=True)
-    return {"tokens": tokens, "pages": count, "mb": round(nbytes / 1e6, 1), "law": law, "columns": columns}
+    return {
+        "tokens": tokens,
+        "free": free,
+        "pages": count,
+        "mb": round(nbytes / 1e6, 1),
+        "law": law,
+        "columns": columns,
+    }
 
 
 def _summary(found: list[SendReport], runs: list[int], nbytes: int, floor: float) -> dict[str, float]:
@@ -165,7 +180,7 @@ def _summary(found: list[SendReport], runs: list[int], nbytes: int, floor: float
 
 
 def _page_lists(
-    geometry: TrialGeometry, count: int, rounds: int, seed: int
+    geometry: TrialGeometry, count: int, rounds: int, seed: int, free: float
 ) -> dict[str, list[tuple[PageIds, PageIds]]]:
     """Per kind of pool, ``rounds`` pairs of page lists for the source and the target side."""
     rng = np.random.default_rng(seed)
@@ -184,7 +199,7 @@ def _page_lists(
         sides = [
             fragmented_pages(
                 kind, geometry.num_pages - 1, geometry.page_size, count * geometry.page_size,
-                seed=seed + side, num_requests=rounds,
+                seed=seed + side, num_requests=rounds, free_share=free,
             )
             for side in range(2)
         ]  # fmt: skip
@@ -204,6 +219,7 @@ def _checks(rows: list[dict[str, object]]) -> list[dict[str, object]]:
         checks.append(
             {
                 "tokens": row["tokens"],
+                "free": row["free"],
                 "stock_x_contiguous": c["stock"]["x_floor"],
                 "pdserve_churned_x_contiguous": c["planner+seg"]["x_floor"],
                 "packed_x_stock": round(c["packed"]["total_ms"] / c["stock"]["total_ms"], 3),

@@ -23,6 +23,9 @@ from pdserve.kv.allocator import Pages, SegmentAllocator
 SLACK_PAGES = 4
 """Pages tried to be left behind a new request's run, for its output: 64 tokens at pages of 16."""
 
+SLACK_FREE_SHARE = 0.25
+"""Only while so much of the pool is free: in a fuller one the gaps cost more runs than they save (bench/churn.py)."""
+
 
 class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
     """Same results as SGLang's allocator, in fewer runs of pages."""
@@ -87,7 +90,7 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
         lasts = self._last_pages(last_loc, prefix_lens_cpu, counts)
         parts = []
         for count, last in zip(counts, lasts, strict=True):
-            part = self._segments.alloc_after(last, count, slack_pages=SLACK_PAGES)
+            part = self._segments.alloc_after(last, count, slack_pages=self._slack(count))
             assert part is not None
             parts.append(part)
         pages = _concatenate(parts)
@@ -129,7 +132,11 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
     def _choose(self, num_pages: int) -> Pages | None:
         if num_pages > self._segments.num_free:
             self.merge_and_sort_free()
-        return self._segments.alloc(num_pages, slack_pages=SLACK_PAGES)
+        return self._segments.alloc(num_pages, slack_pages=self._slack(num_pages))
+
+    def _slack(self, num_pages: int) -> int:
+        is_plentiful = self._segments.num_free - num_pages > SLACK_FREE_SHARE * self.num_pages
+        return SLACK_PAGES if is_plentiful else 0
 
     def _last_pages(self, last_loc: torch.Tensor, prefix_lens: torch.Tensor, counts: list[int]) -> list[int]:
         """Page each request ends on so far; 0 for a new one, and on a GPU."""
