@@ -1,9 +1,10 @@
-"""How scattered a request's pages are after a long churn: SGLang's page allocator against the segment allocator.
+"""How scattered a request's pages are after a long churn: SGLang's page allocator against pdserve's.
 
 The same seeded trace on both, as a busy decode server sees it: prompts of
 log-normal length (median 150 tokens) arrive as long as a share of the pool stays
-free (``--free``), every running request grows page by page, requests end at random, most of them early. A request's pages form *runs*; a
-transfer needs one descriptor per run that is consecutive on both sides.
+free (``--free``), every running request grows page by page, requests end at
+random. A request's pages form *runs*; a transfer needs one descriptor per run
+that is consecutive on both sides.
 
     python bench/churn.py [--pages 4096] [--seed 1]
 """

@@ -253,6 +253,11 @@ def worker_pid() -> int:
     return int(os.environ.get("PDSERVE_WORKER_PID") or os.getpid())
 
 
+def ucx_transports() -> str:
+    """The transports UCX is restricted to (``UCX_TLS``); empty: it chooses."""
+    return os.environ.get("UCX_TLS", "")
+
+
 def publish_stats_path(path: str) -> None:
     """Tell this process's children where the transfer counters lie (plugin/stats.py)."""
     os.environ["PDSERVE_STATS"] = path

@@ -192,7 +192,8 @@ class PrefillRank:
 
     def __init__(
         self, engine: TransferEngine, geometry: Geometry, rng: np.random.Generator,
-        *, slab_bytes: int = 1 << 20, max_piece_bytes: int = 4096, credit_timeout_s: float = 30.0, rank: int = 0,
+        *, slab_bytes: int = 1 << 20, max_piece_bytes: int = 4096, credit_timeout_s: float = 30.0,
+        rank: int = 0,
     ) -> None:  # fmt: skip
         self.engine, self.geometry = engine, geometry
         self.pool = Pool(geometry, rng)

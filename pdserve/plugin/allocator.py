@@ -24,7 +24,7 @@ SLACK_PAGES = 4
 """Pages tried to be left behind a new request's run, for its output: 64 tokens at pages of 16."""
 
 SLACK_FREE_SHARE = 0.25
-"""Only while so much of the pool is free: in a fuller one the gaps cost more runs than they save (bench/churn.py)."""
+"""Only while so much of the pool is free: in a fuller one gaps cost more runs than they save (bench/churn.py)."""
 
 
 class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
@@ -111,10 +111,8 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
         count = int(needs.sum())
         if count > self._segments.num_free:
             self.merge_and_sort_free()
-        if self._is_host and count:
-            lasts = (last_loc[needs] // self.page_size).tolist()
-        else:
-            lasts = [0] * count
+        is_known = self._is_host and count
+        lasts = (last_loc[needs] // self.page_size).tolist() if is_known else [0] * count
         pages = self._segments.extend(lasts)
         if pages is None:
             return None

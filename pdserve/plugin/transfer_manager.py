@@ -32,8 +32,8 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.environ import envs
 from sglang.srt.utils.network import NetworkAddress
 
-from pdserve.config import WorkerEnv
-from pdserve.errors import ProtocolMismatch
+from pdserve.config import WorkerEnv, ucx_transports
+from pdserve.errors import ProtocolMismatch, RegistrationFailed
 from pdserve.plugin.dataplane import (
     BACKENDS,
     WindowTable,
@@ -53,6 +53,7 @@ from pdserve.transfer.messages import PeerOffer, decode_offer, encode
 from pdserve.transfer.nixl import NixlEngine
 from pdserve.transfer.peer import OwnPool
 from pdserve.transfer.plan import Path
+from pdserve.transfer.rails import transport_problem
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,9 @@ class TransferManager(NixlKVManager):
             reason = f"NIXL backend {backend}"
         if not reason and envs.SGLANG_DISAGG_STAGING_BUFFER.get():
             reason = "SGLang's own staging buffer"
+        kind = MemoryKind(self.kv_args.kv_data_mem_kinds[0]) if self.kv_args.kv_data_ptrs else None
+        if backend == "UCX" and kind is not None and (problem := transport_problem(ucx_transports(), kind)):
+            raise RegistrationFailed(problem)
         if reason:
             logger.info("data plane off (%s): KV goes SGLang's way", reason)
             return

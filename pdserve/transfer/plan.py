@@ -43,6 +43,7 @@ class LinearCost:
     def __init__(self, per_item_s: float, per_byte_s: float) -> None:
         self.per_item_s = per_item_s
         self.per_byte_s = per_byte_s
+        self._prior = (per_item_s, per_byte_s * 1e6)
         self.num_samples = 0
         # Normal equations of (items, megabytes) -> seconds; megabytes keep the matrix well scaled.
         self._sums = [0.0] * 5
@@ -54,7 +55,7 @@ class LinearCost:
         return self.per_item_s * items + self.per_byte_s * nbytes
 
     def observe(self, items: int, nbytes: int, seconds: float) -> None:
-        """Learn from one finished transfer. Samples of other sizes weigh by relative, not absolute, error."""
+        """Learn from one finished transfer. Large and small weigh alike: by error relative to the prior."""
         if items <= 0 or nbytes <= 0 or seconds <= 0:
             return
         self.num_samples += 1
@@ -63,7 +64,7 @@ class LinearCost:
         self._solve()
 
     def _add(self, items: float, megabytes: float, seconds: float, weight: float) -> None:
-        scaled = weight / seconds**2 if seconds > 0 else weight
+        scaled = weight / max(1e-9, self._prior[0] * items + self._prior[1] * megabytes) ** 2
         sums = self._sums
         sums[0] += scaled * items * items
         sums[1] += scaled * items * megabytes

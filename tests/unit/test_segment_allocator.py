@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -15,10 +17,7 @@ def _check(allocator: SegmentAllocator, held: set[int]) -> None:
     free = {page for start, length in segments for page in range(start, start + length)}
     assert free == set(range(1, allocator.num_pages + 1)) - held
     assert allocator.num_free == len(free)
-    assert all(
-        start + length < following
-        for (start, length), (following, _) in zip(segments, segments[1:], strict=False)
-    )
+    assert all(start + length < following for (start, length), (following, _) in itertools.pairwise(segments))
     assert allocator.num_segments == len(segments)
     assert allocator.largest_segment == max((length for _, length in segments), default=0)
     np.testing.assert_array_equal(allocator.free_pages(), sorted(free))
@@ -127,8 +126,13 @@ def test_requests_that_can_grow_in_place_are_not_robbed_by_others() -> None:
 
 @pytest.mark.parametrize(
     ("pages", "message"),
-    [([0], "page 0 is not one"), ([11], "page 11 is not one"), ([4, 4], "page 4 is freed twice"), ([9], "page 9 is free already")],
-)  # fmt: skip
+    [
+        ([0], "page 0 is not one"),
+        ([11], "page 11 is not one"),
+        ([4, 4], "page 4 is freed twice"),
+        ([9], "page 9 is free already"),
+    ],
+)
 def test_pages_that_are_not_held_are_refused_by_name_and_nothing_changes(
     pages: list[int], message: str
 ) -> None:
@@ -141,7 +145,7 @@ def test_pages_that_are_not_held_are_refused_by_name_and_nothing_changes(
 
 
 def test_runs_stay_few_under_churn_where_a_free_list_scatters() -> None:
-    """The same trace on both: a list that is taken from the head and appended to, as SGLang's between sorts."""
+    """The same trace on both: a list taken from the head and appended to, as SGLang's between sorts."""
     for seed in range(5):
         ours, theirs = _churned_runs(seed)
         assert ours < theirs / 3, (ours, theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -51,7 +52,7 @@ class Rig:
         source, target = source.astype(np.int32), target.astype(np.int32)
         self.decode.inbox.expect(room, target)
         bounds = [len(source) * part // chunks for part in range(chunks + 1)]
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             is_last = end == len(source)
             aux = self.decode.pool.aux_span(2) if is_last else None
             self.prefill.outbox.submit(
@@ -62,7 +63,7 @@ class Rig:
                     is_last,
                     [Target(self.peer, target, aux)],
                     forced_path=path,
-                )  # fmt: skip
+                )
             )
         return source, target
 
@@ -134,7 +135,10 @@ def _assert_only_pages_changed(rig: Rig, before: list[np.ndarray], target: np.nd
         (Geometry(page_size=3), Geometry(page_size=5)),
         (Geometry(gap_bytes=16), Geometry(gap_bytes=0)),
         (Geometry(head_bytes=6), Geometry(head_bytes=6, gap_bytes=10)),
-        (Geometry(num_kv_heads=4, total_kv_heads=4), Geometry(num_kv_heads=2, total_kv_heads=4, tp_size=2, tp_rank=1)),
+        (
+            Geometry(num_kv_heads=4, total_kv_heads=4),
+            Geometry(num_kv_heads=2, total_kv_heads=4, tp_size=2, tp_rank=1),
+        ),
     ],
     ids=["to-larger-pages", "to-tokens", "odd-pages", "source-stride", "target-stride", "to-more-ranks"],
 )  # fmt: skip

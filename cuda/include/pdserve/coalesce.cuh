@@ -38,7 +38,20 @@ PD_HD Vec load_global(uint64_t address) {
 template <class Vec>
 PD_HD void store_global(uint64_t address, Vec value) {
 #if defined(__CUDA_ARCH__)
-  __stwb(reinterpret_cast<Vec*>(address), value);
+  // By hand: there is no store intrinsic without a cache policy (__stcs) or a strong order (__stwb).
+  const uint64_t to = __cvta_generic_to_global(reinterpret_cast<void*>(address));
+  if constexpr (sizeof(Vec) == 16) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w));
+  } else if constexpr (sizeof(Vec) == 8) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(value.x), "r"(value.y));
+  } else if constexpr (sizeof(Vec) == 4) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(value));
+  } else if constexpr (sizeof(Vec) == 2) {
+    asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(value));
+  } else {
+    asm volatile("st.global.u8 [%0], %1;" ::"l"(to), "r"(static_cast<uint32_t>(value)));
+  }
 #else
   *reinterpret_cast<Vec*>(address) = value;
 #endif
@@ -53,21 +66,24 @@ PD_HD void copy_tiles(const CopyPlan& plan, const Lane& lane) {
     const uint64_t pool = plan.region_ptrs[plan.region_begin + at.quotient];
     const uint64_t slab = plan.slab + static_cast<uint64_t>(at.quotient * plan.slab_region_stride);
     const int64_t first = at.remainder * plan.tile_vecs + lane.thread;
+    // Past the end a lane loads the last vector again and stores nothing: no branch keeps the loads apart.
+    uint64_t in_pool[kInFlight];
+    PD_UNROLL
+    for (int i = 0; i < kInFlight; ++i) {
+      const int64_t vec = smaller(first + i * lane.num_threads, plan.region_vecs - 1);
+      in_pool[i] = pool + static_cast<uint64_t>(pool_offset<kFlat, kBytes>(plan, vec));
+    }
     Vec held[kInFlight];
-    uint64_t target[kInFlight];
-#pragma GCC unroll 8
+    PD_UNROLL
+    for (int i = 0; i < kInFlight; ++i) {
+      const int64_t vec = smaller(first + i * lane.num_threads, plan.region_vecs - 1);
+      held[i] = load_global<Vec>(kToSlab ? in_pool[i] : slab + static_cast<uint64_t>(vec * kBytes));
+    }
+    PD_UNROLL
     for (int i = 0; i < kInFlight; ++i) {
       const int64_t vec = first + i * lane.num_threads;
-      target[i] = 0;
       if (vec >= plan.region_vecs) continue;
-      const uint64_t in_pool = pool + static_cast<uint64_t>(pool_offset<kFlat, kBytes>(plan, vec));
-      const uint64_t in_slab = slab + static_cast<uint64_t>(vec * kBytes);
-      held[i] = load_global<Vec>(kToSlab ? in_pool : in_slab);
-      target[i] = kToSlab ? in_slab : in_pool;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kInFlight; ++i) {
-      if (target[i] != 0) store_global<Vec>(target[i], held[i]);
+      store_global<Vec>(kToSlab ? slab + static_cast<uint64_t>(vec * kBytes) : in_pool[i], held[i]);
     }
   }
 }

@@ -14,6 +14,12 @@
 #define PD_HD inline
 #endif
 
+#if defined(__CUDA_ARCH__)
+#define PD_UNROLL _Pragma("unroll")
+#else
+#define PD_UNROLL
+#endif
+
 namespace pdserve {
 
 // What a caller asks for. C ABI: 8-byte fields only, mirrored by CopyParams in pdserve/kv/kernels.py.
@@ -94,6 +100,7 @@ struct CopyPlan {
 // A page is flat if the slice is the whole token row: then it is one row of page_size * slice_bytes bytes.
 PD_HD bool is_flat(const CopyParams& p) { return p.slice_bytes == p.token_stride; }
 
+PD_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 PD_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Pages the copy touches: token 0 is at first_token, and the last page may be partial.
