@@ -32,6 +32,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from statistics import median
 
+import msgspec
 import numpy as np
 from churn import fragmented_pages
 from common import describe_setup, print_result, print_setup
@@ -84,9 +85,12 @@ def main() -> None:
     parser.add_argument("--tokens", default="", help="comma-separated request lengths (tokens)")
     parser.add_argument("--free", default="0.15,0.05", help="free shares of the churned pools (ratio)")
     parser.add_argument("--rounds", type=int, default=9, help="times each column is measured (count)")
+    parser.add_argument("--gpu", type=int, default=-1, help="CUDA device of both pools; -1: host memory")
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
-    geometry = GEOMETRIES[options.geometry]
+    geometry = msgspec.structs.replace(GEOMETRIES[options.geometry], gpu=options.gpu)
+    if options.gpu >= 0:
+        geometry = msgspec.structs.replace(geometry, slab_bytes=2 << 30)  # "whole" must fit at 12000 tokens
     lengths = [int(text) for text in (options.tokens or TOKENS[options.geometry]).split(",")]
     setup = describe_setup(
         geometry=f"{options.geometry}: {geometry.num_layers} layers, {geometry.num_kv_heads} KV heads of "
@@ -94,7 +98,7 @@ def main() -> None:
         pool=f"{geometry.num_pages} pages a rank, slab {geometry.slab_bytes >> 20} MiB",
         rounds=options.rounds,
         seed=options.seed,
-        transport="NIXL/UCX host memory, two processes",
+        transport=f"NIXL/UCX {geometry.kind}, two processes",
         copy_gb_s=round(copy_rate_bytes_per_s() / 1e9, 1),
     )
     print_setup(setup)

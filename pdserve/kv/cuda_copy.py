@@ -51,9 +51,9 @@ class CudaPageCopier:
         self.regions = regions
         self._torch = torch
         self._device = torch.device("cuda", device)
-        self._library = KernelLibrary.load(Path(cache_dir), device=device)
+        self._library = KernelLibrary.for_device(Path(cache_dir), device)
         with torch.cuda.device(self._device):
-            self._stream = torch.cuda.Stream(self._device)
+            self._stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             bases = np.array(regions.bases, dtype=np.uint64).view(np.int64)
             self._bases = torch.from_numpy(bases).to(self._device)
             torch.cuda.synchronize(self._device)

@@ -24,7 +24,7 @@ SLACK_PAGES = 4
 """Pages tried to be left behind a new request's run, for its output: 64 tokens at pages of 16."""
 
 SLACK_FREE_SHARE = 0.25
-"""Only while so much of the pool is free: in a fuller one gaps cost more runs than they save (bench/churn.py)."""
+"""Only while so much of the pool is free: in a fuller one gaps cost runs (bench/churn.py)."""
 
 
 class PdservePagedAllocator(PagedTokenToKVPoolAllocator):

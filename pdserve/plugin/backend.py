@@ -108,28 +108,31 @@ class PdserveKVManager(TransferManager):
             )
             self.heartbeat_failures[failed_bootstrap_addr] = 0
             return
+        if self.decode_plane is not None:
+            self.decode_plane.windows.release(
+                {f"{ip}:{port}" for ip, port in self._rank_endpoints(failed_bootstrap_addr)}
+            )
         super()._handle_node_failure(failed_bootstrap_addr)
+
+    def _rank_endpoints(self, bootstrap_addr: str) -> set[tuple[str, int]]:
+        """Control sockets of the prefill ranks that this server has connected to behind an address."""
+        with self.connection_lock:
+            return {
+                (str(entry["rank_ip"]), int(entry["rank_port"]))
+                for key, entries in self.connection_pool.items()
+                if key.startswith(f"{bootstrap_addr}_")
+                for entry in entries
+            }
 
     def _prefill_is_alive(self, bootstrap_addr: str) -> bool:
         """True if the very instance that was registered at this address still answers HTTP."""
-        with self.connection_lock:
-            info = self.prefill_info_table.get(bootstrap_addr)
-            ips = {
-                entry.get("rank_ip")
-                for key, entries in self.connection_pool.items()
-                if key.startswith(bootstrap_addr)
-                for entry in entries
-            }
-            ports = {
-                int(entry["rank_port"])
-                for key, entries in self.connection_pool.items()
-                if key.startswith(bootstrap_addr)
-                for entry in entries
-            }
+        endpoints = self._rank_endpoints(bootstrap_addr)
+        ips, ports = {ip for ip, _ in endpoints}, {port for _, port in endpoints}
+        info = self.prefill_info_table.get(bootstrap_addr)
         if info is None or info.prefill_http_port is None or not ips:
             return False
         for ip in ips:
-            answer = _ask_instance(str(ip), int(info.prefill_http_port))
+            answer = _ask_instance(ip, int(info.prefill_http_port))
             # The rank ports are new at every start: equal ports mean the same instance.
             if not ports & set(answer.get("rank_ports", [])):
                 return False

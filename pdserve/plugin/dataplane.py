@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from pdserve.config import DataPlaneConfig, WorkerEnv
+from pdserve.errors import RegistrationFailed
 from pdserve.kv.coalesce import HostPageCopier, PageCopier
 from pdserve.kv.layout import PagedRegions
+from pdserve.kv.memory import Buffer
 from pdserve.transfer.engine import MemoryKind
 from pdserve.transfer.inbox import Window
 from pdserve.transfer.messages import PROTOCOL_VERSION, PeerOffer
@@ -72,6 +74,10 @@ def regions_of(args: Any, *, is_mla: bool, total_kv_heads: int, tp_size: int) ->
     )
 
 
+MIN_SLAB_BYTES = 32 << 20
+"""A GPU that cannot spare this much cannot serve either."""
+
+
 @dataclass(slots=True)
 class Slab:
     """Slab memory of one rank, registered with the transport. ``owner`` keeps the memory alive."""
@@ -82,19 +88,25 @@ class Slab:
 
 
 def make_slab(engine: NixlEngine, nbytes: int, kind: MemoryKind, device: int) -> Slab:
-    """Allocate and register slab memory on the pools' device."""
-    if kind is MemoryKind.VRAM:
-        import torch
+    """Allocate and register slab memory on the pools' device.
 
-        tensor = torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{device}")
-        slab = Slab(int(tensor.data_ptr()), nbytes, tensor)
-    else:
-        array = np.empty(nbytes + 4096, dtype=np.uint8)
-        aligned = -(-array.ctypes.data // 4096) * 4096
-        slab = Slab(aligned, nbytes, array)
-    spans = np.array([(slab.address, nbytes, _device_id(kind, device))], dtype=np.uint64)
+    SGLang has sized its pools before; if the device cannot give so much any more, a
+    smaller slab does (more turns of the window, the same bytes).
+    """
+    while True:
+        try:
+            buffer = Buffer(nbytes, is_gpu=kind is MemoryKind.VRAM, device=device)
+            break
+        except RuntimeError as exc:  # torch.cuda.OutOfMemoryError
+            if nbytes <= MIN_SLAB_BYTES:
+                raise RegistrationFailed(
+                    f"no room for a slab of {nbytes >> 20} MiB: {exc}; lower --mem-fraction-static"
+                ) from exc
+            logger.warning("no room for a slab of %d MiB, trying half", nbytes >> 20)
+            nbytes //= 2
+    spans = np.array([(buffer.address, nbytes, _device_id(kind, device))], dtype=np.uint64)
     engine.register(spans, kind)
-    return slab
+    return Slab(buffer.address, nbytes, buffer)
 
 
 def make_copier(regions: PagedRegions, kind: MemoryKind, device: int, config: DataPlaneConfig) -> PageCopier:

@@ -23,9 +23,10 @@ from types import TracebackType
 import msgspec
 import numpy as np
 
+from pdserve.config import cache_dir
 from pdserve.errors import TransferFailed
-from pdserve.kv.coalesce import HostPageCopier, host_bytes
-from pdserve.kv.layout import PageIds
+from pdserve.kv.coalesce import HostPageCopier, PageCopier, host_bytes
+from pdserve.kv.layout import PagedRegions, PageIds
 from pdserve.transfer.engine import MemoryKind, PeerName
 from pdserve.transfer.inbox import Inbox, Window
 from pdserve.transfer.messages import (
@@ -42,7 +43,7 @@ from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import OwnPool, PeerLink, connect_peer, page_blocks
 from pdserve.transfer.plan import Path
 from pdserve.transfer.share import ChunkJob, StepRunner, Target, TransferRecord
-from pdserve.transfer.trial_pool import PoolSums, TrialGeometry, TrialPool
+from pdserve.transfer.trial_pool import PoolSums, TrialGeometry, TrialPool, make_buffer
 from pdserve.transfer.warm import warm_up
 
 __all__ = ["SendReport", "Trial", "TrialGeometry", "copy_rate_bytes_per_s"]
@@ -87,9 +88,20 @@ _REPLIES: msgspec.msgpack.Decoder[_Hello | _Arrived | PoolSums] = msgspec.msgpac
 )
 
 
-def _engine(name: str) -> NixlEngine:
-    set_progress_delay(5000)
-    return NixlEngine.create(backend_params={"num_threads": "1"}, name=name)
+def _engine(name: str, geometry: TrialGeometry) -> NixlEngine:
+    if geometry.kind is MemoryKind.DRAM:
+        set_progress_delay(5000)
+        return NixlEngine.create(backend_params={"num_threads": "1"}, name=name)
+    return NixlEngine.create(name=name)
+
+
+def make_copier(regions: PagedRegions, geometry: TrialGeometry) -> PageCopier:
+    """The copier for the geometry's memory, as the plugin makes it."""
+    if geometry.kind is MemoryKind.DRAM:
+        return HostPageCopier(regions)
+    from pdserve.kv.cuda_copy import CudaPageCopier
+
+    return CudaPageCopier(regions, geometry.device, cache_dir=str(cache_dir() / "kernels"))
 
 
 class _DecodeRank:
@@ -100,13 +112,13 @@ class _DecodeRank:
         self._commands, self._reports = commands, reports
         self._send_lock = threading.Lock()
         self.pool = TrialPool(geometry)
-        self.slab = np.zeros(geometry.slab_bytes + 64, dtype=np.uint8)
-        self.engine = _engine("trial-decode")
-        self.engine.register(self.pool.spans(), MemoryKind.DRAM)
-        slab = np.array([(self.slab.ctypes.data, geometry.slab_bytes, 0)], dtype=np.uint64)
-        self.engine.register(slab, MemoryKind.DRAM)
-        self.inbox = Inbox(self.engine, HostPageCopier(self.pool.regions), self, self._credit)
-        self.inbox.open_window(Window(0, self.slab.ctypes.data, geometry.slab_bytes))
+        self.slab = make_buffer(geometry, geometry.slab_bytes)
+        self.engine = _engine("trial-decode", geometry)
+        self.engine.register(self.pool.spans(), geometry.kind)
+        slab = np.array([(self.slab.address, geometry.slab_bytes, geometry.device)], dtype=np.uint64)
+        self.engine.register(slab, geometry.kind)
+        self.inbox = Inbox(self.engine, make_copier(self.pool.regions, geometry), self, self._credit)
+        self.inbox.open_window(Window(0, self.slab.address, geometry.slab_bytes))
         self.inbox.start()
 
     def serve(self) -> None:
@@ -115,8 +127,9 @@ class _DecodeRank:
             num_pages=self.pool.regions.num_pages, page_size=self.pool.regions.page_size,
             row_bytes=self.pool.regions.row_bytes, token_stride=self.pool.regions.token_stride,
             num_kv_heads=self._geometry.num_kv_heads, total_kv_heads=self._geometry.heads,
-            tp_size=self._geometry.tp_size, tp_rank=self._geometry.tp_rank, memory="DRAM", device=0,
-            window=0, window_address=self.slab.ctypes.data, window_bytes=self._geometry.slab_bytes,
+            tp_size=self._geometry.tp_size, tp_rank=self._geometry.tp_rank, memory=str(self._geometry.kind),
+            device=self._geometry.device,
+            window=0, window_address=self.slab.address, window_bytes=self._geometry.slab_bytes,
         )  # fmt: skip
         self._commands.send_bytes(encode(_Hello(self.engine.describe(), encode(offer))))
         while True:
@@ -189,27 +202,30 @@ class Trial:
         self._child.start()
         reports.close()
         self.pool = TrialPool(source)
-        self._slab = np.zeros(source.slab_bytes + 64, dtype=np.uint8)
-        self._engine = _engine("trial-prefill")
-        self._engine.register(self.pool.spans(), MemoryKind.DRAM)
-        slab = np.array([(self._slab.ctypes.data, source.slab_bytes, 0)], dtype=np.uint64)
-        self._engine.register(slab, MemoryKind.DRAM)
+        self._slab = make_buffer(source, source.slab_bytes)
+        self._engine = _engine("trial-prefill", source)
+        self._engine.register(self.pool.spans(), source.kind)
+        slab = np.array([(self._slab.address, source.slab_bytes, source.device)], dtype=np.uint64)
+        self._engine.register(slab, source.kind)
         self._flights: dict[int, _Flight] = {}
         self._next_room = 1
         self._scatter_s = 0.0
-        own = OwnPool(self.pool.regions, source.heads, source.tp_size, source.tp_rank, MemoryKind.DRAM, 0)
+        own = OwnPool(
+            self.pool.regions, source.heads, source.tp_size, source.tp_rank, source.kind, source.device
+        )
         hello = _REPLIES.decode(self._commands.recv_bytes())
         assert isinstance(hello, _Hello)
         peer = self._engine.connect(hello.engine)
         self.link: PeerLink = connect_peer(
             self._engine, peer, decode_offer(hello.offer), own,
-            source_blocks=self._engine.prepare(None, page_blocks(own.regions, 0), MemoryKind.DRAM),
+            source_blocks=self._engine.prepare(None, page_blocks(own.regions, source.device), source.kind),
             max_piece_bytes=min(piece_bytes, source.slab_bytes),
         )  # fmt: skip
-        warm_up(self._engine, self.link, self._slab.ctypes.data)
+        warm_up(self._engine, self.link, self._slab.address)
         runner = StepRunner(
-            self._engine, HostPageCopier(self.pool.regions), rank=0, kind=MemoryKind.DRAM, device=0,
-            slab_address=self._slab.ctypes.data, slab_bytes=source.slab_bytes,
+            self._engine, make_copier(self.pool.regions, source),
+            rank=0, kind=source.kind, device=source.device,
+            slab_address=self._slab.address, slab_bytes=source.slab_bytes,
         )  # fmt: skip
         self._outbox = Outbox(runner, self, self._send_void)
         self._outbox.add_peer(self.link)

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pdserve.kv.layout import PagedRegions, PageIds
+from pdserve.kv.memory import Buffer
+from pdserve.transfer.engine import MemoryKind
 
 
 class TrialGeometry(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +29,18 @@ class TrialGeometry(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes between tokens that belong to nobody."""
     slab_bytes: int = 64 << 20
     seed: int = 0
+    gpu: int = -1
+    """CUDA device of pool and slab; -1: host memory."""
+
+    @property
+    def kind(self) -> MemoryKind:
+        """Where pool and slab lie."""
+        return MemoryKind.DRAM if self.gpu < 0 else MemoryKind.VRAM
+
+    @property
+    def device(self) -> int:
+        """Device id for the transport."""
+        return max(0, self.gpu)
 
     @property
     def row_bytes(self) -> int:
@@ -44,6 +58,11 @@ class TrialGeometry(msgspec.Struct, frozen=True, kw_only=True):
         return self.total_kv_heads or self.num_kv_heads
 
 
+def make_buffer(geometry: TrialGeometry, nbytes: int) -> Buffer:
+    """Memory of the geometry's kind."""
+    return Buffer(nbytes, is_gpu=geometry.kind is MemoryKind.VRAM, device=geometry.device)
+
+
 class PoolSums(msgspec.Struct, tag=True, frozen=True):
     """CRC32 of the chosen bytes of every region, and of all other bytes together."""
 
@@ -52,7 +71,7 @@ class PoolSums(msgspec.Struct, tag=True, frozen=True):
 
 
 class TrialPool:
-    """Host memory laid out as SGLang's pools."""
+    """Memory laid out as SGLang's pools."""
 
     def __init__(self, geometry: TrialGeometry) -> None:
         self.geometry = geometry
@@ -60,16 +79,18 @@ class TrialPool:
         slots = geometry.num_pages * geometry.page_size
         rng = np.random.default_rng(geometry.seed)
         noise = rng.integers(0, 256, 1 << 20, dtype=np.uint8)
-        self._regions = []
+        self._regions: list[Buffer] = []
         for region in range(2 * geometry.num_layers):
             memory = np.empty(slots * stride, dtype=np.uint8)
             # Repeating noise, shifted per region: quick to make, and every page differs.
             for start in range(0, memory.nbytes, noise.nbytes):
                 part = memory[start : start + noise.nbytes]
                 part[:] = np.roll(noise, region * 4099 + start // noise.nbytes * 17)[: part.nbytes]
-            self._regions.append(memory)
+            buffer = make_buffer(geometry, memory.nbytes)
+            buffer.write(memory)
+            self._regions.append(buffer)
         self.regions = PagedRegions(
-            bases=tuple(int(memory.ctypes.data) for memory in self._regions),
+            bases=tuple(buffer.address for buffer in self._regions),
             num_pages=geometry.num_pages,
             page_size=geometry.page_size,
             row_bytes=geometry.row_bytes,
@@ -79,19 +100,20 @@ class TrialPool:
 
     def spans(self) -> npt.NDArray[np.uint64]:
         """For registration."""
-        return np.array([(memory.ctypes.data, memory.nbytes, 0) for memory in self._regions], dtype=np.uint64)
+        device = self.geometry.device
+        return np.array([(one.address, one.nbytes, device) for one in self._regions], dtype=np.uint64)
 
     def digest(self, pages: PageIds, num_tokens: int, first_head: int, num_heads: int) -> PoolSums:
         """CRC of the tokens' heads per region, and of every other byte of the pool."""
         size, geometry = self.geometry.page_size, self.geometry
         slots = (pages.astype(np.int64)[:, None] * size + np.arange(size)).reshape(-1)[:num_tokens]
         sums, rest = [], 0
-        for memory in self._regions:
-            tokens = memory.reshape(-1, self.regions.token_stride)
+        for buffer in self._regions:
+            tokens = buffer.read().reshape(-1, self.regions.token_stride)
             heads = tokens[slots, : geometry.row_bytes].reshape(num_tokens, -1, geometry.head_bytes)
             part = np.ascontiguousarray(heads[:, first_head : first_head + num_heads])
             sums.append(zlib.crc32(part.tobytes()))
-            kept = tokens.copy()
+            kept = tokens
             first = first_head * geometry.head_bytes
             kept[slots, first : first + num_heads * geometry.head_bytes] = 0
             rest = zlib.crc32(kept.tobytes(), rest)
