@@ -4,7 +4,7 @@ Two fleets of one prefill and one decode server, alike but for
 ``--data-plane``, stay up side by side; requests go to them in turn, one at a
 time, first with fresh pools, then after a churn of mixed requests has turned
 the pools over. The model is small in compute but keeps as much KV as the
-embedded SmolLM2-135M (30 layers, 3 heads of 64, float16: 23 040 bytes a token),
+embedded SmolLM2-135M (30 layers, 3 heads of 128 bytes: 23 040 bytes a token),
 so that transfer is a visible part of the time to first token.
 
     transfer_ms   SGLang's own figure: first chunk handed over -> transfer a success at prefill
@@ -42,7 +42,7 @@ from pdserve.model.tiny import write_tiny_model
 
 SIDES = ("stock", "pdserve")
 POOL_TOKENS = 24_576
-CHURN_REQUESTS = 80
+CHURN_REQUESTS = 60
 READY_S = 300.0
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     lengths = [int(text) for text in options.tokens.split(",")]
     setup = describe_setup(
-        model="30 layers, hidden 192, 3 KV heads of 64, float16: 23040 KV bytes a token",
+        model="30 layers, hidden 96, 3 KV heads of 32, float32: 23040 KV bytes a token",
         pool=f"{POOL_TOKENS} tokens a server, pages of 16",
         requests=options.requests,
         seed=options.seed,
@@ -86,7 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         model = write_tiny_model(
-            folder / "model", layers=30, hidden=192, heads=3, kv_heads=3, max_position=32768, dtype="float16"
+            folder / "model", layers=30, hidden=96, heads=3, kv_heads=3, max_position=32768, dtype="float32"
         )
         fleets = [stack.enter_context(_fleet(side, model, folder)) for side in SIDES]
         for state in ("fresh", "churned"):
@@ -120,9 +120,9 @@ def _report(samples: dict[tuple[str, int, str], list[Sample]], lengths: list[int
                 row[field] = {
                     "stock": round(stock, 3),
                     "pdserve": round(ours, 3),
-                    "ratio": round(ours / stock, 3),
+                    "ratio": round(ours / max(stock, 1e-9), 3),
                 }
-                text += f"  {f'{stock:.2f} -> {ours:.2f}':>{width}} {ours / stock:6.2f}"
+                text += f"  {f'{stock:.2f} -> {ours:.2f}':>{width}} {ours / max(stock, 1e-9):6.2f}"
             rows.append(row)
             print(text)
     print(flush=True)
@@ -142,7 +142,7 @@ def _fleet(side: str, model: Path, folder: Path) -> Iterator[Fleet]:
         "--chunked-prefill-size",
         "8192",
         "--dtype",
-        "float16",
+        "float32",
     ]
     with (folder / f"{side}.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -173,14 +173,16 @@ def _scheduler_of(server_pid: int) -> int:
 
 
 def _side_threads_s(pid: int) -> float:
-    """CPU time of every thread but the scheduler's own loop."""
-    return sum(
-        thread.user_time + thread.system_time for thread in psutil.Process(pid).threads() if thread.id != pid
+    """CPU time of every thread but the scheduler's own loop, from the kernel's nanosecond counters."""
+    return 1e-9 * sum(
+        int((task / "schedstat").read_text().split()[0])
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        if int(task.name) != pid
     )
 
 
 def _measure(fleet: Fleet, prompt: list[int]) -> Sample:
-    cpu_s = _side_threads_s(fleet.scheduler_pid)
+    before, cpu_s = _instance(fleet)["transfer"], _side_threads_s(fleet.scheduler_pid)
     body = {"input_ids": prompt, "stream": True}
     body["sampling_params"] = {"temperature": 0, "max_new_tokens": 2, "ignore_eos": True}
     connection = http.client.HTTPConnection("127.0.0.1", fleet.port, timeout=120)
@@ -193,9 +195,12 @@ def _measure(fleet: Fleet, prompt: list[int]) -> Sample:
     ttft_s = time.perf_counter() - begin
     response.read()
     connection.close()
-    time.sleep(0.05)  # the servers publish their figures after the answer
-    load = _call(int(fleet.prefill_url.rpartition(":")[2]), "GET", "/v1/loads?include=all")["loads"][0]
-    transfer_ms = float(load["disaggregation"]["kv_transfer_latency_ms"])
+    deadline = time.monotonic() + 10
+    while (after := _instance(fleet)["transfer"])["transfers"] == before["transfers"]:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{fleet.side}: the prefill server counted no transfer")
+        time.sleep(0.01)
+    transfer_ms = (after["latency_us"] - before["latency_us"]) / 1e3
     return Sample(ttft_s * 1e3, transfer_ms, (_side_threads_s(fleet.scheduler_pid) - cpu_s) * 1e3)
 
 

@@ -101,8 +101,8 @@ def worker_environment(
             # SGLang wants a NUMA node per rank unless told which cores each may use: all of them.
             cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
             tuning["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * tp)
-        # NIXL starts 8 progress threads per prefill server by default.
-        tuning["SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS"] = '{"num_threads":"1"}'
+        # SGLang has NIXL start 8 posting threads per prefill server; on host memory they only take cores.
+        tuning["SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS"] = '{"num_threads":"0"}'
     return env | {key: value for key, value in tuning.items() if key not in environ}
 
 

@@ -68,34 +68,44 @@ class SegmentAllocator:
         """``[num_pages]`` pages in as few runs as possible; None, and nothing taken, when too few are free.
 
         Args:
-            slack_pages: try to leave so many free pages behind the run, for the request to grow into.
+            slack_pages: try to keep so many free pages before and behind the run, for its
+                neighbour and itself to grow into. Only a wish: a later request may take them.
         """
         if num_pages > self.num_free:
             return None
         if num_pages <= 0:
             return np.empty(0, dtype=np.int64)
+        if slack_pages and (place := self._roomy_place(num_pages, slack_pages)):
+            return self._take(place[0], num_pages, skip=place[1])
         parts = []
-        wanted = num_pages
-        while wanted:
-            start, length = self._best_fit(wanted, slack_pages)
-            taken = min(wanted, length)
-            self._take(start, taken)
-            parts.append(np.arange(start, start + taken, dtype=np.int64))
-            wanted -= taken
+        while num_pages:
+            start, length = self._best_fit(num_pages)
+            parts.append(self._take(start, min(num_pages, length)))
+            num_pages -= len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def alloc_after(self, last_page: int, num_pages: int, *, slack_pages: int = 0) -> Pages | None:
-        """As ``alloc``, but the free pages right after ``last_page`` come first: a request that goes on."""
-        if num_pages > self.num_free:
+    def alloc_each(
+        self, counts: Sequence[int], last_pages: Sequence[int], *, slack_pages: int = 0
+    ) -> list[Pages] | None:
+        """``counts[i]`` pages for each request of a batch; None, and nothing taken, when too few are free.
+
+        Requests that go on get the pages right after their last one before anybody else
+        can; the remaining wishes are served longest first, while long segments are whole.
+
+        Args:
+            last_pages: the page each request ends on so far; 0 or less when it is new or not known.
+            slack_pages: as for ``alloc``.
+        """
+        if sum(counts) > self.num_free:
             return None
-        behind = min(num_pages, self._length_at.get(last_page + 1, 0))
-        if not behind:
-            return self.alloc(num_pages, slack_pages=slack_pages)
-        self._take(last_page + 1, behind)
-        first = np.arange(last_page + 1, last_page + 1 + behind, dtype=np.int64)
-        rest = self.alloc(num_pages - behind, slack_pages=slack_pages)
-        assert rest is not None
-        return np.concatenate((first, rest)) if len(rest) else first
+        found = [self._take_behind(last, count) for count, last in zip(counts, last_pages, strict=True)]
+        missing = [count - len(pages) for count, pages in zip(counts, found, strict=True)]
+        for index in sorted(range(len(counts)), key=missing.__getitem__, reverse=True):
+            if missing[index] > 0:
+                rest = self.alloc(missing[index], slack_pages=slack_pages)
+                assert rest is not None
+                found[index] = np.concatenate((found[index], rest)) if len(found[index]) else rest
+        return found
 
     def extend(self, last_pages: Sequence[int]) -> Pages | None:
         """One more page for each request; None, and nothing taken, when too few are free.
@@ -146,22 +156,34 @@ class SegmentAllocator:
         for begin, end in zip(starts.tolist(), ends.tolist(), strict=True):
             self._merge(int(ordered[begin]), end - begin)
 
-    def _best_fit(self, wanted: int, slack_pages: int) -> tuple[int, int]:
-        for size in (wanted + slack_pages, wanted):
-            position = bisect_left(self._by_size, (size, 0))
-            if position < len(self._by_size):
-                length, start = self._by_size[position]
-                return start, length
-        length, start = self._by_size[-1]
+    def _best_fit(self, wanted: int) -> tuple[int, int]:
+        position = bisect_left(self._by_size, (wanted, 0))
+        length, start = self._by_size[min(position, len(self._by_size) - 1)]
         return start, length
 
-    def _take(self, start: int, count: int) -> None:
-        """Cut ``count`` pages off the front of the segment at ``start``."""
-        length = self._remove(start)
-        self._is_free[start : start + count] = False
+    def _roomy_place(self, wanted: int, slack_pages: int) -> tuple[int, int] | None:
+        """A segment with room on both sides of the run, and the pages to skip; page 1 has no neighbour."""
+        position = bisect_left(self._by_size, (wanted + 2 * slack_pages, 0))
+        if position == len(self._by_size):
+            return None
+        start = self._by_size[position][1]
+        return start, 0 if start == 1 else slack_pages
+
+    def _take_behind(self, last_page: int, wanted: int) -> Pages:
+        free = self._length_at.get(last_page + 1, 0) if last_page > 0 and wanted > 0 else 0
+        return self._take(last_page + 1, min(wanted, free)) if free else np.empty(0, dtype=np.int64)
+
+    def _take(self, start: int, count: int, *, skip: int = 0) -> Pages:
+        """Cut ``count`` pages out of the segment at ``start``, ``skip`` pages behind its front."""
+        end = start + self._remove(start)
+        first = start + skip
+        self._is_free[first : first + count] = False
         self.num_free -= count
-        if length > count:
-            self._insert(start + count, length - count)
+        if skip:
+            self._insert(start, skip)
+        if end > first + count:
+            self._insert(first + count, end - first - count)
+        return np.arange(first, first + count, dtype=np.int64)
 
     def _merge(self, start: int, length: int) -> None:
         before = self._start_of_end.get(start)

@@ -5,26 +5,29 @@ requests. So the pages are chosen here, on the host, and handed to them as
 exactly that tensor; between calls ``free_pages`` is empty and the host-side
 segments are the truth.
 
-On a GPU frees arrive as device tensors. They are kept until an allocation comes
-(SGLang copies page indices to the host at every chunk anyway), and a growing
-request is not asked for its last page, which would cost a synchronisation per
-decode step: it takes from the smallest segment.
+On a GPU frees arrive as device tensors. They stay staged until the host's own
+count is too small or the next prompt comes; its copy to the host brings the
+requests' last pages too. A decode step reads nothing back: a growing request
+takes from the smallest segment there, not the page after its last one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
 from pdserve.kv.allocator import Pages, SegmentAllocator
 
-SLACK_PAGES = 4
-"""Pages tried to be left behind a new request's run, for its output: 64 tokens at pages of 16."""
+SLACK_PAGES = 8
+"""Free pages wished for around a new run, for outputs to grow into: 128 tokens at pages of 16.
 
-SLACK_FREE_SHARE = 0.25
-"""Only while so much of the pool is free: in a fuller one gaps cost runs (bench/churn.py)."""
+With them grown requests end in a third of the runs in a roomy pool (bench/churn.py, ``whole``)."""
+
+SLACK_FREE_SHARE = 0.5
+"""Only while so much of the pool stays free: in a fuller one the gaps cost new requests more runs."""
 
 
 class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
@@ -36,10 +39,10 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
         """Every page is free again."""
         super().clear()
         self._segments = SegmentAllocator(self.num_pages)
-        self._pending: list[torch.Tensor] = []
-        self._num_pending = 0
-        self._is_host = torch.device(self.device).type == "cpu"
-        self.free_pages = self._tensor(None)
+        self._staged: list[torch.Tensor] = []
+        self._num_staged = 0
+        self._no_pages = torch.empty(0, dtype=torch.int64, device=self.device)
+        self.free_pages = self._no_pages
 
     @property
     def num_free_segments(self) -> int:
@@ -51,30 +54,32 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
         """Pages of the longest run."""
         return self._segments.largest_segment
 
+    @property
+    def mean_free_segment(self) -> float:
+        """Pages of an average run; 0 when nothing is free."""
+        return self._segments.num_free / max(1, self._segments.num_segments)
+
     def available_size(self) -> int:
         """Free tokens, staged frees included."""
-        return int((self._segments.num_free + self._num_pending) * self.page_size)
+        return int((self._segments.num_free + self._num_staged) * self.page_size)
 
     def get_all_free_pages(self) -> torch.Tensor:
-        """All free pages in order, on the pool's device."""
-        self.merge_and_sort_free()
-        return self._tensor(self._segments.free_pages())
+        """All free pages, staged ones last. Changes nothing: SGLang's watchdog thread calls it too."""
+        return torch.cat((self._upload(self._segments.free_pages()), *self._staged))
 
     def merge_and_sort_free(self) -> None:
-        """Bring staged frees to the host. ``free_pages`` may hold a choice in progress and is left alone."""
-        if not self._pending:
-            return
-        pages = torch.cat(self._pending).cpu().numpy()
-        self._pending, self._num_pending = [], 0
-        self._segments.free(pages)
+        """Nothing. SGLang calls it inside an allocation, when the pages are chosen already.
+
+        Reading staged frees back at that point would synchronise decode steps for no gain.
+        """
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
         """Token slots of whole pages, in as few runs as possible."""
-        pages = self._choose(need_size // self.page_size)
-        if pages is None:
-            return None
-        self.free_pages = self._tensor(pages)
-        return self._given_out(super().alloc(need_size), pages)
+        count = need_size // self.page_size
+        if count > self._segments.num_free:
+            self._settle()
+        pages = self._segments.alloc(count, slack_pages=self._slack(count))
+        return self._hand_out(pages, lambda: super(PdservePagedAllocator, self).alloc(need_size))
 
     def alloc_extend(
         self, prefix_lens: torch.Tensor, prefix_lens_cpu: torch.Tensor, seq_lens: torch.Tensor,
@@ -84,79 +89,86 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
         """Slots for a batch of prompts; every request gets its own run, after its last page if it goes on."""
         size = self.page_size
         counts = (-(-seq_lens_cpu // size) - -(-prefix_lens_cpu // size)).tolist()
-        self.merge_and_sort_free()
-        if sum(counts) > self._segments.num_free:
-            return None
-        lasts = self._last_pages(last_loc, prefix_lens_cpu, counts)
-        parts = []
-        for count, last in zip(counts, lasts, strict=True):
-            part = self._segments.alloc_after(last, count, slack_pages=self._slack(count))
-            assert part is not None
-            parts.append(part)
-        pages = _concatenate(parts)
-        self.free_pages = self._tensor(pages)
-        slots = super().alloc_extend(
-            prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens,
-            num_new_pages=sum(counts),
+        prefixes = prefix_lens_cpu.tolist()
+        goes_on = [bool(count and prefix) for count, prefix in zip(counts, prefixes, strict=True)]
+        slots = self._settle(last_loc if any(goes_on) else None) or [0] * len(counts)
+        lasts = [slot // size if goes else 0 for slot, goes in zip(slots, goes_on, strict=True)]
+        wanted = sum(counts)
+        parts = self._segments.alloc_each(counts, lasts, slack_pages=self._slack(wanted))
+        pages = None if parts is None else np.concatenate([np.empty(0, dtype=np.int64), *parts])
+        return self._hand_out(
+            pages,
+            lambda: super(PdservePagedAllocator, self).alloc_extend(
+                prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens,
+                num_new_pages=wanted,
+            ),
         )  # fmt: skip
-        return self._given_out(slots, pages)
 
     def alloc_decode(
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
     ) -> torch.Tensor | None:
         """One more slot per request; a new page is the one after the request's last if that is free."""
-        needs = (
-            seq_lens_cpu % self.page_size == 1 if self.page_size > 1 else torch.ones_like(seq_lens_cpu) > 0
-        )
-        count = int(needs.sum())
+        needs = seq_lens_cpu.numpy() % self.page_size == 1
+        count = int(np.count_nonzero(needs))
         if count > self._segments.num_free:
-            self.merge_and_sort_free()
+            self._settle()
         is_known = self._is_host and count
-        lasts = (last_loc[needs] // self.page_size).tolist() if is_known else [0] * count
+        lasts = (last_loc.numpy()[needs] // self.page_size).tolist() if is_known else [0] * count
         pages = self._segments.extend(lasts)
-        if pages is None:
-            return None
-        self.free_pages = self._tensor(pages)
-        return self._given_out(super().alloc_decode(seq_lens, seq_lens_cpu, last_loc), pages)
+        return self._hand_out(
+            pages, lambda: super(PdservePagedAllocator, self).alloc_decode(seq_lens, seq_lens_cpu, last_loc)
+        )
+
+    @property
+    def _is_host(self) -> bool:
+        """Whether reading the pool's index tensors costs no synchronisation."""
+        return torch.device(self.device).type == "cpu"
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         if self._is_host:
             for pages in page_ids:
                 self._segments.free(pages.numpy())
             return
-        self._pending.extend(page_ids)
-        self._num_pending += sum(int(pages.numel()) for pages in page_ids)
+        self._staged.extend(page_ids)
+        self._num_staged += sum(int(pages.numel()) for pages in page_ids)
 
-    def _choose(self, num_pages: int) -> Pages | None:
-        if num_pages > self._segments.num_free:
-            self.merge_and_sort_free()
-        return self._segments.alloc(num_pages, slack_pages=self._slack(num_pages))
+    def _settle(self, last_loc: torch.Tensor | None = None) -> list[int]:
+        """Free what is staged, and read ``last_loc``, both in one copy to the host."""
+        wanted = [] if last_loc is None else [last_loc]
+        if not wanted and not self._staged:
+            return []
+        values = self._to_host(torch.cat((*wanted, *self._staged)))
+        self._staged, self._num_staged = [], 0
+        num_slots = sum(len(slots) for slots in wanted)
+        self._segments.free(values[num_slots:])
+        return [int(slot) for slot in values[:num_slots].tolist()]
 
     def _slack(self, num_pages: int) -> int:
+        """Room to leave around a new run; none on a GPU, whose growing requests do not use it."""
         is_plentiful = self._segments.num_free - num_pages > SLACK_FREE_SHARE * self.num_pages
-        return SLACK_PAGES if is_plentiful else 0
+        return SLACK_PAGES if is_plentiful and self._is_host else 0
 
-    def _last_pages(self, last_loc: torch.Tensor, prefix_lens: torch.Tensor, counts: list[int]) -> list[int]:
-        """Page each request ends on so far; 0 for a new one, and on a GPU."""
-        if not self._is_host or not int(prefix_lens.max() if len(prefix_lens) else 0):
-            return [0] * len(counts)
-        pages = torch.where(prefix_lens > 0, last_loc // self.page_size, 0)
-        return [int(page) for page in pages.tolist()]
-
-    def _given_out(self, slots: Any, pages: Pages) -> torch.Tensor | None:
-        """The kernels must have used up the choice; give it back when they refused."""
-        if slots is None:
-            self._segments.free(pages)
-        self.free_pages = self._tensor(None)
-        return slots  # type: ignore[no-any-return]
-
-    def _tensor(self, pages: Pages | None) -> torch.Tensor:
+    def _hand_out(self, pages: Pages | None, take: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        """Let SGLang's method use up exactly ``pages``; they are free again if it refuses or raises."""
         if pages is None:
-            return torch.empty(0, dtype=torch.int64, device=self.device)
-        return torch.from_numpy(pages).to(self.device, non_blocking=True)
+            return None
+        self.free_pages = self._upload(pages)
+        slots = None
+        try:
+            slots = take()
+            assert slots is None or not len(self.free_pages), f"{len(self.free_pages)} chosen pages unused"
+            return slots
+        finally:
+            self.free_pages = self._no_pages
+            if slots is None:
+                self._segments.free(pages)
 
+    def _to_host(self, values: torch.Tensor) -> Pages:
+        return np.asarray(values.cpu().numpy(), dtype=np.int64)
 
-def _concatenate(parts: list[Pages]) -> Pages:
-    import numpy as np
-
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+    def _upload(self, pages: Pages) -> torch.Tensor:
+        if len(pages) == 0:
+            return self._no_pages
+        host = torch.from_numpy(pages)
+        # A copy from pageable memory synchronises the stream; one from pinned memory does not.
+        return host if self._is_host else host.pin_memory().to(self.device, non_blocking=True)

@@ -26,10 +26,11 @@ from pdserve.bootstrap.client import LeaseClient
 from pdserve.bootstrap.messages import RankRoute
 from pdserve.config import WorkerEnv
 from pdserve.errors import PdserveError
+from pdserve.plugin.dataplane import unsupported
 from pdserve.plugin.geometry import describe_layout, rank_index
 from pdserve.plugin.stats import TransferStats
 from pdserve.plugin.transfer_manager import PdserveKVReceiver, TransferManager
-from pdserve.transfer.nixl import set_progress_delay
+from pdserve.transfer.nixl import AgentTuning, tune_agents
 from pdserve.types import InstanceId, Role
 
 __all__ = ["PdserveKVBootstrapServer", "PdserveKVManager", "PdserveKVReceiver", "PdserveKVSender"]
@@ -53,13 +54,19 @@ class PdserveKVManager(TransferManager):
         self._pdserve_env = WorkerEnv.from_environ()
         if _pools_are_host_memory(server_args):
             if not self._pdserve_env.stock:
-                set_progress_delay(PROGRESS_DELAY_US)
+                # Asked when SGLang makes the agent: by then the manager knows what it serves.
+                tune_agents(self._tune_agent)
             # NIXL refuses host memory announced as VRAM; the kinds travel to the peer with the registration.
             args.kv_data_mem_kinds = ["DRAM"] * len(args.kv_data_ptrs)
         self.transfer_stats = TransferStats.open()
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         if disaggregation_mode == DisaggregationMode.DECODE:
             self._report_rank(None)
+
+    def _tune_agent(self) -> AgentTuning:
+        # The outbox and the inbox poll the agent whenever something can happen; SGLang's own path does not.
+        is_polled = not unsupported(self, self._pdserve_env)
+        return AgentTuning(PROGRESS_DELAY_US, has_progress_thread=not is_polled)
 
     def _register_topology_row(self, url: str, payload: dict[str, Any]) -> None:
         """Prefill ranks: tell the bootstrap service instead of a server on the own host."""
@@ -175,6 +182,7 @@ class PdserveKVSender(NixlKVSender):
             counted = {"kv_bytes": int(metric.transfer_total_bytes or 0)}
             if record is not None:
                 counted = record.counters()
+            counted["latency_us"] = round((metric.transfer_latency_s or 0.0) * 1e6)
             manager.transfer_stats.add(rank_index(manager)[0], transfers=1, **counted)
         return metric
 

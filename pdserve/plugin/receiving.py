@@ -11,6 +11,7 @@ from pdserve.errors import ProtocolMismatch
 from pdserve.kv.coalesce import PageCopier
 from pdserve.kv.layout import PageIds
 from pdserve.plugin.dataplane import WindowTable
+from pdserve.plugin.idle import wake_scheduler
 from pdserve.transfer.inbox import Inbox, Window
 from pdserve.transfer.messages import Credit, Void, decode_control, encode
 from pdserve.transfer.nixl import NixlEngine
@@ -30,6 +31,7 @@ class DecodePlane:
     def window_for(self, endpoint: str) -> Window | None:
         """The slab window that a prefill rank (``ip:port``) may write to; None when all are out."""
         window = self.windows.window_of(endpoint)
+        self.inbox.expect_connection()
         if window is not None:
             self.inbox.open_window(window)
         return window
@@ -74,6 +76,7 @@ class DecodePlane:
         self._manager.apply_prefill_status(
             bootstrap_room=room, status=int(KVPoll.Failed), prefill_rank=-1, failure_reason=reason
         )
+        wake_scheduler()
 
     def _send_credit(self, credit: Credit) -> None:
         endpoint = self.windows.holder(credit.window)

@@ -22,6 +22,7 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 from pdserve.errors import PdserveError, PeerLost, ProtocolMismatch
 from pdserve.kv.coalesce import PageCopier
 from pdserve.plugin.dataplane import Slab
+from pdserve.plugin.idle import wake_scheduler
 from pdserve.transfer.engine import PeerName, Spans
 from pdserve.transfer.messages import Credit, PeerOffer, Void, decode_control, encode
 from pdserve.transfer.nixl import NixlEngine
@@ -186,6 +187,7 @@ class PrefillPlane:
             manager._staging_outstanding.pop(room, None)
             manager.transfer_infos.pop(room, None)
             manager.req_to_decode_prefix_len.pop(room, None)
+            wake_scheduler()
 
     def failed(self, job: ChunkJob, *, settled: bool) -> None:
         """A chunk failed. Decode hears of it at once and releases its pages once our count is zero."""
@@ -200,6 +202,7 @@ class PrefillPlane:
             manager.conclude_failure(bootstrap_room=room, failure_reason=job.failure or "KV transfer failed")
         if job.is_entered and settled:
             self._leave(room)
+        wake_scheduler()
         if not job.is_silent:
             self._reload_peers(list(infos))
 

@@ -21,6 +21,7 @@ MAX_RANKS = 128
 COUNTERS = (
     "kv_bytes",  # payload that prefill ranks wrote for finished requests
     "transfers",  # requests whose transfer succeeded
+    "latency_us",  # SGLang's own figure: first chunk handed over to transfer a success, summed over transfers
     "failures",  # requests whose transfer failed on this side
     "direct_chunks",  # chunk shares sent page to page
     "packed_chunks",  # chunk shares sent through slabs
@@ -33,10 +34,8 @@ COUNTERS = (
     "messages",  # arrivals a decode rank has taken
     "scattered_bytes",
     "scatter_us",
-    "free_segments",  # gauge: runs of free pages
-    "largest_segment_pages",  # gauge
 )
-"""What is counted, in the order of a row; cumulative since the start of the server unless marked gauge."""
+"""What is counted, in the order of a row; cumulative since the start of the server."""
 
 _ROW = struct.Struct(f"={len(COUNTERS)}Q")
 _INDEX = {name: position for position, name in enumerate(COUNTERS)}
@@ -75,7 +74,7 @@ class TransferStats:
             _ROW.pack_into(self._buffer, self._offset(rank), *row)
 
     def set(self, rank: int, **values: int) -> None:
-        """Overwrite values of this rank's row: gauges, and counters kept elsewhere."""
+        """Overwrite values of this rank's row: counters that are kept elsewhere."""
         with self._lock:
             row = list(_ROW.unpack_from(self._buffer, self._offset(rank)))
             for name, value in values.items():

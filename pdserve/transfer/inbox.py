@@ -31,10 +31,13 @@ logger = logging.getLogger(__name__)
 BUSY_POLL_S = 0.0002
 """Pause between looks while messages keep coming."""
 
-QUIET_POLL_S = 0.002
+QUIET_POLL_S = 0.001
 """Pause while rooms are expected and nothing has come for ``BUSY_FOR_S``."""
 
 BUSY_FOR_S = 0.05
+
+CONNECT_S = 5.0
+"""The transport's handshake needs both sides to drive it; nobody is expected yet while it runs."""
 
 
 class RoomOwner(Protocol):
@@ -114,6 +117,7 @@ class Inbox:
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._is_closing = False
+        self._stir_until_s = 0.0
         self.stats = InboxStats()
         self._thread = threading.Thread(target=self._run, name="pdserve-inbox", daemon=True)
 
@@ -133,6 +137,12 @@ class Inbox:
         """Make a window known before its prefill rank learns of it."""
         with self._lock:
             self._windows[window.number] = window
+
+    def expect_connection(self) -> None:
+        """A peer is about to connect: look often for ``CONNECT_S``, which drives the transport's handshake."""
+        with self._wake:
+            self._stir_until_s = time.monotonic() + CONNECT_S
+            self._wake.notify()
 
     def expect(self, room: int, pages: PageIds) -> None:
         """A room's pages are ready to be written; call before the prefill learns their ids."""
@@ -173,7 +183,8 @@ class Inbox:
         next_check_s = 0.0
         while True:
             with self._wake:
-                if not self._rooms and not self._scatters and not self._is_closing:
+                is_quiet = not self._rooms and not self._scatters and time.monotonic() > self._stir_until_s
+                if is_quiet and not self._is_closing:
                     # A message that came for nobody still owns slab space: look once in a while.
                     self._wake.wait(1.0)
                 if self._is_closing:

@@ -38,7 +38,7 @@ from pdserve.transfer.messages import (
     decode_offer,
     encode,
 )
-from pdserve.transfer.nixl import NixlEngine, set_progress_delay
+from pdserve.transfer.nixl import AgentTuning, NixlEngine, tune_agents
 from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import OwnPool, PeerLink, connect_peer, page_blocks
 from pdserve.transfer.plan import Path
@@ -90,8 +90,7 @@ _REPLIES: msgspec.msgpack.Decoder[_Hello | _Arrived | PoolSums] = msgspec.msgpac
 
 def _engine(name: str, geometry: TrialGeometry) -> NixlEngine:
     if geometry.kind is MemoryKind.DRAM:
-        set_progress_delay(5000)
-        return NixlEngine.create(backend_params={"num_threads": "1"}, name=name)
+        tune_agents(lambda: AgentTuning(has_progress_thread=False))
     return NixlEngine.create(name=name)
 
 
@@ -119,6 +118,7 @@ class _DecodeRank:
         self.engine.register(slab, geometry.kind)
         self.inbox = Inbox(self.engine, make_copier(self.pool.regions, geometry), self, self._credit)
         self.inbox.open_window(Window(0, self.slab.address, geometry.slab_bytes))
+        self.inbox.expect_connection()
         self.inbox.start()
 
     def serve(self) -> None:

@@ -36,10 +36,12 @@ def test_any_sequence_of_calls_keeps_the_books(seed: int) -> None:
                 pages = allocator.alloc(wanted, slack_pages=int(rng.integers(0, 4)))
                 assert (pages is None) == (wanted > allocator.num_pages - len(held))
             case 1 if requests:
-                last = requests[int(rng.integers(0, len(requests)))][-1]
-                wanted = int(rng.integers(1, 9))
-                pages = allocator.alloc_after(last, wanted)
-                assert (pages is None) == (wanted > allocator.num_pages - len(held))
+                lasts = [requests[int(rng.integers(0, len(requests)))][-1], 0, -1]
+                counts = rng.integers(0, 9, 3).tolist()
+                parts = allocator.alloc_each(counts, lasts, slack_pages=int(rng.integers(0, 3)))
+                assert (parts is None) == (sum(counts) > allocator.num_pages - len(held))
+                assert parts is None or [len(part) for part in parts] == counts
+                pages = np.concatenate(parts) if parts and sum(counts) else None
             case 2 if requests:
                 growing = [request for request in requests if rng.random() < 0.5]
                 before = set(held)
@@ -96,16 +98,28 @@ def test_without_a_fit_as_few_segments_as_possible_are_taken() -> None:
     assert pages.tolist() == [*range(10, 18), *range(25, 29)]
 
 
-def test_room_to_grow_is_left_when_there_is_plenty_and_never_refuses() -> None:
+def test_room_to_grow_is_kept_around_runs_when_there_is_plenty_and_never_refuses() -> None:
     allocator = SegmentAllocator(30)
-    allocator.alloc(30)
-    allocator.free(np.arange(1, 6))
-    allocator.free(np.arange(10, 20))
-    first = allocator.alloc(5, slack_pages=3)
+    first, second = allocator.alloc(5, slack_pages=3), allocator.alloc(5, slack_pages=3)
     assert first is not None
-    assert first.tolist() == [10, 11, 12, 13, 14]
-    assert allocator.extend([14]).tolist() == [15]  # type: ignore[union-attr]
-    assert allocator.alloc(9, slack_pages=100) is not None
+    assert second is not None
+    assert first.tolist() == [1, 2, 3, 4, 5]
+    assert second.tolist() == [9, 10, 11, 12, 13]
+    assert allocator.extend([5, 13]).tolist() == [6, 14]  # type: ignore[union-attr]
+    assert len(allocator.alloc(18, slack_pages=100)) == 18  # type: ignore[arg-type]
+    assert allocator.num_free == 0
+
+
+def test_in_a_batch_those_that_go_on_keep_their_place_and_the_longest_is_placed_first() -> None:
+    allocator = SegmentAllocator(40)
+    allocator.alloc(40)
+    for start, length in ((3, 5), (12, 2), (20, 10)):
+        allocator.free(np.arange(start, start + length))
+    parts = allocator.alloc_each([3, 2, 7], [0, 2, 0])
+    assert parts is not None
+    assert [part.tolist() for part in parts] == [[5, 6, 7], [3, 4], [20, 21, 22, 23, 24, 25, 26]]
+    assert allocator.alloc_each([3, 3], [0, 0]) is None
+    assert allocator.num_free == 5
 
 
 def test_a_growing_request_leaves_large_segments_whole() -> None:

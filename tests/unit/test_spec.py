@@ -94,7 +94,7 @@ def test_worker_environment() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "2",
         "MKL_NUM_THREADS": "2",
-        "SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS": '{"num_threads":"1"}',
+        "SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS": '{"num_threads":"0"}',
     }
 
 
