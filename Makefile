@@ -31,11 +31,14 @@ lint: setup  ## ruff and mypy --strict
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: setup  ## measure start-up, idle CPU and memory; prints a table, then one JSON line
+bench: setup  ## measure start-up, idle cost, transfers and page allocation; each prints a table, then one JSON line
 	$(PY) bench/startup.py
+	$(PY) bench/churn.py
+	$(PY) bench/transfer.py
+	$(PY) bench/transfer_e2e.py
 
-cuda:  ## compile the CUDA kernels (none before the KV data plane lands)
-	@ls cuda/*.cu >/dev/null 2>&1 || echo "cuda/: no kernels yet"
+cuda: setup  ## compile the CUDA kernels for sm_80, sm_90 and sm_100 into build/cuda (needs nvcc, no GPU)
+	$(PY) -m pdserve.kv.kernels --out build/cuda --archs 80,90,100
 
 clean:  ## remove the virtual environment and every cache of the checkout
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build dist

@@ -74,7 +74,8 @@ def test_model_that_does_not_fit_says_so(tiny_model: Path, tmp_path: Path) -> No
 
 def test_workers_that_do_not_fit_each_other_are_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
     args = [str(tiny_model), "--port", str(free_port()), "--log-dir", str(tmp_path)]
-    done = _launch(*args, "--decode-args", "--page-size 32")
+    # Another page size alone is converted; a decode radix cache needs prefill's.
+    done = _launch(*args, "--decode-args", "--page-size 32 --disaggregation-decode-enable-radix-cache")
     _assert_one_clear_line(done, 1, "cannot join", "page_size", "16", "32")
 
 
