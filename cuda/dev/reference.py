@@ -1,10 +1,10 @@
 """What the kernels must do, in numpy: slow, obvious, and the judge of every build.
 
-Same arguments as CopyParams and Fp8Params (pdserve/kv/kernels.py), with arrays in place of addresses. Pools and
-slabs are flat uint8 arrays per region, so that strides and offsets are as free as in the kernels.
+Same arguments as CopyParams and Fp8Params (pdserve/kv/kernels.py), with arrays in place of addresses. Pools
+and slabs are flat uint8 arrays per region, so that strides and offsets are as free as in the kernels.
 
-    slab[r][t] = pools[region_begin + r][page_ids[(first_token + t) // page_size]]
-                                        [(first_token + t) % page_size][slice_offset : slice_offset + slice_bytes]
+    page, slot = divmod(first_token + t, page_size)
+    slab[r][t] = pools[region_begin + r][page_ids[page]][slot][slice_offset : slice_offset + slice_bytes]
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def scatter(g: Geometry, pools: Sequence[Bytes], page_ids: NDArray[np.int32], sl
 
 
 def e4m3_values() -> NDArray[np.float32]:
-    """``[256]`` the number each e4m3 byte stands for (OCP FP8: bias 7, no infinity, 0x7f and 0xff are NaN)."""
+    """``[256]`` what each e4m3 byte stands for (OCP FP8: bias 7, no infinity, 0x7f and 0xff are NaN)."""
     values = np.empty(256, np.float32)
     for byte in range(256):
         exponent, mantissa = byte >> 3 & 15, byte & 7
@@ -121,7 +121,7 @@ def scales_of(s: ScaleGeometry, x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def quantise(s: ScaleGeometry, rows: Bytes) -> tuple[Bytes, NDArray[np.float32]]:
-    """e4m3 bytes ``[tokens, heads * head_dim]`` and scales ``[pages, heads]`` of packed half-precision rows."""
+    """e4m3 bytes ``[tokens, heads * head_dim]`` and scales ``[pages, heads]`` of packed 16-bit rows."""
     x = half_to_float(np.ascontiguousarray(rows).view(np.uint16), is_bf16=s.is_bf16)
     x = x.reshape(len(rows), -1, s.head_dim)
     scales = scales_of(s, x)

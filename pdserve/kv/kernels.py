@@ -1,7 +1,8 @@
 """The CUDA kernels that pack KV pages into a slab and unpack them: find or build the library, and call it.
 
-Owns nvcc, the build cache and the C ABI. Knows addresses and strides, not tensors, pools or requests: the caller
-keeps every buffer alive until its stream has passed the call. Loads without a GPU; calls then raise ConfigError.
+Owns nvcc, the build cache and the C ABI. Knows addresses and strides, not tensors, pools or requests: the
+caller keeps every buffer alive until its stream has passed the call. Loads without a GPU; calls then raise
+ConfigError.
 
     pool region r  [pages][page_size][token_stride bytes]      token row: |..offset..|== slice ==|....|
                         |  gather                  ^
@@ -18,7 +19,6 @@ import ctypes
 import fcntl
 import hashlib
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -85,7 +85,7 @@ class CopyParams:
     """
 
     region_ptrs: int
-    """Address of uint64 ``[num_regions_total]``: base of each pool region, K of every layer, then V (MLA: one)."""
+    """Address of uint64 ``[num_regions_total]``: base of each region, K of every layer, then V (MLA: one)."""
     page_ids: int
     """Address of int32 ``[num_page_ids]``: pool pages in token order."""
     slab: int
@@ -120,12 +120,12 @@ class CopyParams:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Params:
-    """A copy with a cast to e4m3 in the slab. ``copy`` describes the pool; its slab holds 1 byte per element."""
+    """A copy with a cast to e4m3 in the slab. ``copy`` names the pool; its slab has 1 byte per element."""
 
     copy: CopyParams
     """slab_region_stride is at least ``num_tokens * slice_bytes / 2``."""
     scales: int
-    """Address of float32 ``[num_regions][num_scale_pages][num_heads]``; written by gather, read by scatter."""
+    """Address of float32 ``[num_regions][num_scale_pages][num_heads]``; gather writes it, scatter reads it."""
     head_dim: int
     """Elements of a token that share a scale; slice_bytes is a multiple of ``2 * head_dim``."""
     dtype: HalfDtype
@@ -165,7 +165,7 @@ def _fp8_struct(params: Fp8Params) -> _Fp8Struct:
 
 
 class KernelLibrary:
-    """The loaded library. Calls are asynchronous on the given stream, allocate nothing, and are thread-safe."""
+    """The loaded library. Calls are asynchronous on the given stream, allocate nothing, are thread-safe."""
 
     def __init__(self, path: Path) -> None:
         """Load a library made by :func:`build` or :func:`build_cached`.
@@ -199,7 +199,7 @@ class KernelLibrary:
 
         Args:
             params: the copy; ``params.slab`` is written, the pool is not modified.
-            stream: ``cudaStream_t`` as an integer, 0 for the default stream. Order readers of the slab after it.
+            stream: ``cudaStream_t`` as an integer, 0 for the default stream. Order slab readers after it.
         Raises:
             ConfigError: if a field is out of bounds, or this machine cannot run the kernels.
             PdserveError: if CUDA reports an error of the launch or of earlier work.
@@ -219,7 +219,7 @@ class KernelLibrary:
         self._call("gather_fp8", _fp8_struct(params), stream)
 
     def scatter_fp8(self, params: Fp8Params, stream: int) -> None:
-        """Unpack e4m3 rows times their scales into the pool, rounded to its dtype. Raises as :meth:`gather`."""
+        """Unpack e4m3 rows times their scales into the pool, in its dtype. Raises as :meth:`gather`."""
         self._call("scatter_fp8", _fp8_struct(params), stream)
 
     def _call(self, name: str, params: ctypes.Structure, stream: int) -> None:
@@ -231,14 +231,14 @@ class KernelLibrary:
             raise ConfigError(f"KV {name}: {text} ({Status(status).name})")
         if status in CUDA_ERRORS_OF_THE_MACHINE:
             raise ConfigError(
-                f"KV {name}: this machine cannot run the kernels of {self.path}: {text} (cudaError {status}); "
+                f"KV {name}: this machine cannot run {self.path}: {text} (cudaError {status}); "
                 "check the driver with nvidia-smi, or turn coalescing off"
             )
         raise PdserveError(f"KV {name}: {text} (cudaError {status})")
 
 
 def find_sources() -> Path:
-    """The folder that holds coalesce.cu: ``cuda/`` of the checkout, or beside this file in an installed wheel.
+    """The folder of coalesce.cu: ``cuda/`` of the checkout, or beside this file in an installed wheel.
 
     Raises:
         ConfigError: if neither has it.
@@ -271,8 +271,8 @@ def find_nvcc(nvcc: Path | None = None) -> Path:
         if candidate.is_file():
             return candidate
     raise ConfigError(
-        "KV kernels: nvcc not found on PATH, in /usr/local/cuda/bin or in the Python environment; install the CUDA "
-        "toolkit, or build elsewhere with 'python -m pdserve.kv.kernels --out DIR' and point the setting at it"
+        "KV kernels: nvcc not found on PATH, in /usr/local/cuda/bin or in the Python environment; "
+        "install the CUDA toolkit, or build elsewhere: python -m pdserve.kv.kernels --out DIR"
     )
 
 
@@ -308,7 +308,7 @@ def build(out_dir: Path, archs: Sequence[int], nvcc: Path | None = None) -> Path
         archs: compute capabilities, such as 80, 90, 100: machine code of each, PTX of the highest.
         nvcc: the compiler; None searches.
     Raises:
-        ConfigError: if there is no nvcc, it fails, or a kernel spills registers; carries the end of its output.
+        ConfigError: if there is no nvcc, it fails, or a kernel spills registers; with the end of its output.
     """
     compiler, sources = find_nvcc(nvcc), find_sources()
     if not archs:
@@ -320,12 +320,12 @@ def build(out_dir: Path, archs: Sequence[int], nvcc: Path | None = None) -> Path
         made = Path(scratch) / LIBRARY_NAME
         _run_nvcc(compiler, [*NVCC_FLAGS, *targets, f"-I{sources / 'include'}",
                              str(sources / "coalesce.cu"), "-o", str(made)])  # fmt: skip
-        os.replace(made, out_dir / LIBRARY_NAME)
+        made.replace(out_dir / LIBRARY_NAME)
     return out_dir / LIBRARY_NAME
 
 
 def build_cached(cache_dir: Path, arch: int, nvcc: Path | None = None) -> Path:
-    """The library for one architecture, from ``cache_dir`` if the same sources, flags and nvcc made one before.
+    """The library for one architecture, from ``cache_dir`` if the same sources, flags and nvcc made one.
 
     Processes that ask at once build once: a file lock lets the others wait. Raises as :func:`build`.
     """

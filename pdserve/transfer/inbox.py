@@ -139,7 +139,7 @@ class Inbox:
             self._windows[window.number] = window
 
     def expect_connection(self) -> None:
-        """A peer is about to connect: look often for ``CONNECT_S``, which drives the transport's handshake."""
+        """A peer is about to connect: look often for ``CONNECT_S``, which drives the handshake."""
         with self._wake:
             self._stir_until_s = time.monotonic() + CONNECT_S
             self._wake.notify()
