@@ -10,7 +10,7 @@ and slabs are flat uint8 arrays per region, so that strides and offsets are as f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,8 +72,7 @@ def e4m3_values() -> NDArray[np.float32]:
 def to_e4m3(x: NDArray[np.float32]) -> Bytes:
     """Round to nearest, ties to the even byte; beyond 448 saturates; any NaN becomes 0x7f."""
     grid = e4m3_values()[:127].astype(np.float64)
-    magnitude = np.minimum(np.abs(x).astype(np.float64), 448.0)
-    magnitude = np.where(np.isnan(x), 0.0, magnitude)
+    magnitude = np.minimum(np.where(np.isnan(x), np.float32(0), np.abs(x)).astype(np.float64), 448.0)
     above = np.searchsorted(grid, magnitude).clip(1, 126)
     low, high = magnitude - grid[above - 1], grid[above] - magnitude
     up = (high < low) | ((high == low) & (above % 2 == 0))
@@ -89,15 +88,14 @@ def half_to_float(half: NDArray[np.uint16], *, is_bf16: bool) -> NDArray[np.floa
 
 
 def float_to_half(x: NDArray[np.float32], *, is_bf16: bool) -> NDArray[np.uint16]:
-    """Round to nearest, ties to even. NaN becomes the quiet NaN of the same sign."""
+    """Round to nearest, ties to even. Every NaN becomes the positive quiet one."""
     bits = x.view(np.uint32)
-    sign = (bits >> 16 & 0x8000).astype(np.uint16)
     if is_bf16:
         rounded = ((bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-        return np.where(np.isnan(x), sign | np.uint16(0x7FC0), rounded)
+        return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
     with np.errstate(over="ignore"):
         rounded = x.astype(np.float16).view(np.uint16)
-    return np.where(np.isnan(x), sign | np.uint16(0x7E00), rounded)
+    return np.where(np.isnan(x), np.uint16(0x7E00), rounded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +134,27 @@ def dequantise(s: ScaleGeometry, rows: Bytes, scales: NDArray[np.float32]) -> By
     page = (np.arange(len(rows)) + s.scale_first_token) // s.scale_page_size
     x = e4m3_values()[rows].reshape(len(rows), -1, s.head_dim) * scales[page][:, :, None]
     return float_to_half(x.astype(np.float32), is_bf16=s.is_bf16).view(np.uint8).reshape(len(rows), -1)
+
+
+def fp8_round_trip(
+    g: Geometry,
+    s: ScaleGeometry,
+    pools: Sequence[Bytes],
+    page_ids: NDArray[np.int32],
+    slab: Bytes,
+    guard: int,
+) -> tuple[Bytes, list[Bytes], NDArray[np.float32]]:
+    """Slab after gather_fp8, pools after scatter_fp8, scales. Buffers carry ``guard`` bytes on each side."""
+    slab, pools = slab.copy(), [pool.copy() for pool in pools]
+    inner = [pool[guard : len(pool) - guard] for pool in pools]
+    rows = np.zeros((g.num_tokens, g.slice_bytes), np.uint8)
+    scales = []
+    for region in range(g.num_regions):
+        one = replace(g, region_begin=g.region_begin + region, num_regions=1)
+        gather(one, inner, page_ids, rows.reshape(-1))
+        packed, scale = quantise(s, rows)
+        at = guard + region * g.slab_region_stride
+        slab[at : at + packed.size] = packed.reshape(-1)
+        scatter(one, inner, page_ids, dequantise(s, packed, scale).reshape(-1))
+        scales.append(scale)
+    return slab, pools, np.stack(scales)

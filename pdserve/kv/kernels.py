@@ -125,7 +125,7 @@ class Fp8Params:
     copy: CopyParams
     """slab_region_stride is at least ``num_tokens * slice_bytes / 2``."""
     scales: int
-    """Address of float32 ``[num_regions][num_scale_pages][num_heads]``; gather writes it, scatter reads it."""
+    """Address of float32 ``[num_regions][num_scale_pages][num_heads]``; gather writes, scatter reads."""
     head_dim: int
     """Elements of a token that share a scale; slice_bytes is a multiple of ``2 * head_dim``."""
     dtype: HalfDtype

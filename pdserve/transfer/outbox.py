@@ -86,7 +86,9 @@ class Outbox:
 
     def credit(self, credit: Credit) -> None:
         """The decode rank is done with pieces of its window."""
-        self._post(lambda: self._take_credit(credit))
+        # The clock is read here: the thread may be busy posting, and would blame the packed path for it.
+        now_s = time.perf_counter()
+        self._post(lambda: self._take_credit(credit, now_s))
 
     @property
     def is_idle(self) -> bool:
@@ -161,10 +163,10 @@ class Outbox:
         if not shares:
             self._gate.finished(job)
 
-    def _take_credit(self, credit: Credit) -> None:
+    def _take_credit(self, credit: Credit, now_s: float) -> None:
         peer = self._peers.get(PeerName(credit.agent))
         if peer is not None:
-            self._runner.take_credit(peer, credit)
+            self._runner.take_credit(peer, credit, now_s)
 
     def _advance(self, name: PeerName) -> bool:
         """Post at most one write for this peer. True if something moved."""

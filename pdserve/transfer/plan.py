@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 
 from pdserve.kv.coalesce import Piece
 
-FORGET = 0.97
-"""Weight a sample keeps after each newer one: about 30 samples back matter."""
+FORGET = 0.93
+"""Weight a sample keeps after each newer one: about 14 samples back matter."""
+
+OUTLIER = 1.5
+"""A transfer that takes this many times what was expected counts less."""
 
 EXPLORE_EVERY = 64
 """Every so many close choices the other path is taken, so that its law stays fresh."""
@@ -59,8 +62,12 @@ class LinearCost:
         if items <= 0 or nbytes <= 0 or seconds <= 0:
             return
         self.num_samples += 1
+        # Bounded influence (Huber): a first touch of memory or a lost time slice takes ten times as
+        # long and must not decide; a link that stays slow still does, sample by sample.
+        usual_s = OUTLIER * self.predict_s(items, nbytes)
+        weight = 1.0 if seconds <= usual_s else max(0.02, usual_s / seconds) ** 2
         self._sums = [value * FORGET for value in self._sums]
-        self._add(float(items), nbytes / 1e6, seconds, 1.0)
+        self._add(float(items), nbytes / 1e6, seconds, weight)
         self._solve()
 
     def _add(self, items: float, megabytes: float, seconds: float, weight: float) -> None:

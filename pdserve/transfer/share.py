@@ -222,8 +222,12 @@ class StepRunner:
             share.job.record.wait_s += now_s - share.posted_s
         return True
 
-    def take_credit(self, peer: PeerLink, credit: Credit) -> None:
-        """Free the pieces, and learn what the packed path took when they were a share's last."""
+    def take_credit(self, peer: PeerLink, credit: Credit, now_s: float) -> None:
+        """Free the pieces, and learn what the packed path took when they were a share's last.
+
+        Args:
+            now_s: when the credit came (perf_counter).
+        """
         for generation in credit.generations:
             if not peer.window.free_generation(generation):
                 continue
@@ -234,7 +238,7 @@ class StepRunner:
             if share.num_credits_due or not share.is_payload_posted or share.is_mixed:
                 continue
             if share.plan is not None:
-                seconds = time.perf_counter() - share.started_s
+                seconds = now_s - share.started_s
                 peer.costs.observe(Path.PACKED, share.num_planned, share.plan.nbytes, seconds)
 
     def overdue(self, peer: PeerLink, before_s: float) -> list[int]:

@@ -7,7 +7,8 @@
 //   1. scales <- 0 (the launcher)   2. measure_scales: atomic max of bit patterns   3. cast_tiles
 //
 // The pool is read twice. Atomic max of non-negative floats does not depend on order, so the bytes are the same
-// from run to run. CPU reference: cuda/dev/reference.py.
+// from run to run. Infinities saturate to 448 * scale (to NaN where a scale is 0: nothing else in that page is
+// nonzero); every NaN becomes the one positive NaN. CPU reference: cuda/dev/reference.py.
 #pragma once
 #include "pdserve/check.cuh"
 #include "pdserve/coalesce.cuh"
@@ -118,7 +119,7 @@ PD_HD float from_half(uint16_t half) {
 template <bool kBf16>
 PD_HD uint16_t to_half(float x) {
   const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu, sign = bits >> 16 & 0x8000u;
-  if (is_nan(x)) return static_cast<uint16_t>(sign | (kBf16 ? 0x7fc0u : 0x7e00u));
+  if (is_nan(x)) return kBf16 ? 0x7fc0 : 0x7e00;   // one NaN: the GPU's product forgets the sign, the CPU's does not
   if constexpr (kBf16) return static_cast<uint16_t>(sign | round_bits(magnitude, 16));
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);   // 65520 and above: infinity
   return static_cast<uint16_t>(sign | pack_small(magnitude, 15, 10));

@@ -1,0 +1,330 @@
+"""KV page kernels without a GPU: indexing and casts through g++, code through nvcc, the edges of the build.
+
+Proves nothing on races, the GPU's memory model, launch limits or speed: tests/gpu and bench/gpu do, on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pdserve.errors import ConfigError
+from pdserve.kv import kernels
+from pdserve.kv.kernels import CopyParams, Fp8Params, HalfDtype, KernelLibrary, Status
+
+CUDA = Path(__file__).parents[2] / "cuda"
+sys.path.insert(0, str(CUDA / "dev"))
+
+import cases  # noqa: E402
+import reference  # noqa: E402
+from host import ORDERS, HostKernels, build_host, run_case  # noqa: E402
+
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
+
+
+@pytest.fixture(scope="session")
+def host_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_host(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def host(host_path: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[HostKernels]:
+    """The host build; the test fails if UBSan (alignment, overflow, shifts) reported anything."""
+    library = HostKernels(host_path)
+    library.launch_as("forward")
+    yield library
+    assert "runtime error" not in (report := capfd.readouterr().err), report
+
+
+@pytest.fixture(scope="session")
+def cuda_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    assert NVCC is not None
+    return kernels.build(tmp_path_factory.mktemp("cuda"), [80, 90, 100], Path(NVCC))
+
+
+@needs_gxx
+@pytest.mark.parametrize("block", range(8))
+def test_gather_and_scatter_move_the_bytes_of_the_reference(host: HostKernels, block: int) -> None:
+    for seed in range(block * 50, block * 50 + 50):
+        host.launch_as("forward", num_threads=(1, 7, 32, 128)[seed % 4])
+        case = cases.random_case(seed)
+        before, slab = [p.copy() for p in case.pools], case.slab.copy()
+        inner = [cases.inner(p) for p in before]
+        reference.gather(case.geometry, inner, case.page_ids, cases.inner(slab))
+        run_case(host.gather, case)
+        assert np.array_equal(case.slab, slab), f"gather, seed {seed}: {case.geometry}"
+        assert all(map(np.array_equal, case.pools, before)), f"gather wrote the pool, seed {seed}"
+        case.slab[:] = np.random.default_rng(seed).integers(0, 256, len(slab), np.uint8)
+        slab[:] = case.slab
+        reference.scatter(case.geometry, inner, case.page_ids, cases.inner(slab))
+        run_case(host.scatter, case)
+        assert all(map(np.array_equal, case.pools, before)), f"scatter, seed {seed}: {case.geometry}"
+        assert np.array_equal(case.slab, slab), f"scatter wrote the slab, seed {seed}"
+
+
+@needs_gxx
+def test_a_slab_can_be_scattered_into_another_page_size(host: HostKernels) -> None:
+    for seed in range(60):
+        case = cases.random_case(seed)
+        rng = np.random.default_rng(seed + 1000)
+        g = case.geometry
+        page_size = int(rng.integers(1, 65))
+        first = int(rng.integers(0, page_size))
+        page_ids = rng.permutation(-(-(first + g.num_tokens) // page_size) + 2).astype(np.int32)
+        other = replace(g, page_size=page_size, first_token=first, token_stride=g.token_stride + seed % 3)
+        size = len(page_ids) * page_size * other.token_stride
+        pools = [cases.aligned_bytes(size, case.pool_shift) for _ in case.pools]
+        target = replace(case, geometry=other, pools=pools, page_ids=page_ids)
+        run_case(host.gather, case)
+        run_case(host.scatter, target)
+        expected = [np.zeros_like(p) for p in pools]
+        slab = np.zeros_like(case.slab)
+        reference.gather(g, [cases.inner(p) for p in case.pools], case.page_ids, cases.inner(slab))
+        reference.scatter(other, [cases.inner(p) for p in expected], page_ids, cases.inner(slab))
+        assert all(map(np.array_equal, pools, expected)), f"seed {seed}: {g} -> {other}"
+
+
+@needs_gxx
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+def test_bytes_do_not_depend_on_the_order_of_lanes(host: HostKernels, order: str) -> None:
+    for seed in range(40):
+        for verb in ("gather", "scatter"):
+            case, other = cases.random_case(seed), cases.random_case(seed)
+            host.launch_as("forward", num_threads=32)
+            run_case(getattr(host, verb), case)
+            host.launch_as(order, seed, num_threads=32)
+            run_case(getattr(host, verb), other)
+            assert np.array_equal(case.slab, other.slab), f"{verb}, seed {seed}"
+            assert all(map(np.array_equal, case.pools, other.pools)), f"{verb}, seed {seed}"
+
+
+@needs_gxx
+def test_no_lane_reads_outside_the_buffers(tmp_path: Path) -> None:
+    """AddressSanitizer sees reads that change no byte; it must be in the process from its start."""
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    if not Path(runtime.stdout.strip()).is_absolute():
+        pytest.skip("g++ has no AddressSanitizer runtime here")
+    library = build_host(tmp_path, "-fsanitize=address")
+    done = subprocess.run(
+        [sys.executable, CUDA / "dev" / "host.py", library], capture_output=True, text=True, check=False,
+        env={"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0",
+             "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["100", "cases"]
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    ("change", "width"),
+    [
+        ({}, 16),
+        ({"region_align": 8}, 8),
+        ({"slice_offset": 4, "slice_bytes": 2048}, 4),
+        ({"token_stride": 4098}, 2),
+        ({"slab": 4097}, 1),
+        ({"slab_region_stride": 2048 * 100 + 8}, 8),
+        ({"slab_region_stride": 2048 * 100 + 8, "num_regions": 1}, 16),
+        ({"token_stride": 8, "slice_bytes": 8, "num_tokens": 100, "first_token": 2}, 16),
+        ({"token_stride": 8, "slice_bytes": 8, "num_tokens": 100, "first_token": 1}, 8),
+    ],
+)
+def test_vector_width_is_the_widest_that_every_address_allows(
+    host: HostKernels, change: dict[str, int], width: int
+) -> None:
+    params = kernels._copy_struct(replace(PARAMS, **change))
+    assert host.raw.pdserve_host_vector_bytes(ctypes.byref(params)) == width
+
+
+@needs_gxx
+def test_casts_agree_with_the_reference_on_every_16_bit_value(host: HostKernels) -> None:
+    bits = np.arange(65536, dtype=np.uint16)
+    assert np.array_equal(
+        np.array([host.raw.pdserve_host_from_e4m3(b) for b in range(256)], np.float32),
+        reference.e4m3_values(),
+        equal_nan=True,
+    )
+    for is_bf16 in (False, True):
+        values = reference.half_to_float(bits, is_bf16=is_bf16)
+        got = np.array([host.raw.pdserve_host_from_half(int(b), is_bf16) for b in bits], np.float32)
+        assert np.array_equal(got, values, equal_nan=True)
+        fp8 = np.array([host.raw.pdserve_host_to_e4m3(float(v)) for v in values], np.uint8)
+        assert np.array_equal(fp8, reference.to_e4m3(values))
+        near = (values.view(np.uint32) + np.uint32(0x1000)).view(np.float32)
+        half = np.array([host.raw.pdserve_host_to_half(float(v), is_bf16) for v in near], np.uint16)
+        assert np.array_equal(half, reference.float_to_half(near, is_bf16=is_bf16))
+
+
+def test_reference_e4m3_agrees_with_ml_dtypes() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
+    values = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+    values = values[np.abs(values) <= 448]
+    theirs = values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    assert np.array_equal(reference.to_e4m3(values), theirs)
+
+
+@needs_gxx
+@pytest.mark.parametrize("order", ORDERS)
+def test_fp8_gather_and_scatter_agree_with_the_reference(host: HostKernels, order: str) -> None:
+    for seed in range(70):
+        host.launch_as(order, seed, num_threads=(1, 7, 32)[seed % 3])
+        case = cases.random_fp8_case(seed)
+        copy, scales = case.copy, np.full(case.scale_shape, np.nan, np.float32)
+        slab, pools, expected_scales = reference.fp8_round_trip(
+            copy.geometry, case.scales, copy.pools, copy.page_ids, copy.slab, cases.GUARD
+        )
+        run_case(lambda p, s: host.gather_fp8(case.params(p, scales.ctypes.data), s), copy)  # noqa: B023
+        assert np.array_equal(copy.slab, slab), f"bytes, seed {seed}: {copy.geometry} {case.scales}"
+        assert np.array_equal(scales, expected_scales), f"scales, seed {seed}: {copy.geometry} {case.scales}"
+        run_case(lambda p, s: host.scatter_fp8(case.params(p, scales.ctypes.data), s), copy)  # noqa: B023
+        assert all(map(np.array_equal, copy.pools, pools)), f"scatter_fp8, seed {seed}: {copy.geometry}"
+
+
+PARAMS = CopyParams(
+    region_ptrs=4096, page_ids=4096, slab=4096, slab_region_stride=2048 * 100, token_stride=4096,
+    slice_offset=0, slice_bytes=2048, page_size=16, first_token=0, num_tokens=100, region_begin=0,
+    num_regions=4, num_regions_total=64, num_page_ids=7, region_align=256,
+)  # fmt: skip
+"""Valid numbers with made-up addresses: refused before anything is read."""
+
+REFUSALS: list[tuple[dict[str, int], Status]] = [
+    ({"slab": 0}, Status.NULL_POINTER),
+    ({"page_ids": 0}, Status.NULL_POINTER),
+    ({"region_ptrs": 0}, Status.NULL_POINTER),
+    ({"num_tokens": -1}, Status.OUT_OF_RANGE),
+    ({"token_stride": 2**41}, Status.OUT_OF_RANGE),
+    ({"page_size": 2**30, "num_page_ids": 1}, Status.OUT_OF_RANGE),
+    ({"max_blocks": -1}, Status.OUT_OF_RANGE),
+    ({"page_size": 0}, Status.BAD_PAGE_SIZE),
+    ({"first_token": 16}, Status.BAD_FIRST_TOKEN),
+    ({"slice_bytes": 0}, Status.BAD_SLICE),
+    ({"slice_offset": 2049}, Status.BAD_SLICE),
+    ({"slab_region_stride": 2048 * 100 - 1}, Status.BAD_SLAB_STRIDE),
+    ({"region_begin": 61}, Status.BAD_REGION_RANGE),
+    ({"num_page_ids": 6}, Status.BAD_PAGE_RANGE),
+    ({"first_token": 13}, Status.BAD_PAGE_RANGE),
+    ({"region_align": 0}, Status.BAD_REGION_ALIGN),
+    ({"region_align": 24}, Status.BAD_REGION_ALIGN),
+    ({"page_ids": 4098}, Status.MISALIGNED),
+    ({"region_ptrs": 4100}, Status.MISALIGNED),
+]
+
+FP8_REFUSALS: list[tuple[dict[str, int], Status]] = [
+    ({"scales": 0}, Status.NULL_POINTER),
+    ({"scales": 4098}, Status.MISALIGNED),
+    ({"dtype": 2}, Status.BAD_DTYPE),
+    ({"head_dim": 0}, Status.BAD_HEAD_DIM),
+    ({"head_dim": 100}, Status.BAD_HEAD_DIM),
+    ({"scale_page_size": 0}, Status.BAD_SCALE_PAGE),
+    ({"scale_first_token": 16}, Status.BAD_SCALE_PAGE),
+]
+
+
+@needs_gxx
+@pytest.mark.parametrize(("change", "status"), REFUSALS)
+def test_bad_copies_are_refused_by_name(host: HostKernels, change: dict[str, int], status: Status) -> None:
+    bad = replace(PARAMS, **change)
+    half = replace(bad, slab_region_stride=bad.slab_region_stride // 2)
+    for call in (host.gather, host.scatter):
+        with pytest.raises(ConfigError, match=status.name):
+            call(bad, 0)
+    with pytest.raises(ConfigError, match=status.name):
+        host.gather_fp8(Fp8Params(half, 4096, 128, HalfDtype.FLOAT16, 16, 0), 0)
+
+
+@needs_gxx
+@pytest.mark.parametrize(("change", "status"), FP8_REFUSALS)
+def test_bad_casts_are_refused_by_name(host: HostKernels, change: dict[str, Any], status: Status) -> None:
+    bad = replace(Fp8Params(PARAMS, 4096, 128, HalfDtype.FLOAT16, 16, 0), **change)
+    for call in (host.gather_fp8, host.scatter_fp8):
+        with pytest.raises(ConfigError, match=status.name):
+            call(bad, 0)
+
+
+@needs_gxx
+def test_nothing_to_copy_touches_nothing(host: HostKernels) -> None:
+    host.gather(replace(PARAMS, num_tokens=0, slab=0, page_ids=0), 0)
+    host.scatter(replace(PARAMS, num_regions=0, region_ptrs=0), 0)
+
+
+@needs_gxx
+def test_every_status_has_a_sentence(host: HostKernels) -> None:
+    texts = {host.raw.pdserve_status_text(status) for status in Status}
+    assert len(texts) == len(Status) and b"unknown status" not in texts
+    in_header = re.findall(r"k\w+ = (-?\d+),", (CUDA / "include/pdserve/check.cuh").read_text())
+    assert sorted(map(int, in_header)) == sorted(Status)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_nvcc_builds_three_architectures_without_warning_or_spill(cuda_path: Path) -> None:
+    assert cuda_path.is_file() and [p.name for p in cuda_path.parent.iterdir()] == [cuda_path.name]
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_sm_90_code_moves_16_bytes_per_instruction(cuda_path: Path) -> None:
+    folder = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
+    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(folder))
+    if cuobjdump is None:
+        pytest.skip("cuobjdump is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    done = subprocess.run(
+        [cuobjdump, "-sass", "-arch", "sm_90", cuda_path], capture_output=True, text=True, check=False,
+        env={"PATH": f"{folder}:/usr/local/cuda/bin:/usr/bin:/bin"},
+    )  # fmt: skip
+    if "nvdisasm" in done.stderr:
+        pytest.skip(f"cuobjdump finds no nvdisasm: {done.stderr.strip()}")
+    functions = re.split(r"Function : ", done.stdout)[1:]
+    wide = [text for text in functions if "copy_kernelI5uint4" in text.split("\n", 1)[0]]
+    assert len(wide) == 4, "gather and scatter, flat and by row"
+    for text in wide:
+        name = text.split("\n", 1)[0]
+        loads = [m.start() for m in re.finditer(r"\bLDG\.E\.128", text)]
+        stores = [m.start() for m in re.finditer(r"\bSTG\.E\.128", text)]
+        assert len(loads) == len(stores) == 4, f"{name}: {len(loads)} loads, {len(stores)} stores"
+        assert max(loads) < min(stores), f"{name}: the four loads are not in flight together"
+    assert not re.search(r"\b(LD|ST)\.E", done.stdout), "generic loads or stores: the address space was lost"
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_without_a_driver_calls_say_so_and_bad_arguments_still_come_first(cuda_path: Path) -> None:
+    library = KernelLibrary(cuda_path)
+    with pytest.raises(ConfigError, match="BAD_PAGE_SIZE"):
+        library.gather(replace(PARAMS, page_size=0), 0)
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU: a launch with made-up addresses would harm its context")
+    fp8 = Fp8Params(PARAMS, 4096, 128, HalfDtype.FLOAT16, 16, 0)
+    for call in (library.gather, library.scatter):
+        with pytest.raises(ConfigError, match="this machine cannot run"):
+            call(PARAMS, 0)
+    for cast in (library.gather_fp8, library.scatter_fp8):
+        with pytest.raises(ConfigError, match="this machine cannot run"):
+            cast(fp8, 0)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_a_warning_fails_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(CUDA, tmp_path / "cuda")
+    with (tmp_path / "cuda" / "coalesce.cu").open("a") as source:
+        source.write("\nstatic __global__ void planted() { int unused_number = 1; }\n")
+    monkeypatch.setattr(kernels, "find_sources", lambda: tmp_path / "cuda")
+    with pytest.raises(ConfigError, match="unused_number"):
+        kernels.build(tmp_path / "out", [90], Path(str(NVCC)))
+    assert list((tmp_path / "out").iterdir()) == []
