@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 UV     := $(VENV)/bin/uv
 
-.PHONY: help setup demo test test-fast lint bench cuda clean
+.PHONY: help setup demo test test-fast lint bench cuda bench-gpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -39,6 +39,10 @@ bench: setup  ## measure start-up, idle cost, transfers and page allocation; eac
 
 cuda: setup  ## compile the CUDA kernels for sm_80, sm_90 and sm_100 into build/cuda (needs nvcc, no GPU)
 	$(PY) -m pdserve.kv.kernels --out build/cuda --archs 80,90,100
+	$(PY) cuda/dev/ladder.py --compile-only
+
+bench-gpu: setup  ## on a GPU: kernel tests, sanitizers, ladder, bench
+	PYTHON=$(PY) bench/gpu/run.sh
 
 clean:  ## remove the virtual environment and every cache of the checkout
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build dist

@@ -1,7 +1,7 @@
-// Launchers and exports for the GPU. No allocation, no synchronisation: everything is ordered on the given stream.
+// Launchers and exports for the GPU. No allocation, no synchronisation: all is ordered on the given stream.
 //
-// Every export returns 0, one of Status (negative, check.cuh) or a cudaError_t (positive): that of the launch, or a
-// pending one of earlier work on this thread, as with every CUDA call.
+// Every export returns 0, one of Status (negative, check.cuh) or a cudaError_t (positive): that of the
+// launch, or a pending one of earlier work on this thread, as with every CUDA call.
 #include <cuda_runtime.h>
 
 #include "pdserve/check.cuh"
@@ -13,7 +13,7 @@
 namespace pdserve {
 namespace {
 
-constexpr int64_t kMaxGrid = 0x7fffffff;   // gridDim.x; more tiles than that are taken in grid stride
+constexpr int64_t kMaxGrid = 0x7fffffff;  // gridDim.x; more tiles than that are taken in grid stride
 
 __device__ __forceinline__ Lane this_lane() {
   return {int64_t{blockIdx.x}, int64_t{gridDim.x}, int64_t{threadIdx.x}, int64_t{blockDim.x}};

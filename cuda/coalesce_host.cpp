@@ -1,7 +1,8 @@
 // The same kernels for the CPU: every (block, thread) is run in turn, in an order the tests choose.
 //
-// Exports what coalesce.cu exports, plus the order and the vector width. Serial: a result that changes with the
-// order is a race on the GPU. It proves indexing and casts; it proves nothing on the GPU's memory model or speed.
+// Exports what coalesce.cu exports, plus the order and the vector width. Serial: a result that changes with
+// the order is a race on the GPU. It proves indexing and casts; it proves nothing on the GPU's memory model
+// or speed.
 #include <algorithm>
 #include <numeric>
 #include <random>
@@ -32,7 +33,8 @@ void run_grid(int64_t num_tiles, int64_t max_blocks, const Kernel& kernel) {
     std::mt19937_64 random(static_cast<uint64_t>(host_launch.seed));
     std::shuffle(lanes.begin(), lanes.end(), random);
   }
-  for (const int64_t lane : lanes) kernel(Lane{lane / num_threads, num_blocks, lane % num_threads, num_threads});
+  for (const int64_t lane : lanes)
+    kernel(Lane{lane / num_threads, num_blocks, lane % num_threads, num_threads});
 }
 
 template <bool kToSlab>
@@ -70,9 +72,11 @@ int host_cast(const Fp8Params* params) {
   if (status != kOk || is_empty(params->copy)) return status;
   const bool is_wide = fp8_elements(*params) == kFp8Elements;
   if (params->dtype == kBfloat16) {
-    return is_wide ? host_cast_as<kFp8Elements, true, kToSlab>(*params) : host_cast_as<1, true, kToSlab>(*params);
+    return is_wide ? host_cast_as<kFp8Elements, true, kToSlab>(*params)
+                   : host_cast_as<1, true, kToSlab>(*params);
   }
-  return is_wide ? host_cast_as<kFp8Elements, false, kToSlab>(*params) : host_cast_as<1, false, kToSlab>(*params);
+  return is_wide ? host_cast_as<kFp8Elements, false, kToSlab>(*params)
+                 : host_cast_as<1, false, kToSlab>(*params);
 }
 
 }  // namespace
@@ -88,11 +92,14 @@ int pdserve_scatter_fp8(const pdserve::Fp8Params* params, void*) { return pdserv
 
 const char* pdserve_status_text(int status) { return pdserve::status_text(status); }
 
-// Only here: how the next launches run their lanes, the chosen vector width, and the casts one value at a time.
+// Only here: how the next launches run their lanes, the chosen vector width, and the casts one value at a
+// time.
 void pdserve_host_launch(int64_t order, int64_t seed, int64_t num_threads) {
   pdserve::host_launch = {order, seed, num_threads};
 }
-int64_t pdserve_host_vector_bytes(const pdserve::CopyParams* params) { return pdserve::widest_vector(*params); }
+int64_t pdserve_host_vector_bytes(const pdserve::CopyParams* params) {
+  return pdserve::widest_vector(*params);
+}
 int pdserve_host_to_e4m3(float x) { return pdserve::to_e4m3(x); }
 float pdserve_host_from_e4m3(int byte) { return pdserve::from_e4m3(static_cast<uint8_t>(byte)); }
 int pdserve_host_to_half(float x, int is_bf16) {

@@ -1,4 +1,4 @@
-// The steps that led to coalesce.cuh, each with the same arguments, so that a GPU run shows what each one buys.
+// The steps that led to coalesce.cuh, all with the same arguments: a GPU run shows what each one buys.
 //
 // Development only: no checks, 16-byte aligned whole rows. ladder.py builds, verifies and times them against
 // cudaMemcpyDeviceToDevice, which is the ceiling: a copy reads and writes each byte once.
@@ -27,7 +27,8 @@ __global__ void naive_bytes(const __grid_constant__ CopyParams p) {
   const uint64_t pool = reinterpret_cast<const uint64_t*>(p.region_ptrs)[p.region_begin + region];
   const int64_t slot = page * p.page_size + place % p.page_size;
   const uint64_t in_pool = pool + static_cast<uint64_t>(slot * p.token_stride + p.slice_offset + byte);
-  const uint64_t in_slab = p.slab + static_cast<uint64_t>(region * p.slab_region_stride + token * p.slice_bytes + byte);
+  const uint64_t in_slab =
+      p.slab + static_cast<uint64_t>(region * p.slab_region_stride + token * p.slice_bytes + byte);
   store_global<Vec1>(kToSlab ? in_slab : in_pool, load_global<Vec1>(kToSlab ? in_pool : in_slab));
 }
 
@@ -40,7 +41,8 @@ __global__ void row_vectors(const __grid_constant__ CopyParams p) {
   const int64_t slot = page * p.page_size + place % p.page_size;
   for (int64_t at = int64_t{threadIdx.x} * 16; at < p.slice_bytes; at += int64_t{blockDim.x} * 16) {
     const uint64_t in_pool = pool + static_cast<uint64_t>(slot * p.token_stride + p.slice_offset + at);
-    const uint64_t in_slab = p.slab + static_cast<uint64_t>(region * p.slab_region_stride + token * p.slice_bytes + at);
+    const uint64_t in_slab =
+        p.slab + static_cast<uint64_t>(region * p.slab_region_stride + token * p.slice_bytes + at);
     store_global<Vec16>(kToSlab ? in_slab : in_pool, load_global<Vec16>(kToSlab ? in_pool : in_slab));
   }
 }
@@ -53,7 +55,7 @@ __global__ void tiles(const __grid_constant__ CopyPlan plan) {
 
 struct Rung {
   const char* name;
-  int in_flight, threads, blocks_per_sm;   // 0 blocks: one block per tile
+  int in_flight, threads, blocks_per_sm;  // 0 blocks: one block per tile
   bool is_flat;
 };
 
@@ -76,10 +78,18 @@ template <bool kFlat, bool kToSlab>
 void launch_tiles(const Rung& rung, const CopyPlan& plan, unsigned grid, cudaStream_t stream) {
   const unsigned threads = static_cast<unsigned>(rung.threads);
   switch (rung.in_flight) {
-    case 1: tiles<kFlat, kToSlab, 1><<<grid, threads, 0, stream>>>(plan); break;
-    case 2: tiles<kFlat, kToSlab, 2><<<grid, threads, 0, stream>>>(plan); break;
-    case 8: tiles<kFlat, kToSlab, 8><<<grid, threads, 0, stream>>>(plan); break;
-    default: tiles<kFlat, kToSlab, 4><<<grid, threads, 0, stream>>>(plan); break;
+    case 1:
+      tiles<kFlat, kToSlab, 1><<<grid, threads, 0, stream>>>(plan);
+      break;
+    case 2:
+      tiles<kFlat, kToSlab, 2><<<grid, threads, 0, stream>>>(plan);
+      break;
+    case 8:
+      tiles<kFlat, kToSlab, 8><<<grid, threads, 0, stream>>>(plan);
+      break;
+    default:
+      tiles<kFlat, kToSlab, 4><<<grid, threads, 0, stream>>>(plan);
+      break;
   }
 }
 
@@ -95,7 +105,7 @@ int launch(int index, const CopyParams& p, int num_sms, cudaStream_t stream) {
     row_vectors<kToSlab><<<grid, threads, 0, stream>>>(p);
   } else {
     CopyPlan plan = make_plan(p, 16, int64_t{rung.threads} * rung.in_flight);
-    plan.row_vecs = Divisor(p.slice_bytes / 16);   // make_plan leaves it out when pages are flat
+    plan.row_vecs = Divisor(p.slice_bytes / 16);  // make_plan leaves it out when pages are flat
     const int64_t cap = rung.blocks_per_sm > 0 ? int64_t{rung.blocks_per_sm} * num_sms : int64_t{0x7fffffff};
     const unsigned grid = static_cast<unsigned>(smaller(plan.num_tiles, cap));
     if (rung.is_flat) {
@@ -114,7 +124,8 @@ PD_EXPORT int ladder_count() { return pdserve::kNumRungs; }
 
 PD_EXPORT const char* ladder_name(int index) { return pdserve::kRungs[index].name; }
 
-PD_EXPORT int ladder_launch(int index, const pdserve::CopyParams* params, int to_slab, int num_sms, void* stream) {
+PD_EXPORT int ladder_launch(int index, const pdserve::CopyParams* params, int to_slab, int num_sms,
+                            void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   return to_slab != 0 ? pdserve::launch<true>(index, *params, num_sms, on)
                       : pdserve::launch<false>(index, *params, num_sms, on);

@@ -70,7 +70,8 @@ def climb(library: ctypes.CDLL, num_tokens: int, rounds: int) -> list[dict[str, 
         share = rates["gather_gb_s"] / rates["copy_gb_s"], rates["scatter_gb_s"] / rates["copy_gb_s"]
         sys.stdout.write(
             f"{name:<52} gather {rates['gather_gb_s']:8.1f} GB/s {share[0]:5.0%}   "
-            f"scatter {rates['scatter_gb_s']:8.1f} GB/s {share[1]:5.0%}   copy {rates['copy_gb_s']:8.1f} GB/s\n"
+            f"scatter {rates['scatter_gb_s']:8.1f} GB/s {share[1]:5.0%}   "
+            f"copy {rates['copy_gb_s']:8.1f} GB/s\n"
         )
         sys.stdout.flush()
     return rows

@@ -1,4 +1,4 @@
-"""KV page kernels on a GPU: the CPU test's cases, a Llama pool against torch indexing, streams and big grids."""
+"""KV page kernels on a GPU: the CPU test's cases, a Llama pool against torch indexing, streams, grids."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ Proves nothing on races, the GPU's memory model, launch limits or speed: tests/g
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
 import shutil
 import subprocess
@@ -95,6 +96,28 @@ def test_a_slab_can_be_scattered_into_another_page_size(host: HostKernels) -> No
         reference.gather(g, [cases.inner(p) for p in case.pools], case.page_ids, cases.inner(slab))
         reference.scatter(other, [cases.inner(p) for p in expected], page_ids, cases.inner(slab))
         assert all(map(np.array_equal, pools, expected)), f"seed {seed}: {g} -> {other}"
+
+
+@needs_gxx
+def test_offsets_beyond_4_gib_are_reached(host: HostKernels) -> None:
+    """Untouched pages of the mapping cost no memory."""
+    no_reserve = 0x4000  # MAP_NORESERVE of Linux, which the module does not name
+    with mmap.mmap(-1, 6 * 2**30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve) as memory:
+        pool = np.frombuffer(memory, np.uint8)
+        page_bytes, row = 16 * 4096, np.arange(4096) % 251
+        last = len(pool) // page_bytes - 1
+        pool[last * page_bytes : last * page_bytes + 4096] = row
+        pointers, page_ids = np.array([pool.ctypes.data], np.uint64), np.array([last], np.int32)
+        slab = np.zeros(4096, np.uint8)
+        params = replace(
+            PARAMS, region_ptrs=pointers.ctypes.data, page_ids=page_ids.ctypes.data, slab=slab.ctypes.data,
+            slice_bytes=4096, num_tokens=1, num_regions=1, num_regions_total=1, num_page_ids=1,
+        )  # fmt: skip
+        host.gather(params, 0)
+        assert np.array_equal(slab, row)
+        host.gather(replace(params, slice_bytes=2048, slice_offset=2048), 0)
+        assert np.array_equal(slab[:2048], row[2048:])
+        del pool
 
 
 @needs_gxx

@@ -1,7 +1,7 @@
-// What the launchers refuse, and the sentence for each refusal. Host code, shared by the GPU and the host build.
+// What the launchers refuse, and the sentence for each. Host code, shared by the GPU and the host build.
 //
-// Not checkable from the host: page ids inside the pool, region pointers that point to memory, overlap of pool and
-// slab. A caller that gets those wrong gets a CUDA error or wrong bytes.
+// Not checkable from the host: page ids inside the pool, region pointers that point to memory, overlap of
+// pool and slab. A caller that gets those wrong gets a CUDA error or wrong bytes.
 #pragma once
 #include "pdserve/index.cuh"
 
@@ -28,42 +28,59 @@ enum Status : int {
 
 inline const char* status_text(int status) {
   switch (status) {
-    case kOk: return "ok";
-    case kNullParams: return "the params pointer is null";
-    case kNullPointer: return "region_ptrs, page_ids, slab or scales is null";
-    case kOutOfRange: return "a field is negative or above 2^40, or a page is above 2 GiB";
-    case kBadPageSize: return "page_size must be at least 1 token";
-    case kBadFirstToken: return "first_token must lie inside the first page: 0 <= first_token < page_size";
-    case kBadSlice: return "the slice must lie inside the token row: 1 <= slice_bytes, "
-                           "slice_offset + slice_bytes <= token_stride";
-    case kBadSlabStride: return "slab_region_stride is smaller than one region: num_tokens * packed token bytes";
-    case kBadRegionRange: return "region_begin + num_regions exceeds num_regions_total";
-    case kBadPageRange: return "page_ids is too short: first_token + num_tokens exceeds num_page_ids * page_size";
-    case kBadRegionAlign: return "region_align must be a power of two, at least 1 byte";
-    case kBadDtype: return "dtype must be 0 (float16) or 1 (bfloat16)";
-    case kBadHeadDim: return "slice_bytes must be a whole number of heads of head_dim 2-byte elements";
-    case kBadScalePage: return "scale pages must hold at least 1 token and contain scale_first_token";
-    case kMisaligned: return "page_ids and scales need 4-byte, region_ptrs 8-byte alignment; "
-                             "fp8 needs 2-byte elements aligned to 2 bytes";
-    default: return "unknown status";
+    case kOk:
+      return "ok";
+    case kNullParams:
+      return "the params pointer is null";
+    case kNullPointer:
+      return "region_ptrs, page_ids, slab or scales is null";
+    case kOutOfRange:
+      return "a field is negative or above 2^40, or a page is above 2 GiB";
+    case kBadPageSize:
+      return "page_size must be at least 1 token";
+    case kBadFirstToken:
+      return "first_token must lie inside the first page: 0 <= first_token < page_size";
+    case kBadSlice:
+      return "the slice must lie inside the token row: 1 <= slice_bytes, "
+             "slice_offset + slice_bytes <= token_stride";
+    case kBadSlabStride:
+      return "slab_region_stride is smaller than one region: num_tokens * packed token bytes";
+    case kBadRegionRange:
+      return "region_begin + num_regions exceeds num_regions_total";
+    case kBadPageRange:
+      return "page_ids is too short: first_token + num_tokens exceeds num_page_ids * page_size";
+    case kBadRegionAlign:
+      return "region_align must be a power of two, at least 1 byte";
+    case kBadDtype:
+      return "dtype must be 0 (float16) or 1 (bfloat16)";
+    case kBadHeadDim:
+      return "slice_bytes must be a whole number of heads of head_dim 2-byte elements";
+    case kBadScalePage:
+      return "scale pages must hold at least 1 token and contain scale_first_token";
+    case kMisaligned:
+      return "page_ids and scales need 4-byte, region_ptrs 8-byte alignment; "
+             "fp8 needs 2-byte elements aligned to 2 bytes";
+    default:
+      return "unknown status";
   }
 }
 
-constexpr int64_t kMaxField = int64_t{1} << 40;       // 1 TiB or 10^12 tokens: products stay below 2^62
-constexpr int64_t kMaxPageBytes = int64_t{1} << 31;   // times an int32 page id: below 2^62
+constexpr int64_t kMaxField = int64_t{1} << 40;      // 1 TiB or 10^12 tokens: products stay below 2^62
+constexpr int64_t kMaxPageBytes = int64_t{1} << 31;  // times an int32 page id: below 2^62
 constexpr int64_t kMaxTotal = int64_t{1} << 62;
 
 inline bool in_range(int64_t value) { return value >= 0 && value <= kMaxField; }
 inline bool product_fits(int64_t a, int64_t b, int64_t limit) { return b == 0 || a <= limit / b; }
 
-// Checks everything but the slab, whose row is `slab_token_bytes` wide (fp8 rows are narrower than the slice).
+// Checks everything but the slab, whose row is `slab_token_bytes` wide (fp8 rows are narrower than the
+// slice).
 inline int check_copy(const CopyParams* params, int64_t slab_token_bytes) {
   if (params == nullptr) return kNullParams;
   const CopyParams& p = *params;
   if (!in_range(p.slab_region_stride) || !in_range(p.token_stride) || !in_range(p.slice_offset) ||
-      !in_range(p.slice_bytes) || !in_range(p.page_size) || !in_range(p.first_token) || !in_range(p.num_tokens) ||
-      !in_range(p.region_begin) || !in_range(p.num_regions) || !in_range(p.num_regions_total) ||
-      !in_range(p.num_page_ids) || !in_range(p.max_blocks))
+      !in_range(p.slice_bytes) || !in_range(p.page_size) || !in_range(p.first_token) ||
+      !in_range(p.num_tokens) || !in_range(p.region_begin) || !in_range(p.num_regions) ||
+      !in_range(p.num_regions_total) || !in_range(p.num_page_ids) || !in_range(p.max_blocks))
     return kOutOfRange;
   if (p.page_size < 1) return kBadPageSize;
   if (p.first_token >= p.page_size) return kBadFirstToken;

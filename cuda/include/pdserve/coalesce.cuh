@@ -1,9 +1,10 @@
 // The copy itself: pages of a pool -> packed slab, and back. Check-free; the launchers check.
 //
-// Params (index.cuh) -> kernel body (here) -> launcher (coalesce.cu) -> export. A body is a function of the plan and
-// of one Lane, so the host build runs the same lines for every lane, in any order. It holds no barrier and no
-// shuffle: lanes write disjoint bytes, and a result that depends on their order is a bug that the tests look for.
-// CPU reference: cuda/dev/reference.py. Ladder against the device's own copy: cuda/dev/ladder.cu.
+// Params (index.cuh) -> kernel body (here) -> launcher (coalesce.cu) -> export. A body is a function of the
+// plan and of one Lane, so the host build runs the same lines for every lane, in any order. It holds no
+// barrier and no shuffle: lanes write disjoint bytes, and a result that depends on their order is a bug that
+// the tests look for. CPU reference: cuda/dev/reference.py. Ladder against the device's own copy:
+// cuda/dev/ladder.cu.
 #pragma once
 #include "pdserve/index.cuh"
 
@@ -13,8 +14,12 @@ namespace pdserve {
 using Vec16 = uint4;
 using Vec8 = uint2;
 #else
-struct alignas(16) Vec16 { uint64_t low, high; };
-struct alignas(8) Vec8 { uint32_t low, high; };
+struct alignas(16) Vec16 {
+  uint64_t low, high;
+};
+struct alignas(8) Vec8 {
+  uint32_t low, high;
+};
 #endif
 using Vec4 = uint32_t;
 using Vec2 = uint16_t;
@@ -22,14 +27,15 @@ using Vec1 = unsigned char;
 static_assert(sizeof(Vec16) == 16 && alignof(Vec16) == 16, "16-byte loads need 16-byte alignment");
 static_assert(sizeof(Vec8) == 8 && alignof(Vec8) == 8, "8-byte loads need 8-byte alignment");
 
-constexpr int kThreads = 128;   // 4 warps: small enough that 1 MB still fills every SM of an H200
-constexpr int kUnroll = 4;      // loads in flight per thread; ladder in cuda/dev/ladder.cu
+constexpr int kThreads = 128;  // 4 warps: small enough that 1 MB still fills every SM of an H200
+constexpr int kUnroll = 4;     // loads in flight per thread; ladder in cuda/dev/ladder.cu
 
 // Addresses come as integers, so the compiler cannot see that they are global memory: the intrinsics say it.
 template <class Vec>
 PD_HD Vec load_global(uint64_t address) {
 #if defined(__CUDA_ARCH__)
-  return __ldg(reinterpret_cast<const Vec*>(address));   // read-only for the kernel: source and target never overlap
+  return __ldg(
+      reinterpret_cast<const Vec*>(address));  // read-only for the kernel: source and target never overlap
 #else
   return *reinterpret_cast<const Vec*>(address);
 #endif
@@ -41,8 +47,8 @@ PD_HD void store_global(uint64_t address, Vec value) {
   // By hand: there is no store intrinsic without a cache policy (__stcs) or a strong order (__stwb).
   const uint64_t to = __cvta_generic_to_global(reinterpret_cast<void*>(address));
   if constexpr (sizeof(Vec) == 16) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
-                 ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w));
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y),
+                 "r"(value.z), "r"(value.w));
   } else if constexpr (sizeof(Vec) == 8) {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(value.x), "r"(value.y));
   } else if constexpr (sizeof(Vec) == 4) {
@@ -62,7 +68,7 @@ template <class Vec, bool kFlat, bool kToSlab, int kInFlight = kUnroll>
 PD_HD void copy_tiles(const CopyPlan& plan, const Lane& lane) {
   constexpr int kBytes = sizeof(Vec);
   for (int64_t tile = lane.block; tile < plan.num_tiles; tile += lane.num_blocks) {
-    const QuotientRemainder at = plan.tiles_per_region.divide(tile);   // region, tile in it
+    const QuotientRemainder at = plan.tiles_per_region.divide(tile);  // region, tile in it
     const uint64_t pool = plan.region_ptrs[plan.region_begin + at.quotient];
     const uint64_t slab = plan.slab + static_cast<uint64_t>(at.quotient * plan.slab_region_stride);
     const int64_t first = at.remainder * plan.tile_vecs + lane.thread;
@@ -89,17 +95,27 @@ PD_HD void copy_tiles(const CopyPlan& plan, const Lane& lane) {
 }
 
 // Calls visit(Vec{}, flat) with the vector type of `vec_bytes`, so that each launcher lists the widths once.
-template <bool kFlat> struct Flat { static constexpr bool value = kFlat; };
+template <bool kFlat>
+struct Flat {
+  static constexpr bool value = kFlat;
+};
 
 template <class Visit>
 auto with_vector(int64_t vec_bytes, bool flat, const Visit& visit) {
-  const auto with_flat = [&](auto vec) { return flat ? visit(vec, Flat<true>{}) : visit(vec, Flat<false>{}); };
+  const auto with_flat = [&](auto vec) {
+    return flat ? visit(vec, Flat<true>{}) : visit(vec, Flat<false>{});
+  };
   switch (vec_bytes) {
-    case 16: return with_flat(Vec16{});
-    case 8: return with_flat(Vec8{});
-    case 4: return with_flat(Vec4{});
-    case 2: return with_flat(Vec2{});
-    default: return with_flat(Vec1{});
+    case 16:
+      return with_flat(Vec16{});
+    case 8:
+      return with_flat(Vec8{});
+    case 4:
+      return with_flat(Vec4{});
+    case 2:
+      return with_flat(Vec2{});
+    default:
+      return with_flat(Vec1{});
   }
 }
 

@@ -2,8 +2,8 @@
 //
 // No CUDA header is needed: nvcc compiles this for the GPU, g++ for the tests.
 //
-//   pool   region r: [pages][page_size][token_stride bytes]      a FlashInfer NHD pool (K or V of a layer, or MLA)
-//                     one token row:  |..slice_offset..|== slice_bytes ==|.....|
+//   pool   region r: [pages][page_size][token_stride bytes]    FlashInfer NHD: K or V of a layer, or MLA
+//                    one token row:  |..slice_offset..|== slice_bytes ==|.....|
 //   slab   [num_regions][slab_region_stride], in it [num_tokens][slice_bytes], packed
 #pragma once
 #include <cstdint>
@@ -24,22 +24,22 @@ namespace pdserve {
 
 // What a caller asks for. C ABI: 8-byte fields only, mirrored by CopyParams in pdserve/kv/kernels.py.
 struct CopyParams {
-  uint64_t region_ptrs;         // device address of uint64[num_regions_total]: base of each pool region
-  uint64_t page_ids;            // device address of int32[num_page_ids]: pool pages in token order
-  uint64_t slab;                // device address of the packed bytes
-  int64_t slab_region_stride;   // bytes between regions of the slab, >= num_tokens * slice_bytes
-  int64_t token_stride;         // bytes between tokens of a pool region
-  int64_t slice_offset;         // first byte of the head range within a token row
-  int64_t slice_bytes;          // bytes of the head range
-  int64_t page_size;            // tokens per page
-  int64_t first_token;          // place of token 0 within page_ids[0], 0 .. page_size - 1
-  int64_t num_tokens;           // tokens to copy
-  int64_t region_begin;         // slab region r <-> pool region region_begin + r
-  int64_t num_regions;          // regions to copy
-  int64_t num_regions_total;    // length of region_ptrs
-  int64_t num_page_ids;         // length of page_ids
-  int64_t region_align;         // smallest alignment of the pool regions, bytes, a power of two
-  int64_t max_blocks;           // upper bound of the grid; 0: none. Leaves SMs to a model that runs meanwhile
+  uint64_t region_ptrs;        // device address of uint64[num_regions_total]: base of each pool region
+  uint64_t page_ids;           // device address of int32[num_page_ids]: pool pages in token order
+  uint64_t slab;               // device address of the packed bytes
+  int64_t slab_region_stride;  // bytes between regions of the slab, >= num_tokens * slice_bytes
+  int64_t token_stride;        // bytes between tokens of a pool region
+  int64_t slice_offset;        // first byte of the head range within a token row
+  int64_t slice_bytes;         // bytes of the head range
+  int64_t page_size;           // tokens per page
+  int64_t first_token;         // place of token 0 within page_ids[0], 0 .. page_size - 1
+  int64_t num_tokens;          // tokens to copy
+  int64_t region_begin;        // slab region r <-> pool region region_begin + r
+  int64_t num_regions;         // regions to copy
+  int64_t num_regions_total;   // length of region_ptrs
+  int64_t num_page_ids;        // length of page_ids
+  int64_t region_align;        // smallest alignment of the pool regions, bytes, a power of two
+  int64_t max_blocks;          // upper bound of the grid; 0: none. Leaves SMs to a model that runs meanwhile
 };
 static_assert(sizeof(CopyParams) == 16 * 8, "CopyParams crosses ctypes: 8-byte fields only");
 
@@ -83,18 +83,18 @@ struct Lane {
 
 // CopyParams prepared for one vector width: what a kernel gets, by value.
 struct CopyPlan {
-  const uint64_t* region_ptrs;   // [num_regions_total]
-  const int32_t* page_ids;       // [num_page_ids]
+  const uint64_t* region_ptrs;  // [num_regions_total]
+  const int32_t* page_ids;      // [num_page_ids]
   uint64_t slab;
-  int64_t slab_region_stride, token_stride, slice_offset, page_bytes;   // bytes
-  int64_t first_token, first_vec;   // the same place in tokens and in vectors of a flat page
+  int64_t slab_region_stride, token_stride, slice_offset, page_bytes;  // bytes
+  int64_t first_token, first_vec;  // the same place in tokens and in vectors of a flat page
   int64_t region_begin;
-  int64_t region_vecs;              // vectors per region: num_tokens * slice_bytes / vec_bytes
-  int64_t tile_vecs, num_tiles;     // vectors one block moves at a time; tiles over all regions
+  int64_t region_vecs;           // vectors per region: num_tokens * slice_bytes / vec_bytes
+  int64_t tile_vecs, num_tiles;  // vectors one block moves at a time; tiles over all regions
   Divisor tiles_per_region;
-  Divisor row_vecs;                 // vectors per token row
-  Divisor page_size;                // tokens
-  Divisor page_vecs;                // vectors per page, if pages are flat
+  Divisor row_vecs;   // vectors per token row
+  Divisor page_size;  // tokens
+  Divisor page_vecs;  // vectors per page, if pages are flat
 };
 
 // A page is flat if the slice is the whole token row: then it is one row of page_size * slice_bytes bytes.
@@ -148,7 +148,7 @@ inline CopyPlan make_plan(const CopyParams& p, int64_t vec_bytes, int64_t tile_v
 
 // Byte offset within a pool region of the first byte of the slice of `token`.
 PD_HD int64_t pool_row_offset(const CopyPlan& plan, int64_t token) {
-  const QuotientRemainder at = plan.page_size.divide(plan.first_token + token);   // page, slot
+  const QuotientRemainder at = plan.page_size.divide(plan.first_token + token);  // page, slot
   return plan.page_ids[at.quotient] * plan.page_bytes + at.remainder * plan.token_stride + plan.slice_offset;
 }
 
@@ -156,10 +156,10 @@ PD_HD int64_t pool_row_offset(const CopyPlan& plan, int64_t token) {
 template <bool kFlat, int kVecBytes>
 PD_HD int64_t pool_offset(const CopyPlan& plan, int64_t vec) {
   if constexpr (kFlat) {
-    const QuotientRemainder at = plan.page_vecs.divide(plan.first_vec + vec);   // page, vector in it
+    const QuotientRemainder at = plan.page_vecs.divide(plan.first_vec + vec);  // page, vector in it
     return plan.page_ids[at.quotient] * plan.page_bytes + at.remainder * kVecBytes;
   } else {
-    const QuotientRemainder at = plan.row_vecs.divide(vec);                     // token, vector in its slice
+    const QuotientRemainder at = plan.row_vecs.divide(vec);  // token, vector in its slice
     return pool_row_offset(plan, at.quotient) + at.remainder * kVecBytes;
   }
 }
