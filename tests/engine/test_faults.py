@@ -220,7 +220,10 @@ def test_silent_bootstrap_service_makes_no_decode_server_give_up_its_prefill(
         _still_serves(fleet, expected)
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert "Lost connection with prefill instance" not in news()
+    # A predecessor that an earlier test has killed may be given up just now; the present one may not.
+    present = fleet.worker("prefill-0")["bootstrap_port"]
+    lost = [line for line in news().splitlines() if "Lost connection with prefill instance" in line]
+    assert not [line for line in lost if f":{present})" in line], lost
     wait_for(lambda: fleet.state()["bootstrap"]["connected"], "the service awake")
     after = {worker["worker_id"]: worker["instance_id"] for worker in fleet.state()["workers"]}
     assert after == before
