@@ -137,21 +137,31 @@ class WindowTable:
         return self.slab.nbytes // self.count
 
     def window_of(self, endpoint: str) -> Window | None:
-        """The window of a prefill rank (``ip:port``), always the same one; None when all are out."""
+        """The window of a prefill rank (``ip:port``), always the same one; None when all are out.
+
+        A window that changes hands gets a new number, so that nothing said of the old
+        one can be taken for the new.
+        """
         for number, holder in self._holders.items():
             if holder == endpoint:
                 self._released.pop(number, None)
                 return self._window(number)
-        now_s = time.monotonic()
-        free = [number for number in range(self.count) if number not in self._holders]
-        if not free:
-            free = [number for number, since in self._released.items() if now_s - since > QUARANTINE_S]
-        if not free:
+        free = self._free_number()
+        if free is None:
             logger.warning("no slab window left for prefill rank %s: direct writes only", endpoint)
             return None
-        self._released.pop(free[0], None)
-        self._holders[free[0]] = endpoint
-        return self._window(free[0])
+        self._holders[free] = endpoint
+        return self._window(free)
+
+    def _free_number(self) -> int | None:
+        if len(self._holders) < self.count:
+            return len(self._holders)
+        now_s = time.monotonic()
+        for number, since_s in self._released.items():
+            if now_s - since_s > QUARANTINE_S:
+                del self._released[number], self._holders[number]
+                return number + self.count
+        return None
 
     def holder(self, number: int) -> str | None:
         """Endpoint of the prefill rank that holds this window."""
@@ -164,7 +174,8 @@ class WindowTable:
                 self._released.setdefault(number, time.monotonic())
 
     def _window(self, number: int) -> Window:
-        return Window(number, self.slab.address + number * self.window_bytes, self.window_bytes)
+        place = number % self.count
+        return Window(number, self.slab.address + place * self.window_bytes, self.window_bytes)
 
 
 def make_offer(

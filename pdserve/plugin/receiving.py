@@ -33,6 +33,7 @@ class DecodePlane:
         window = self.windows.window_of(endpoint)
         self.inbox.expect_connection()
         if window is not None:
+            self.inbox.close_window(window.number - self.windows.count)
             self.inbox.open_window(window)
         return window
 

@@ -133,6 +133,12 @@ class Inbox:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
+    def close_window(self, number: int) -> None:
+        """The window has been given to another prefill rank under a new number."""
+        with self._lock:
+            self._windows.pop(number, None)
+            self._voided.pop(number, None)
+
     def open_window(self, window: Window) -> None:
         """Make a window known before its prefill rank learns of it."""
         with self._lock:
@@ -260,7 +266,10 @@ class Inbox:
             if window is None or slab.offset + slab.piece.nbytes > window.nbytes:
                 raise PdserveError(f"piece of {slab.piece.nbytes} bytes is not within window {slab.window}")
             completion = self._copier.scatter_pages(room.pages, slab.piece, window.address + slab.offset)
-        except PdserveError as exc:
+        except Exception as exc:
+            if not isinstance(exc, PdserveError):
+                logger.exception("room=%s: unexpected error while unpacking", arrival.room)
+            # This room only: the messages behind it in the same batch belong to others.
             self._leave(arrival)
             self._give_back(peer, arrival, credits, 0.0)
             self._owner.failed(arrival.room, f"KV could not be unpacked: {exc}")

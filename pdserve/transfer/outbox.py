@@ -181,7 +181,13 @@ class Outbox:
                 continue
             if share.job.room in waiting:
                 continue
-            if not share.job.is_ready():
+            try:
+                is_ready = share.job.is_ready()
+            except Exception as exc:  # a CUDA event reports errors of earlier kernels here
+                logger.exception("room=%s: the forward pass cannot be asked", share.job.room)
+                share.job.fail(f"the forward pass failed: {exc}")
+                return True
+            if not is_ready:
                 waiting.add(share.job.room)
                 continue
             return self._step(peer, share)
@@ -189,15 +195,15 @@ class Outbox:
 
     def _step(self, peer: PeerLink, share: Share) -> bool:
         job = share.job
-        if not job.is_entered:
-            if not self._gate.enter(job.room):
-                job.fail("room is closed", is_silent=True)
-                return True
-            job.is_entered = True
-        elif not self._gate.is_open(job.room):
-            job.fail("room was closed during the transfer", is_silent=True)
-            return True
         try:
+            if not job.is_entered:
+                if not self._gate.enter(job.room):
+                    job.fail("room is closed", is_silent=True)
+                    return True
+                job.is_entered = True
+            elif not self._gate.is_open(job.room):
+                job.fail("room was closed during the transfer", is_silent=True)
+                return True
             return self._runner.post_next(peer, share)
         except PdserveError as exc:
             if isinstance(exc, PeerLost) and exc.may_have_written:
@@ -222,7 +228,9 @@ class Outbox:
     def _reap_step(self, peer: PeerLink | None, share: Share, step: Step) -> bool:
         try:
             return self._runner.reap(peer, share, step)
-        except PdserveError as exc:
+        except Exception as exc:
+            if not isinstance(exc, PdserveError):
+                logger.exception("room=%s: unexpected transfer error", share.job.room)
             with contextlib.suppress(ValueError):
                 share.in_flight.remove(step)
             if isinstance(exc, PeerLost) and exc.may_have_written:
@@ -241,9 +249,9 @@ class Outbox:
         for share in job.shares:
             self._forget(share, was_settled=not share.in_flight)
         if job.failure is None:
-            self._gate.finished(job)
+            self._guarded(lambda: self._gate.finished(job))
         else:
-            self._gate.failed(job, settled=not in_flight)
+            self._guarded(lambda: self._gate.failed(job, settled=not in_flight))
         return True
 
     def _forget(self, share: Share, *, was_settled: bool) -> None:

@@ -140,13 +140,6 @@ class SharePlan:
     num_descriptors: int = 0
     pieces: deque[Piece] = field(default_factory=deque)
 
-    @property
-    def num_steps(self) -> int:
-        """Writes this plan takes, aux not counted."""
-        if self.nbytes == 0:
-            return 0
-        return 1 if self.path is Path.DIRECT else len(self.pieces)
-
 
 def connect_peer(
     engine: TransferEngine,

@@ -321,7 +321,12 @@ class StepRunner:
         share.blocked_since_s = None
         share.plan.pieces.popleft()
         begin = time.perf_counter()
-        gathered = self._copier.gather_pages(share.job.pages, piece, self._slab_address + source.offset)
+        try:
+            gathered = self._copier.gather_pages(share.job.pages, piece, self._slab_address + source.offset)
+        except Exception:
+            peer.window.free(window)
+            self._ring.free(source)
+            raise
         share.job.record.gather_s += time.perf_counter() - begin
         assert peer.slice is not None
         slab = SlabPiece(

@@ -124,8 +124,11 @@ def test_a_silent_prefills_window_is_given_away_only_after_the_quarantine(
     table.release({"a:1"})
     assert table.window_of("b:1") is None, "the old holder may still write"
     monkeypatch.setattr(dataplane, "QUARANTINE_S", -1.0)
-    assert table.window_of("b:1") is not None
-    assert table.holder(0) == "b:1"
+    window = table.window_of("b:1")
+    assert window is not None
+    assert (window.number, window.address) == (1, 0), "the same place under a new number"
+    assert table.holder(1) == "b:1"
+    assert table.holder(0) is None
 
 
 def test_a_returning_prefill_keeps_its_window() -> None:

@@ -351,3 +351,36 @@ def test_peers_take_turns() -> None:
     wait_until(lambda: len(prefill.gate.done) == 2)
     prefill.outbox.close()
     assert order[:6] in (["1", "2"] * 3, ["2", "1"] * 3)
+
+
+def test_an_error_nobody_foresaw_ends_its_own_room_and_no_other(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised where a CUDA error would be: by the forward pass's event, and by a copier on either side."""
+
+    def broken() -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    pages = np.array([1, 2], dtype=np.int32)
+    rig.decode.inbox.expect(1, pages)
+    target = Target(rig.peer, pages, rig.decode.pool.aux_span(2))
+    rig.prefill.outbox.submit(rig.prefill.job(1, pages, 0, True, [target], is_ready=broken))
+    wait_until(lambda: 1 in rig.prefill.gate.failures)
+    assert "illegal memory access" in rig.prefill.gate.failures[1][0]
+
+    original = rig.prefill.runner._copier.gather_pages
+    monkeypatch.setattr(rig.prefill.runner._copier, "gather_pages", lambda *args: broken())
+    rig.send(2, 40, path=Path.PACKED)
+    wait_until(lambda: 2 in rig.prefill.gate.failures)
+    monkeypatch.setattr(rig.prefill.runner._copier, "gather_pages", original)
+
+    original = rig.decode.inbox._copier.scatter_pages
+    monkeypatch.setattr(rig.decode.inbox._copier, "scatter_pages", lambda *args: broken())
+    rig.send(3, 40, path=Path.PACKED)
+    wait_until(lambda: 3 in rig.decode.owner.failures, poll=rig.decode.inbox.poll)
+    monkeypatch.setattr(rig.decode.inbox._copier, "scatter_pages", original)
+
+    source, pages = rig.send(4, 40, path=Path.PACKED)
+    rig.receive(4)
+    rig.check(source, pages, 40)
+    rig.settle()
