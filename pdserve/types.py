@@ -135,11 +135,16 @@ class WorkerLoad:
 
 @dataclass(frozen=True, slots=True)
 class RequestShape:
-    """What a policy may know of a request before it runs. ``prefix_key`` groups equal prefixes."""
+    """What a policy may know of a request before it runs.
+
+    ``prompt`` is the prompt's text or ids as they stand in the request, enough to
+    tell common prefixes; empty if nobody asked for it. Higher ``priority`` goes first.
+    """
 
     prompt_tokens: int
     max_new_tokens: int
-    prefix_key: str = ""
+    prompt: bytes = b""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,7 @@ class PairDispatcher:
         exclude = frozenset(call.exclude)
         if failure is not None and not self._has_other_pair(exclude):
             raise failure
-        wait_s = self._config.pair_wait_s
+        wait_s = self._config.queue_timeout_s
         try:
             return await self._fleet.reserve(request.shape, exclude=exclude, timeout_s=wait_s)
         except NoWorkerError:

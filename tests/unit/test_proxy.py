@@ -346,7 +346,7 @@ async def test_client_leaving_a_batch_aborts_every_rid() -> None:
 
 
 async def test_client_leaving_the_wait_for_a_pair_leaves_the_line() -> None:
-    async with running_site(prefill=0, pair_wait_s=60) as site:
+    async with running_site(prefill=0, queue_timeout_s=60) as site:
         async with site.exchange("POST", "/generate", PLAIN) as exchange:
             await until(lambda: site.balancer.fleet.num_waiting == 1)
             exchange.leave()
@@ -358,7 +358,7 @@ async def test_client_leaving_the_wait_for_a_pair_leaves_the_line() -> None:
 
 
 async def test_without_workers_a_request_is_503_with_retry_after() -> None:
-    async with running_site(prefill=0, decode=0, pair_wait_s=0.05) as site:
+    async with running_site(prefill=0, decode=0, queue_timeout_s=0.05) as site:
         reply = await site.generate(PLAIN)
         assert reply.status == 503
         assert int(reply.headers["retry-after"]) >= 1
@@ -413,7 +413,7 @@ async def test_after_any_mixture_of_faults_everything_is_given_back() -> None:
             else:
                 assert (await exchange.reply()).status in (200, 400, 502, 503, 504)
 
-    async with running_site(prefill=2, decode=2, request_s=0.1, pair_wait_s=0.5) as site:
+    async with running_site(prefill=2, decode=2, request_s=0.1, queue_timeout_s=0.5) as site:
         for wave in range(8):
             for fake in site.fakes:
                 fake.behaviour = Behaviour(**chance.choice(faults))
