@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from pdserve.balancer_config import BalancerConfig as BalancerConfig
 from pdserve.errors import ConfigError
 from pdserve.types import Role
 
@@ -27,86 +28,6 @@ SWITCH = ("on", "off")
 TRANSFER_PATHS = ("auto", "direct", "packed")
 START_METHODS = ("auto", "fork", "spawn")
 
-
-@dataclass(frozen=True, slots=True)
-class BalancerConfig:
-    """Listening address, routing, limits and keys of the balancer. Times in seconds."""
-
-    host: str = "127.0.0.1"
-    port: int = 30000
-    bootstrap_url: str = ""
-    prefill: tuple[tuple[str, int | None], ...] = ()
-    """Static prefill servers, ``(url, bootstrap_port)``; for fleets without a bootstrap service."""
-    decode: tuple[str, ...] = ()
-    worker_hosts: tuple[str, ...] = ()
-    """Hosts (names, addresses or networks such as ``10.0.0.0/8``) that ``POST /workers`` may name
-    besides the loopback and the hosts of ``prefill`` and ``decode``."""
-
-    policy: str = "least_load"
-    prefill_policy: str = ""
-    """Policy for the prefill leg alone; empty: ``policy``."""
-    decode_policy: str = ""
-    cache_threshold: float = 0.3
-    """cache_aware: share of the prompt that must match for the choice to follow the cache."""
-    balance_abs_threshold: int = 64
-    """cache_aware: requests by which the fullest worker may exceed the emptiest."""
-    balance_rel_threshold: float = 1.5
-    """cache_aware: factor by which it may; beyond both, load decides."""
-    eviction_interval_s: float = 60.0
-    max_tree_size: int = 2**26
-    """cache_aware: prompt bytes remembered per worker."""
-    load_poll_s: float = 0.25
-    load_channel: bool = True
-    """Listen to a worker's ZMQ load channel where it publishes one, besides polling it."""
-
-    max_concurrent_requests: int = 0
-    """Requests dispatched at once, 0: as many as the workers have room for."""
-    queue_size: int = 1024
-    """Requests that may wait for a pair; more are refused with 503."""
-    queue_timeout_s: float = 60.0
-    """How long one may wait before 503."""
-    prefill_queue_s: float = 60.0
-    """Longest expected wait in a prefill server's queue; a request that would wait longer waits here,
-    where SGLang's 300 s bootstrap timer does not run."""
-
-    connect_s: float = 5.0
-    request_s: float = 1800.0
-    """Longest silence of a worker inside one response."""
-    probe_s: float = 120.0
-    wedge_s: float = 60.0
-    """A worker with requests in flight that makes no progress for this long is taken for dead; 0: never."""
-    max_retries: int = 2
-    retry_ratio: float = 0.2
-    """Retries allowed per request of the recent past, besides ten a minute."""
-    breaker_failures: int = 3
-    """Failures in a row that take a worker out of service; a broken connection does so at once."""
-    drain_s: float = 30.0
-    """How long requests in flight may finish at shutdown."""
-
-    max_body_bytes: int = 512 * 2**20
-    max_header_bytes: int = 64 * 2**10
-    header_s: float = 15.0
-    """Longest time a client may take to send a request's head."""
-    body_s: float = 60.0
-    """Longest pause of a client while it sends a body."""
-    write_s: float = 120.0
-    """Longest time a client may leave its answer unread once our buffers are full."""
-    max_connections: int = 0
-    """Client connections at once, 0: as many as the process may have open files for."""
-
-    api_key: str = ""
-    """Clients must send ``Authorization: Bearer KEY``; empty: anyone may ask."""
-    admin_api_key: str = ""
-    """The same for control routes; empty: ``api_key``."""
-    worker_api_key: str = ""
-    """Sent to the workers with the balancer's own questions; empty: ``admin_api_key`` or ``api_key``."""
-    tls_cert_path: str = ""
-    tls_key_path: str = ""
-
-    request_id_headers: tuple[str, ...] = ("x-request-id",)
-    log_level: str = "info"
-    log_requests: bool = False
-    """One line per request with its pair and the reason for it."""
 
 @dataclass(frozen=True, slots=True)
 class BootstrapConfig:
@@ -329,6 +250,16 @@ def parent_pid() -> int:
     """Process id of the launcher that started this process and must not be outlived; 0: none."""
     value = os.environ.get("PDSERVE_PARENT_PID", "")
     return int(value) if value.isdigit() else 0
+
+
+def keys_from_environment() -> dict[str, str]:
+    """Keys of the balancer that the environment holds, by their names in BalancerConfig.
+
+    ``PDSERVE_API_KEY``, ``PDSERVE_ADMIN_API_KEY``, ``PDSERVE_WORKER_API_KEY``: other users of the
+    machine can read a command line, but not an environment.
+    """
+    names = ("api_key", "admin_api_key", "worker_api_key")
+    return {name: value for name in names if (value := os.environ.get(f"PDSERVE_{name.upper()}", ""))}
 
 
 def environment() -> dict[str, str]:
