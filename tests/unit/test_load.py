@@ -156,17 +156,6 @@ def test_num_reqs_is_never_below_our_own_open_legs() -> None:
     assert table.view(D0).num_reqs == 4
 
 
-def test_views_are_immutable_and_shared_until_something_changes() -> None:
-    table = table_of(info(P0))
-    first = table.view(P0)
-    assert table.view(P0) is first
-    table.dispatch(P0, 10, 1.0)
-    assert first.inflight == 0
-    assert table.view(P0).inflight == 1
-    with pytest.raises(AttributeError):
-        first.inflight = 3  # type: ignore[misc]
-
-
 def test_finishing_a_leg_of_a_worker_that_left_does_nothing() -> None:
     table = table_of(info(P0))
     leg = table.dispatch(P0, 10, 1.0)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.balancer.policy import POLICIES, Candidates, PairView, WorkerView, make_policy
+from pdserve.balancer.policy import POLICIES, Candidates, PairView, WorkerView, make_policy, policy_of
 from pdserve.balancer.policy.score import decode_cost_s, headroom_s, prefill_cost_s
+from pdserve.balancer_config import BalancerConfig
 from pdserve.errors import ConfigError
 from pdserve.types import InstanceId, RequestShape, Role, WorkerId, WorkerInfo
 
@@ -43,8 +44,61 @@ def chosen(policy_name: str, candidates: Candidates) -> tuple[str, str]:
     return pair.prefill.info.worker_id, pair.decode.info.worker_id
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("bucket", "least_load"), ("manual", "cache_aware"), ("consistent_hashing", "cache_aware")],
+)
+def test_policy_of_the_other_routers_is_refused_with_the_nearest_of_ours(theirs: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=f"the nearest to '{theirs}' is '{ours}'"):
+        policy_of(BalancerConfig(prefill_policy=theirs))
+
+
+def test_policy_of_is_one_policy_for_both_legs_unless_they_differ() -> None:
+    assert policy_of(BalancerConfig()).name == "least_load"
+    assert policy_of(BalancerConfig(policy="random", decode_policy="random")).name == "random"
+    assert policy_of(BalancerConfig(prefill_policy="cache_aware")).name == "cache_aware/least_load"
+    assert (
+        policy_of(BalancerConfig(policy="random", decode_policy="round_robin")).name == "random/round_robin"
+    )
+
+
+def test_policies_that_ignore_the_prompt_say_so() -> None:
+    assert not policy_of(BalancerConfig(policy="round_robin")).needs_prompt
+    assert policy_of(BalancerConfig(policy="cache_aware")).needs_prompt
+    assert policy_of(BalancerConfig(policy="random", prefill_policy="cache_aware")).needs_prompt
+
+
+def test_split_policy_lets_each_leg_choose_its_own_way() -> None:
+    candidates = Candidates(
+        [prefill(0, last_turn=5, queued_tokens=0), prefill(1, last_turn=3, queued_tokens=9000)],
+        [decode(0, last_turn=4, num_reqs=90), decode(1, last_turn=6)],
+    )
+    policy = policy_of(BalancerConfig(prefill_policy="round_robin", decode_policy="least_load"))
+    choice = policy.choose(SHAPE, candidates)
+    assert choice.pair.pair.label == "prefill-1>decode-1"
+    assert choice.reason.startswith("round_robin prefill-1: longest unused; least_load decode-1: ")
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("decode_policy", POLICIES)
+@pytest.mark.parametrize("prefill_policy", POLICIES)
+def test_split_policy_stays_on_the_allowed_grid(
+    prefill_policy: str, decode_policy: str, data: st.DataObject
+) -> None:
+    grid = [(p, d) for p in range(3) for d in range(3)]
+    kept = data.draw(st.lists(st.sampled_from(grid), min_size=1, unique=True))
+    rows = [prefill(i, queued_tokens=i * 100) for i in range(3)]
+    columns = [decode(i, num_reqs=data.draw(st.integers(0, 9))) for i in range(3)]
+    candidates = Candidates.of(PairView(rows[p], columns[d]) for p, d in kept)
+    policy = policy_of(BalancerConfig(prefill_policy=prefill_policy, decode_policy=decode_policy), seed=1)
+    shape = RequestShape(1000, 100, prompt=b"x" * 4000)
+    for _ in range(3):
+        label = policy.choose(shape, candidates).pair.pair.label
+        assert label in {candidate.pair.label for candidate in candidates}
+
+
 def test_unknown_policy_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown policy 'best'; known: least_load, round_robin"):
+    with pytest.raises(ConfigError, match="unknown policy 'best'; known: least_load, cache_aware, power"):
         make_policy("best")
 
 
@@ -52,9 +106,9 @@ def test_prefill_cost_is_tokens_ahead_plus_prompt_over_rate() -> None:
     assert prefill_cost_s(prefill(queued_tokens=3000, prefill_tokens_s=2000), SHAPE) == pytest.approx(2.0)
 
 
-def test_decode_cost_is_step_time_of_the_grown_batch_times_tokens() -> None:
+def test_decode_cost_is_the_own_time_in_the_grown_batch_and_what_the_others_lose() -> None:
     worker = decode(num_reqs=9, step_base_s=0.01, step_slope_s=0.001)
-    assert decode_cost_s(worker, SHAPE) == pytest.approx(100 * 0.02)
+    assert decode_cost_s(worker, SHAPE) == pytest.approx(100 * 0.02 + 9 * 100 * 0.001)
 
 
 def test_decode_cost_adds_the_wait_for_a_slot() -> None:

@@ -4,65 +4,138 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pdserve.balancer.policy.prefix import PrefixForest
 from pdserve.balancer.policy.score import decode_cost_s, prefill_cost_s
-from pdserve.balancer.policy.view import Candidates, Choice, WorkerView
-from pdserve.types import RequestShape
+from pdserve.balancer.policy.view import Candidates, Choice, PairView, Reason, WorkerView
+from pdserve.types import InstanceId, RequestShape, Role
 
 TIE_SHARE = 0.05
 TIE_S = 0.001
 """Costs this close (5 % plus 1 ms) count as equal: fitted rates are no better than that, and an
 idle fleet of equal machines must take turns."""
+BLOCK_BYTES = 256
+"""Common prefixes shorter than this, some 64 tokens, are not worth a look."""
+BYTES_PER_TOKEN = 4
+"""Of English text, and near enough of a list of token ids: how much prompt a KV pool remembers."""
+UNKNOWN_POOL_BYTES = 2**22
+MAX_POOL_BYTES = 2**26
 
 
 class LeastLoad:
-    """Least joint cost in seconds; ties go to fewest in flight, then to the longest unused."""
+    """Least joint cost in seconds; ties go to fewest in flight, then to the longest unused.
+
+    Remembers as much of each prefill worker's prompts as its KV pool holds, so
+    that a prompt whose beginning was there before costs only the rest there.
+    """
 
     name = "least_load"
+    needs_prompt = True
+
+    def __init__(self) -> None:
+        self._forest = PrefixForest(BLOCK_BYTES, with_tail=False)
 
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
-        """O(P + D) on a whole grid, O(pairs) on one with holes."""
-        prefill_s = [prefill_cost_s(view, request) for view in candidates.prefills]
-        decode_s = [decode_cost_s(view, request) for view in candidates.decodes]
-        if candidates.allowed is None:
-            p = _least(prefill_s, candidates.prefills)
-            d = _least(decode_s, candidates.decodes)
+        """O(P + D) on a whole grid while links count as alike, else O(pairs)."""
+        prefills, decodes = candidates.prefills, candidates.decodes
+        hashes, cached = self._look_up(request, prefills)
+        prefill_s = _prefill_costs(request, prefills, cached)
+        decode_s = [decode_cost_s(view, request) for view in decodes]
+        link_s = 0.0
+        if candidates.allowed is None and candidates.link_s is None:
+            p, d = _least(prefill_s, prefills), _least(decode_s, decodes)
         else:
-            p, d = _least_pair(prefill_s, decode_s, candidates)
-        pair = candidates.at(p, d)
-        return Choice(
-            pair,
-            f"least_load {pair.prefill.info.worker_id} {prefill_s[p]:.3f}s"
-            f" ({pair.prefill.queued_tokens:.0f} tokens ahead)"
-            f" {pair.decode.info.worker_id} {decode_s[d]:.3f}s ({pair.decode.num_reqs} reqs)",
+            p, d, link_s = _least_pair(request, prefill_s, decode_s, candidates)
+        prefill, decode = prefills[p], decodes[d]
+        why = Reason(
+            "least_load {} {:.3f}s ({:.0f} tokens ahead{}) {} {:.3f}s ({} reqs){}",
+            *(prefill.info.worker_id, prefill_s[p], prefill.queued_tokens),
+            f", {cached[p]} cached" if cached and cached[p] else "",
+            *(decode.info.worker_id, decode_s[d], decode.num_reqs),
+            f" link {link_s:.3f}s" if link_s else "",
         )
+        if hashes:
+            self._remember(hashes, prefill, prefills)
+        return Choice(PairView(prefill, decode, link_s), why, cached[p] if cached else 0)
+
+    def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
+        """The worker where this leg costs least."""
+        if role is Role.DECODE:
+            costs = [decode_cost_s(view, request) for view in views]
+            best = _least(costs, views)
+            return best, Reason("{:.3f}s ({} reqs)", costs[best], views[best].num_reqs)
+        hashes, cached = self._look_up(request, views)
+        costs = _prefill_costs(request, views, cached)
+        best = _least(costs, views)
+        if hashes:
+            self._remember(hashes, views[best], views)
+        return best, Reason("{:.3f}s ({:.0f} tokens ahead)", costs[best], views[best].queued_tokens)
+
+    def forget(self, instance_id: InstanceId) -> None:
+        """Drop what is remembered of the worker's prompts."""
+        self._forest.forget(instance_id)
+
+    def _look_up(
+        self, request: RequestShape, prefills: Sequence[WorkerView]
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """The prompt's blocks and how many of its tokens each worker should have; both may be empty."""
+        prompt = request.prompt
+        if len(prompt) < BLOCK_BYTES or len(prefills) < 2:
+            return (), ()
+        forest = self._forest
+        hashes = forest.hashes(prompt)
+        tokens_per_byte = request.prompt_tokens / len(prompt)
+        matches = [forest.match(view.info.instance_id, hashes) for view in prefills]
+        if not any(matches):
+            return hashes, ()
+        return hashes, [int(forest.matched_bytes(blocks, prompt) * tokens_per_byte) for blocks in matches]
+
+    def _remember(self, hashes: Sequence[int], chosen: WorkerView, prefills: Sequence[WorkerView]) -> None:
+        pool_bytes = min(MAX_POOL_BYTES, chosen.kv_capacity * BYTES_PER_TOKEN) or UNKNOWN_POOL_BYTES
+        self._forest.remember(chosen.info.instance_id, hashes, pool_bytes, prefills)
 
 
-def _limit(best_s: float) -> float:
-    return best_s * (1.0 + TIE_SHARE) + TIE_S
+def _prefill_costs(
+    request: RequestShape, prefills: Sequence[WorkerView], cached: Sequence[int]
+) -> list[float]:
+    if not cached:
+        return [prefill_cost_s(view, request) for view in prefills]
+    return [prefill_cost_s(view, request, tokens) for view, tokens in zip(prefills, cached, strict=True)]
 
 
 def _least(cost_s: Sequence[float], views: Sequence[WorkerView]) -> int:
-    limit = _limit(min(cost_s))
-    best, best_rank = 0, (1 << 62, 0)
+    """Argmin; of costs that count as equal, fewest in flight, then longest unused."""
+    limit_s = min(cost_s) * (1.0 + TIE_SHARE) + TIE_S
+    best, inflight, turn = -1, 0, 0
     for index, view in enumerate(views):
-        if cost_s[index] <= limit:
-            rank = (view.inflight, view.last_turn)
-            if rank < best_rank:
-                best, best_rank = index, rank
+        if cost_s[index] <= limit_s:
+            count = view.inflight
+            if best < 0 or count < inflight or (count == inflight and view.last_turn < turn):
+                best, inflight, turn = index, count, view.last_turn
     return best
 
 
 def _least_pair(
-    prefill_s: Sequence[float], decode_s: Sequence[float], candidates: Candidates
-) -> tuple[int, int]:
-    """Argmin over the allowed pairs; each leg's ties are told by its own cost."""
-    grid = candidates.indices()
-    best_p, best_d = min(grid, key=lambda pair: prefill_s[pair[0]] + decode_s[pair[1]])
-    p_limit, d_limit = _limit(prefill_s[best_p]), _limit(decode_s[best_d])
-    ties = (pair for pair in grid if prefill_s[pair[0]] <= p_limit and decode_s[pair[1]] <= d_limit)
+    request: RequestShape, prefill_s: Sequence[float], decode_s: Sequence[float], candidates: Candidates
+) -> tuple[int, int, float]:
+    """Argmin over the allowed pairs, its link's seconds last; each term's ties are told by its own cost."""
+    grid, link = candidates.indices(), candidates.link_s
+    prefills, decodes = candidates.prefills, candidates.decodes
+    links_s = [link(prefills[p], decodes[d], request) if link else 0.0 for p, d in grid]
+    totals_s = [prefill_s[p] + decode_s[d] + link_s for (p, d), link_s in zip(grid, links_s, strict=True)]
+    best = totals_s.index(min(totals_s))
+    best_p, best_d = grid[best]
+    limits = [
+        cost * (1.0 + TIE_SHARE) + TIE_S for cost in (prefill_s[best_p], decode_s[best_d], links_s[best])
+    ]
 
-    def rank(pair: tuple[int, int]) -> tuple[int, int]:
-        prefill, decode = candidates.prefills[pair[0]], candidates.decodes[pair[1]]
+    def rank(index: int) -> tuple[int, int]:
+        prefill, decode = prefills[grid[index][0]], decodes[grid[index][1]]
         return prefill.inflight + decode.inflight, prefill.last_turn + decode.last_turn
 
-    return min(ties, key=rank)
+    ties = (
+        index
+        for index, (p, d) in enumerate(grid)
+        if prefill_s[p] <= limits[0] and decode_s[d] <= limits[1] and links_s[index] <= limits[2]
+    )
+    chosen = min(ties, key=rank)
+    return *grid[chosen], links_s[chosen]

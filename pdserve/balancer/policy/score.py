@@ -2,16 +2,18 @@
 
 Each term and where it comes from:
 
-- prefill: ``(tokens ahead + own prompt) / rate``. Tokens ahead = SGLang's
-  ``num_waiting_uncached_tokens`` plus exact in-flight credit (load.py); rate fitted
-  from the worker's own counters (rates.py). The form of smg's ``least_load``.
-- decode: ``tokens * step_s(batch)``, step time ``a + b * batch`` fitted from
-  ``decode_moments``; a full batch adds the wait until enough of it has finished.
+- prefill, the expected wait for the first token: ``(tokens ahead + own uncached tokens) / rate``.
+  Tokens ahead = SGLang's ``num_waiting_uncached_tokens`` plus exact in-flight credit (load.py); rate
+  fitted from the workers' own counters (rates.py). The form of smg's ``least_load``, with the prefix
+  credit of Dynamo's KV router.
+- decode: ``tokens * step_s(batch)`` for the request itself, and for each of the others what one more
+  request in the batch slows them by; step time ``a + b * batch`` fitted from ``decode_moments``. A full
+  batch adds the wait until enough of it has finished.
 - both: ``0.15 * k / (1 - k)``, k = KV pool use with this request in it: smg's
   ``least_load`` headroom term. It explodes near a full pool, where SGLang retracts.
 
-The two legs share no term, so the best pair is the best prefill with the best
-decode worker; a link cost, if one comes, is the only thing that couples them.
+The two legs share no term but ``Candidates.link_s``, the time the KV travels: while links count as
+alike, the best pair is the best prefill with the best decode worker.
 """
 
 from __future__ import annotations
@@ -20,33 +22,51 @@ from pdserve.balancer.policy.view import WorkerView
 from pdserve.types import RequestShape
 
 HEADROOM_S = 0.15
-MAX_USE = 0.99
-"""k is cut here: 0.15 * 99 = 15 s is bad enough for any comparison."""
+MAX_HEADROOM_S = HEADROOM_S * 99
+"""k is cut at 0.99: 15 s is bad enough for any comparison."""
 EXPECTED_TOKENS = 343
 """Mean output of the Mooncake conversation trace; ``max_new_tokens`` is a limit, rarely a forecast."""
+REQUEST_TOKENS = 64
+"""A request that is all cached still costs about as much as this many tokens: a batch of its own."""
 
 
 def headroom_s(view: WorkerView, tokens: int) -> float:
     """Penalty for a KV pool that would be nearly full with ``tokens`` more; 0 if its size is unknown."""
-    if view.kv_capacity <= 0:
+    capacity = view.kv_capacity
+    if capacity <= 0:
         return 0.0
-    use = min(MAX_USE, (view.kv_tokens + tokens) / view.kv_capacity)
-    return HEADROOM_S * use / (1.0 - use)
+    used = view.kv_tokens + tokens
+    free = capacity - used
+    return HEADROOM_S * used / free if free * 100 > capacity else MAX_HEADROOM_S
 
 
-def prefill_cost_s(view: WorkerView, request: RequestShape) -> float:
+def uncached_tokens(request: RequestShape, cached_tokens: int) -> int:
+    """Prompt tokens that a worker which holds ``cached_tokens`` of them has to compute."""
+    tokens = request.prompt_tokens
+    return max(tokens - cached_tokens, min(tokens, REQUEST_TOKENS))
+
+
+def prefill_cost_s(view: WorkerView, request: RequestShape, cached_tokens: int = 0) -> float:
     """Seconds until this worker would have prefilled the request."""
-    tokens = view.queued_tokens + request.prompt_tokens
-    return tokens / (view.prefill_tokens_s * view.info.dp_size) + headroom_s(view, request.prompt_tokens)
+    prompt_tokens = request.prompt_tokens
+    tokens = uncached_tokens(request, cached_tokens) if cached_tokens else prompt_tokens
+    return (view.queued_tokens + tokens) / (view.prefill_tokens_s * view.info.dp_size) + headroom_s(
+        view, prompt_tokens
+    )
 
 
 def decode_cost_s(view: WorkerView, request: RequestShape) -> float:
-    """Seconds this worker would take to decode the request, waiting for a slot included."""
-    tokens = min(request.max_new_tokens, EXPECTED_TOKENS)
-    reqs = view.num_reqs + 1
-    slots = view.max_running_requests or reqs
-    running = min(reqs, slots)
-    decode_s = tokens * (view.step_base_s + view.step_slope_s * running / view.info.dp_size)
-    # Slots free up at rate slots / decode_s, so each request too many waits decode_s / slots.
-    wait_s = decode_s * (reqs - running) / slots
-    return decode_s + wait_s + headroom_s(view, request.prompt_tokens + tokens)
+    """Seconds this worker would take to decode the request, waiting for a slot and what the others
+    of its batch lose included."""
+    tokens = request.max_new_tokens
+    if tokens > EXPECTED_TOKENS:
+        tokens = EXPECTED_TOKENS
+    others, slots = view.num_reqs, view.max_running_requests
+    slope_s = view.step_slope_s / view.info.dp_size
+    if slots <= 0 or others < slots:
+        busy_s = tokens * (view.step_base_s + slope_s * (2 * others + 1))
+    else:
+        decode_s = tokens * (view.step_base_s + slope_s * slots)
+        # Slots free up at rate slots / decode_s, so each request too many waits decode_s / slots.
+        busy_s = decode_s * (1.0 + (others + 1 - slots) / slots) + tokens * slope_s * (slots - 1)
+    return busy_s + headroom_s(view, request.prompt_tokens + tokens)

@@ -3,44 +3,87 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pdserve.balancer.policy.score import decode_cost_s, prefill_cost_s
-from pdserve.balancer.policy.view import Candidates, Choice, WorkerView
-from pdserve.types import RequestShape
+from pdserve.balancer.policy.view import Candidates, Choice, LegPolicy, Reason, WorkerView
+from pdserve.types import InstanceId, RequestShape, Role
 
 
-class RoundRobin:
+def choose_by_leg(
+    prefill: LegPolicy, decode: LegPolicy, request: RequestShape, candidates: Candidates
+) -> Choice:
+    """The prefill worker first, then one of the decode workers that may follow it."""
+    p, prefill_why = prefill.pick(Role.PREFILL, request, candidates.prefills)
+    decodes = candidates.decodes
+    if candidates.allowed is None:
+        d, decode_why = decode.pick(Role.DECODE, request, decodes)
+    else:
+        partners = candidates.partners(p)
+        index, decode_why = decode.pick(Role.DECODE, request, [decodes[d] for d in partners])
+        d = partners[index]
+    pair = candidates.at(p, d)
+    why = Reason(
+        "{} {}: {}; {} {}: {}",
+        *(prefill.name, pair.prefill.info.worker_id, prefill_why),
+        *(decode.name, pair.decode.info.worker_id, decode_why),
+    )
+    return Choice(pair, why)
+
+
+class LegByLeg:
+    """Base of policies that choose the two legs one after the other. Subclasses give ``pick``."""
+
+    name = ""
+    needs_prompt = False
+
+    def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
+        """The prefill worker first, then one of the decode workers that may follow it."""
+        return choose_by_leg(self, self, request, candidates)
+
+    def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
+        """The index of one of ``views`` and why."""
+        raise NotImplementedError
+
+    def forget(self, instance_id: InstanceId) -> None:
+        """Nothing is remembered."""
+
+
+class RoundRobin(LegByLeg):
     """The longest-unused prefill worker, then its longest-unused decode partner."""
 
     name = "round_robin"
+    _why = Reason("longest unused")
 
-    def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
+    def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
         """Ignores the request and every load."""
-        prefills, decodes = candidates.prefills, candidates.decodes
-        p = min(range(len(prefills)), key=lambda index: prefills[index].last_turn)
-        d = min(candidates.partners(p), key=lambda index: decodes[index].last_turn)
-        return Choice(candidates.at(p, d), "round_robin")
+        return min(range(len(views)), key=lambda index: views[index].last_turn), self._why
 
 
-class Random:
+class Random(LegByLeg):
     """Any pair, all equally likely."""
 
     name = "random"
+    _why = Reason("random")
 
     def __init__(self, seed: int | None = None) -> None:
         self._random = random.Random(seed)
 
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
-        """Ignores the request and every load."""
-        return Choice(candidates[self._random.randrange(len(candidates))], "random")
+        """Ignores the request and every load; on a grid with holes pairs are alike, not prefill workers."""
+        return Choice(candidates[self._random.randrange(len(candidates))], self._why)
+
+    def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
+        """Any worker."""
+        return self._random.randrange(len(views)), self._why
 
 
-class PowerOfTwo:
+class PowerOfTwo(LegByLeg):
     """The cheaper of two random prefill workers, then of two random partners.
 
     Cost as in least_load. Randomness keeps several balancers, which do not see
-    each other's dispatches, from all picking the same worker.
+    each other's dispatches, from all picking the same worker. Four scores at
+    most, however large the fleet.
     """
 
     name = "power_of_two"
@@ -48,19 +91,10 @@ class PowerOfTwo:
     def __init__(self, seed: int | None = None) -> None:
         self._random = random.Random(seed)
 
-    def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
-        """Four scores at most, however large the fleet."""
-        prefills, decodes = candidates.prefills, candidates.decodes
-        p = self._better(range(len(prefills)), prefills, prefill_cost_s, request)
-        d = self._better(candidates.partners(p), decodes, decode_cost_s, request)
-        return Choice(candidates.at(p, d), "power_of_two")
-
-    def _better(
-        self,
-        indices: Sequence[int],
-        views: Sequence[WorkerView],
-        cost_s: Callable[[WorkerView, RequestShape], float],
-        request: RequestShape,
-    ) -> int:
-        drawn = self._random.sample(indices, min(2, len(indices)))
-        return min(drawn, key=lambda index: cost_s(views[index], request))
+    def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
+        """The cheaper of two that were drawn."""
+        cost_s = prefill_cost_s if role is Role.PREFILL else decode_cost_s
+        drawn = self._random.sample(range(len(views)), min(2, len(views)))
+        costs = [cost_s(views[index], request) for index in drawn]
+        best = costs.index(min(costs))
+        return drawn[best], Reason("{:.3f} s, the least of {}", costs[best], len(drawn))

@@ -1,28 +1,35 @@
-"""What a policy sees and what it answers. Immutable, no clock, no sockets.
+"""What a policy sees and what it answers. No clock, no sockets.
 
 ``Candidates`` is the set of pairs a request may go to. It is kept as two rows
 of workers plus, where the grid has holes, the allowed pairs, so that a policy
 whose score is separable needs O(P + D) work and not O(P * D).
+
+Views are live: the load table corrects them in place with each dispatch, and
+the same rows serve every decision until membership changes. Policies read
+them during one ``choose`` and change nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
 
-from pdserve.types import InstanceId, Pair, RequestShape, WorkerInfo, WorkerLoad
+from pdserve.types import InstanceId, Pair, RequestShape, Role, WorkerInfo, WorkerLoad
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class WorkerView:
-    """One worker at one moment: its last sample corrected by what we dispatched since.
+    """One worker now: its last sample corrected by what we dispatched since.
 
     ``inflight`` counts this balancer's own unfinished requests on the worker
     (a prefill leg counts until its prefill ended); ``queued_tokens`` prompt tokens to compute before a new
     request's (prefill); ``num_reqs`` everything that runs, waits or travels.
     ``kv_tokens``/``kv_capacity`` bound the KV headroom (capacity 0: unknown).
-    ``last_turn`` grows with each dispatch of the fleet: smaller is longer unused.
+    Rates are of one DP rank. ``last_turn`` grows with each dispatch of the
+    fleet: smaller is longer unused.
+
+    Not frozen: building one for each of a request's eight changes of load cost more than its choice.
     """
 
     info: WorkerInfo
@@ -39,12 +46,17 @@ class WorkerView:
     last_turn: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+LinkCost = Callable[[WorkerView, WorkerView, RequestShape], float]
+"""Seconds in which the KV of a request would travel from a prefill to a decode worker."""
+
+
+@dataclass(slots=True, eq=False)
 class PairView:
-    """The two legs a request would have."""
+    """The two legs a request would have, and how long its KV would travel between them (0: unknown)."""
 
     prefill: WorkerView
     decode: WorkerView
+    link_s: float = 0.0
 
     @property
     def pair(self) -> Pair:
@@ -52,12 +64,38 @@ class PairView:
         return Pair(self.prefill.info, self.decode.info)
 
 
-@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a policy chose, as text that is put together only when somebody reads it.
+
+    Keep numbers in ``args``, not live views: they change.
+    """
+
+    __slots__ = ("_args", "_template")
+
+    def __init__(self, template: str, *args: object) -> None:
+        self._template = template
+        self._args = args
+
+    def __str__(self) -> str:
+        return self._template.format(*self._args)
+
+
+@dataclass(slots=True, eq=False)
 class Choice:
-    """A policy's answer and, for logs and the state document, why."""
+    """A policy's answer and, for logs and the state document, why.
+
+    ``cached_tokens`` of the prompt are expected in the prefill worker's prefix
+    cache: it will compute that many less.
+    """
 
     pair: PairView
-    reason: str
+    why: Reason
+    cached_tokens: int = 0
+
+    @property
+    def reason(self) -> str:
+        """``why`` as text."""
+        return str(self.why)
 
 
 class Candidates(Sequence[PairView]):
@@ -65,19 +103,22 @@ class Candidates(Sequence[PairView]):
 
     ``allowed`` lists index pairs (prefill, decode) in row order; None means the
     whole grid. Every worker in the rows is part of at least one allowed pair.
+    ``link_s`` is None while all links count as alike.
     """
 
-    __slots__ = ("_grid", "allowed", "decodes", "prefills")
+    __slots__ = ("_grid", "allowed", "decodes", "link_s", "prefills")
 
     def __init__(
         self,
         prefills: Sequence[WorkerView],
         decodes: Sequence[WorkerView],
         allowed: Sequence[tuple[int, int]] | None = None,
+        link_s: LinkCost | None = None,
     ) -> None:
         self.prefills = prefills
         self.decodes = decodes
         self.allowed = allowed
+        self.link_s = link_s
         self._grid = allowed
 
     @classmethod
@@ -103,10 +144,10 @@ class Candidates(Sequence[PairView]):
             self._grid = [(p, d) for p in range(len(self.prefills)) for d in range(len(self.decodes))]
         return self._grid
 
-    def partners(self, prefill: int) -> list[int]:
+    def partners(self, prefill: int) -> Sequence[int]:
         """Indices of the decode workers that may follow this prefill worker."""
         if self.allowed is None:
-            return list(range(len(self.decodes)))
+            return range(len(self.decodes))
         return [d for p, d in self.allowed if p == prefill]
 
     def at(self, prefill: int, decode: int) -> PairView:
@@ -135,7 +176,21 @@ class Policy(Protocol):
     """Chooses a pair. Deterministic given its seed and its calls; never mutates what it sees."""
 
     name: str
+    needs_prompt: bool
+    """False: ``RequestShape.prompt`` may stay empty, nobody will look at it."""
 
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
         """Pick one of ``candidates``, which is never empty."""
+        ...
+
+    def forget(self, instance_id: InstanceId) -> None:
+        """This worker is gone for good. Optional: what is remembered of gone workers is bounded."""
+        ...
+
+
+class LegPolicy(Policy, Protocol):
+    """A policy that can also choose for one leg alone."""
+
+    def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
+        """The index in ``views`` (all of that role, never empty) and why."""
         ...

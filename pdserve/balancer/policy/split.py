@@ -1,0 +1,26 @@
+"""One policy for the prefill leg, another for the decode leg."""
+
+from __future__ import annotations
+
+from pdserve.balancer.policy.simple import choose_by_leg
+from pdserve.balancer.policy.view import Candidates, Choice, LegPolicy
+from pdserve.types import InstanceId, RequestShape
+
+
+class SplitPolicy:
+    """Prefill is chosen first; decode then among its allowed partners."""
+
+    def __init__(self, prefill: LegPolicy, decode: LegPolicy) -> None:
+        self._prefill = prefill
+        self._decode = decode
+        self.name = f"{prefill.name}/{decode.name}"
+        self.needs_prompt = prefill.needs_prompt or decode.needs_prompt
+
+    def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
+        """Each leg by its own policy."""
+        return choose_by_leg(self._prefill, self._decode, request, candidates)
+
+    def forget(self, instance_id: InstanceId) -> None:
+        """Told to both."""
+        self._prefill.forget(instance_id)
+        self._decode.forget(instance_id)
