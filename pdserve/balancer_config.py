@@ -87,10 +87,15 @@ class BalancerConfig:
 
     @property
     def worker_key(self) -> str:
-        """What the balancer's own questions to workers are authorized with; empty: nothing."""
+        """What the balancer's own requests to workers are authorized with; empty: nothing."""
+        return self.worker_api_key or self.api_key or self.admin_api_key
+
+    @property
+    def worker_control_key(self) -> str:
+        """The same for their control routes, such as ``/abort_request``."""
         return self.worker_api_key or self.admin_api_key or self.api_key
 
     @property
     def control_key(self) -> str:
-        """What control routes ask for; empty: nothing."""
+        """What our own control routes ask for; empty: nothing."""
         return self.admin_api_key or self.api_key

@@ -11,8 +11,8 @@ import logging
 
 import msgspec
 
-from pdserve.balancer.http_errors import Headers
-from pdserve.balancer.request import RequestIds
+from pdserve.balancer.http_errors import JSON_TYPE, Headers
+from pdserve.balancer.rooms import RequestIds
 from pdserve.balancer.upstream import UpstreamPool
 from pdserve.errors import WorkerError
 from pdserve.types import Pair
@@ -24,16 +24,20 @@ ABORT_S = 5.0
 
 
 class AbortDesk:
-    """Sends aborts and owns their tasks; ``await close()`` waits for those under way."""
+    """Sends aborts and owns their tasks; ``await close()`` waits for those under way.
 
-    def __init__(self, pool: UpstreamPool) -> None:
+    ``key`` is what workers' control routes ask for; without one the client's own is used.
+    """
+
+    def __init__(self, pool: UpstreamPool, key: str = "") -> None:
         self._pool = pool
+        self._headers = (JSON_TYPE, (b"authorization", b"Bearer " + key.encode())) if key else ()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def abort(self, pair: Pair, ids: RequestIds, headers: Headers) -> None:
         """Have both workers drop every rid; returns at once."""
         for worker in (pair.prefill, pair.decode):
-            task = asyncio.create_task(self._tell(worker.url, ids, headers))
+            task = asyncio.create_task(self._tell(worker.url, ids, self._headers or headers))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 

@@ -7,30 +7,33 @@ their workers, then stop watching the fleet and close the connections.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
+import resource
 import signal
 import socket
-from collections.abc import Iterator
+import ssl
 
-import uvicorn
 import uvloop
 
-from pdserve.balancer.aggregate import ControlPlane
-from pdserve.balancer.client_protocol import ClientProtocol
+from pdserve.balancer.auth import KeyRing
 from pdserve.balancer.dispatch import PairDispatcher
 from pdserve.balancer.fleet import Fleet, Membership
 from pdserve.balancer.routes import App
+from pdserve.balancer.server.limits import ServerLimits
+from pdserve.balancer.server.listener import HttpServer
+from pdserve.balancer.surface import build_surface
 from pdserve.balancer.upstream import UpstreamPool
 from pdserve.config import BalancerConfig
 from pdserve.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S = 30.0
 BACKLOG = 2048
-KEEP_ALIVE_S = 75  # nginx's default: longer than clients keep idle connections
+SPARE_FILES = 256
+"""Open files kept back from clients: listening, logs, idle connections to workers."""
+FILES_PER_REQUEST = 3
+"""A client's connection and one to each worker of its pair."""
 GC_THRESHOLD = (20_000, 20, 50)
 """Requests make few cycles; collecting as often as by default costs 8 % of the balancer's time."""
 LAST_WORDS_S = 5.0
@@ -49,8 +52,7 @@ class Balancer:
         self.fleet = Fleet(config, self.pool, membership)
         self.dispatcher = PairDispatcher(config, self.fleet, self.pool)
         self._socket: socket.socket | None = None
-        self._server: _Server | None = None
-        self._serving: asyncio.Task[None] | None = None
+        self._server: HttpServer | None = None
 
     @property
     def port(self) -> int:
@@ -59,9 +61,10 @@ class Balancer:
 
     @property
     def url(self) -> str:
-        """``http://host:port``."""
+        """``http://host:port``, or https."""
+        scheme = "https" if self.config.tls_cert_path else "http"
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        return f"http://{host}:{self.port}"
+        return f"{scheme}://{host}:{self.port}"
 
     async def start(self) -> None:
         """Listen and begin to watch the fleet; returns once connections are accepted.
@@ -69,33 +72,28 @@ class Balancer:
         Raises:
             ConfigError: if the address cannot be listened on.
         """
-        self._socket = bind(self.config.host, self.config.port)
-        url = self.url
-        app = App(
-            ControlPlane(self.fleet, self.pool, self.dispatcher), self.dispatcher, self.config.max_body_bytes
-        )
+        config = self.config
+        tls = tls_context(config.tls_cert_path, config.tls_key_path)
+        self._socket = bind(config.host, config.port)
+        surface = build_surface(self.fleet, self.pool, self.dispatcher, config)
+        app = App(surface, KeyRing(config.api_key, config.control_key))
         await self.fleet.start()
-        self._server = _Server(_uvicorn_config(app))
-        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="balancer-http")
-        await self._server.is_up.wait()
-        logger.info("balancer listening on %s", url)
+        self._server = HttpServer(app, ServerLimits.of(config, _max_connections()), tls)
+        await self._server.start(self._socket)
+        logger.info("balancer listening on %s", self.url)
 
     async def stop(self, drain_s: float = 0.0, hurry: asyncio.Event | None = None) -> None:
         """Stop accepting, give requests in flight ``drain_s`` to end (until ``hurry``), end everything."""
-        if self._server is None or self._serving is None:
-            await self.fleet.stop()
-            await self.pool.close()
-            return
-        self._server.should_exit = True
+        if self._server is not None:
+            self._server.stop_accepting()
         closing = asyncio.create_task(self.dispatcher.close(drain_s))
         if hurry is not None:
             await _first_of(closing, hurry)
             if not closing.done():
                 await self.dispatcher.close()
         await closing
-        await asyncio.wait({self._serving}, timeout=LAST_WORDS_S)
-        self._server.force_exit = True
-        await self._serving
+        if self._server is not None:
+            await self._server.close(LAST_WORDS_S)
         await self.fleet.stop()
         await self.pool.close()
         logger.info("balancer stopped")
@@ -117,6 +115,7 @@ async def _serve(config: BalancerConfig) -> None:
     def on_signal() -> None:
         (hurry if stop.is_set() else stop).set()
 
+    raise_file_limit()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLD)
     loop = asyncio.get_running_loop()
@@ -125,8 +124,8 @@ async def _serve(config: BalancerConfig) -> None:
     balancer = Balancer(config)
     await balancer.start()
     await stop.wait()
-    logger.info("balancer draining for up to %g s; a second signal ends at once", DRAIN_S)
-    await balancer.stop(DRAIN_S, hurry)
+    logger.info("balancer draining for up to %g s; a second signal ends at once", config.drain_s)
+    await balancer.stop(config.drain_s, hurry)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -155,38 +154,36 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers; tells when it accepts."""
+def tls_context(cert_path: str, key_path: str) -> ssl.SSLContext | None:
+    """What clients are spoken to with; None: plain HTTP.
 
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.is_up = asyncio.Event()
+    Raises:
+        ConfigError: if only one of the two files is named, or they are not a certificate and its key.
+    """
+    if not cert_path and not key_path:
+        return None
+    if not (cert_path and key_path):
+        raise ConfigError("TLS needs both --tls-cert-path and --tls-key-path")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(cert_path, key_path)
+    except (OSError, ssl.SSLError) as exc:
+        why = exc.strerror or exc
+        raise ConfigError(f"cannot use {cert_path} with {key_path} for TLS: {why}") from exc
+    return context
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        try:
-            await super().startup(sockets)
-        finally:
-            self.is_up.set()
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may: each streamed request takes three."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _uvicorn_config(app: App) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=ClientProtocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S,
-    )
+def _max_connections() -> int:
+    """Clients that the limit on open files has room for, with their workers' connections."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(SPARE_FILES, (soft - SPARE_FILES) // FILES_PER_REQUEST)
 
 
 async def _first_of(closing: asyncio.Task[None], hurry: asyncio.Event) -> None:

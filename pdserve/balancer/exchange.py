@@ -12,6 +12,7 @@ worker is held up instead of our memory filled; the silence limit rests then.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from pdserve.errors import WorkerError, WorkerTimeout
@@ -68,6 +69,10 @@ class Connection(Protocol):
 class UpstreamResponse:
     """A request sent to a worker and what has come back: ``async for chunk in response``.
 
+    With a ``sink`` body bytes go there as they arrive, without a turn of the event
+    loop between, and only the end wakes the consumer; a sink that answers False is
+    not fed, nor the worker read, until ``release``.
+
     ``status`` is 0 until the head is there. ``error`` is set when the exchange
     failed; iteration raises it after the chunks that had arrived. ``ended_s``
     (loop clock) is when it completed or failed.
@@ -92,6 +97,7 @@ class UpstreamResponse:
         "is_complete",
         "sent_s",
         "silence_s",
+        "sink",
         "status",
         "url",
         "wakeup",
@@ -112,6 +118,7 @@ class UpstreamResponse:
         self.sent_s = 0.0
         self.ended_s = 0.0
         self.deadline_s = NEVER
+        self.sink: Callable[[bytes], bool] | None = None
         self.wakeup = Wakeup()
         self.connection: Connection | None = None
         self.connecting: asyncio.Task[None] | None = None
@@ -144,6 +151,17 @@ class UpstreamResponse:
         if self._is_paused:
             self._resume()
         return chunks
+
+    def pour_into(self, sink: Callable[[bytes], bool]) -> None:
+        """Feed ``sink`` from now on, beginning with what is here."""
+        self.sink = sink
+        self._feed()
+
+    def release(self) -> None:
+        """The sink can take more."""
+        if self._is_paused:
+            self._feed()
+            self._resume()
 
     def header(self, name: bytes) -> bytes:
         """Value of a header by its lower-case name; empty if absent."""
@@ -202,9 +220,8 @@ class UpstreamResponse:
         """Body bytes."""
         self._chunks.append(data)
         self._buffered += len(data)
-        if self._buffered > HIGH_WATER_BYTES and not self._is_paused and self.connection is not None:
-            self._is_paused = True
-            self.connection.pause()
+        if self._buffered > HIGH_WATER_BYTES and self.sink is None:
+            self._pause()
 
     def on_complete(self) -> None:
         """The last byte has arrived; the connection is not ours any more."""
@@ -217,6 +234,11 @@ class UpstreamResponse:
         """Bytes have arrived and been parsed: tell the consumer, once for all of them."""
         if not self.is_complete:
             self._deadlines.touch(self)
+            if self.sink is not None:
+                self._feed()
+                return
+        elif self.sink is not None:
+            self._feed()
         self.wakeup.set()
 
     def fail(self, error: WorkerError) -> None:
@@ -235,6 +257,18 @@ class UpstreamResponse:
         limit_s = self.silence_s if self.status else self.first_byte_s
         where = "in the middle of its answer" if self.status else "without a first byte"
         self.fail(WorkerTimeout(self.url, f"silent for {limit_s:g} s {where}"))
+
+    def _feed(self) -> None:
+        chunks, self._chunks = self._chunks, []
+        self._buffered = 0
+        assert self.sink is not None
+        if chunks and not self.sink(chunks[0] if len(chunks) == 1 else b"".join(chunks)):
+            self._pause()
+
+    def _pause(self) -> None:
+        if not self._is_paused and self.connection is not None:
+            self._is_paused = True
+            self.connection.pause()
 
     def _resume(self) -> None:
         self._is_paused = False

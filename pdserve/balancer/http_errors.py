@@ -1,7 +1,7 @@
 """How a failure looks to the client: status, type and JSON shape, as SGLang itself would answer.
 
 OpenAI routes: ``{"object":"error","message","type","param":null,"code"}``;
-every other route: ``{"error":{"message"}}``. Pure.
+every other route: ``{"error":{"message"}}``. Pure. route_errors.py knows the rest.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ JSON_TYPE = (b"content-type", b"application/json")
 
 _TYPES = {
     400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
+    431: "RequestHeaderFieldsTooLargeError",
     501: "NotImplementedError",
     502: "BadGatewayError",
     503: "ServiceUnavailableError",
@@ -60,10 +64,9 @@ def error_answer(status: int, message: str, *, is_openai: bool = False) -> Answe
     return json_answer({**fields, "code": status}, status)
 
 
-def no_worker_answer(error: NoWorkerError, *, is_openai: bool = False) -> Answer:
-    """503 with Retry-After: nobody can take the request now."""
-    retry_after = str(max(1, math.ceil(error.retry_after_s))).encode()
-    return error_answer(503, str(error), is_openai=is_openai).with_headers((b"retry-after", retry_after))
+def retry_after(error: NoWorkerError) -> tuple[bytes, bytes]:
+    """The header that says when to come back."""
+    return b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()
 
 
 def worker_error_status(error: WorkerError) -> int:

@@ -13,20 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from pdserve.balancer.exchange import UpstreamResponse, Wakeup
 from pdserve.balancer.http_errors import Answer, Headers
-from pdserve.balancer.proxy import Client
+from pdserve.balancer.merge import merge_whole, stream_merger
+from pdserve.balancer.outlet import Chain, Outlet, Renaming, Transform
 from pdserve.balancer.request import ParsedRequest
 from pdserve.balancer.reservation import Reservation
-from pdserve.balancer.stream import (
-    StreamTally,
-    Usage,
-    merge_prompt_logprobs,
-    stream_failure,
-    usage_of_body,
-)
+from pdserve.balancer.stream import StreamTally, Usage, stream_failure, usage_of_body
 from pdserve.balancer.upstream import UpstreamPool
 from pdserve.errors import PdserveError, WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
 from pdserve.telemetry import RequestTimeline
@@ -83,14 +79,14 @@ class Relayed:
     whole: Answer | None
     prefill_error: WorkerError | None = None
 
-    async def finish(self, client: Client) -> None:
+    async def finish(self, outlet: Outlet) -> None:
         """Send the end of the answer, unless it is out already."""
-        if client.has_finished:
+        if outlet.has_finished:
             return
         if self.whole is None:
-            await client.finish()
+            await outlet.finish()
         else:
-            await client.answer(self.whole)
+            await outlet.answer(self.whole)
 
 
 @dataclass(slots=True, eq=False)
@@ -136,7 +132,11 @@ class _Leg:
 
 
 class PairRelay:
-    """Runs one attempt, once. Needs no task of its own: both responses wake the same coroutine."""
+    """Runs one attempt, once. Needs no task of its own: both responses wake the same coroutine.
+
+    ``renaming`` is what becomes of our request ids in the answer; ``silence_s`` the
+    longest silence of a worker.
+    """
 
     def __init__(
         self,
@@ -144,23 +144,28 @@ class PairRelay:
         reservation: Reservation,
         request: ParsedRequest,
         timeline: RequestTimeline,
+        *,
+        renaming: Renaming | None,
         silence_s: float,
+        on_prefilled: Callable[[], None] | None = None,
     ) -> None:
         self._pool = pool
         self._reservation = reservation
         self._request = request
         self._timeline = timeline
+        self._renaming = renaming
+        self._on_prefilled = on_prefilled
         self._limits = (silence_s, silence_s)
         self._wakeup = Wakeup()
 
-    async def run(self, body: bytes, headers: Headers, client: Client) -> Relayed:
-        """Send ``body`` to both workers and decode's answer to ``client``, all but its end.
+    async def run(self, body: bytes, headers: Headers, outlet: Outlet) -> Relayed:
+        """Send ``body`` to both workers and decode's answer to ``outlet``, all but its end.
 
         The end is the caller's to send, by ``Relayed.finish``, once its books are
         closed; it is out already if prefill lags behind decode.
 
         Raises:
-            LegFailed: ``client.has_begun`` tells whether the client has bytes already.
+            LegFailed: ``outlet.has_begun`` tells whether the client has bytes already.
         """
         pair = self._reservation.pair
         prefill, decode = (
@@ -171,14 +176,14 @@ class PairRelay:
             await self._opened(prefill, decode)
             whole: Answer | None = None
             if self._request.is_stream:
-                usage = await self._stream(prefill, decode, client)
+                usage = await self._stream(prefill, decode, outlet)
             else:
                 whole = self._whole(prefill, decode)
                 usage = usage_of_body(whole.body)
             relayed = Relayed(decode.response.status, usage, whole)
             if self._advance_prefill(prefill):
                 return replace(relayed, prefill_error=prefill.error) if prefill.error else relayed
-            await relayed.finish(client)
+            await relayed.finish(outlet)
             return replace(relayed, prefill_error=await self._settled(prefill))
         finally:
             prefill.response.close()
@@ -203,33 +208,50 @@ class PairRelay:
                     decode.error = WorkerUnreachable(decode.response.url, "its stream ended without a byte")
             if prefill.error is not None or decode.error is not None:
                 raise _first_failure(prefill, decode)
-            if is_open and (prefill.is_done or not self._request.return_logprob):
+            if is_open and (prefill.is_done or not self._request.needs_prefill_answer):
                 return
             await self._wakeup.wait()
 
     def _whole(self, prefill: _Leg, decode: _Leg) -> Answer:
-        body = decode.body()
-        if self._request.return_logprob:
-            body = merge_prompt_logprobs(body, prefill.body())
+        body, request = decode.body(), self._request
+        if request.needs_prefill_answer or request.num_samples > 1:
+            body = merge_whole(request, body, prefill.body())
+        if self._renaming is not None:
+            body = self._renaming.apply(body)
         return Answer(decode.response.status, body, relayed_headers(decode.response))
 
-    async def _stream(self, prefill: _Leg, decode: _Leg, client: Client) -> Usage:
+    async def _stream(self, prefill: _Leg, decode: _Leg, outlet: Outlet) -> Usage:
         self._timeline.first_token_s = time.monotonic()
-        response, tally, chunks = decode.response, StreamTally(), decode.parts
-        await client.begin(response.status, relayed_headers(response))
-        while True:
-            for chunk in chunks:
-                tally.add(chunk)
-                await client.write(chunk)
-            self._advance_prefill(prefill)
-            if not response.has_chunks:
-                if response.error is not None:
-                    raise LegFailed(Role.DECODE, response.error, is_prefill_done=prefill.is_done)
-                if response.is_complete:
-                    break
+        response, tally = decode.response, StreamTally()
+        transform = self._transform(prefill)
+
+        def pour(data: bytes) -> bool:
+            tally.add(data)
+            return outlet.push(data if transform is None else transform.feed(data))
+
+        outlet.begin(response.status, relayed_headers(response))
+        outlet.on_writable = response.release
+        try:
+            pour(decode.body())
+            response.pour_into(pour)
+            while not response.has_ended:
                 await self._wakeup.wait()
-            chunks = response.take()
+                self._advance_prefill(prefill)
+        finally:
+            outlet.on_writable = None
+        if response.error is not None:
+            raise LegFailed(Role.DECODE, response.error, is_prefill_done=prefill.is_done)
+        if transform is not None:
+            outlet.push(transform.finish())
         return tally.usage()
+
+    def _transform(self, prefill: _Leg) -> Transform | None:
+        request = self._request
+        merger = None
+        if request.needs_prefill_answer or request.num_samples > 1:
+            merger = stream_merger(request, prefill.body())
+        links: list[Transform] = [link for link in (merger, self._renaming) if link is not None]
+        return Chain(links) if len(links) > 1 else links[0] if links else None
 
     async def _settled(self, prefill: _Leg) -> WorkerError | None:
         """Why the prefill leg did not end well, after decode's did."""
@@ -251,6 +273,8 @@ class PairRelay:
                 prefill.check_stream()
             self._timeline.prefill_done_s = time.monotonic()
             self._reservation.prefill_finished()
+            if self._on_prefilled is not None:
+                self._on_prefilled()
         return prefill.is_done or prefill.error is not None
 
 

@@ -11,7 +11,9 @@ import pytest
 
 from pdserve.balancer import relay
 from pdserve.balancer.http_errors import error_event
-from pdserve.balancer.request import RequestRefused, RoomBook, Route, parse_request
+from pdserve.balancer.parse import parse_request
+from pdserve.balancer.request import RequestRefused, Route
+from pdserve.balancer.rooms import RoomBook
 from pdserve.balancer.stream import StreamTally, merge_prompt_logprobs, stream_failure, usage_of_body
 from pdserve.types import RequestShape
 from tests.fakes import Behaviour, FakeSGLang, until
@@ -104,10 +106,13 @@ async def test_prompt_logprobs_come_from_prefill() -> None:
         assert len(meta["output_token_logprobs"]) == 3
 
 
-async def test_completions_prompt_array_of_one_is_the_prompt() -> None:
+async def test_completions_prompt_array_goes_to_one_pair_with_a_room_each() -> None:
     async with running_site() as site:
-        assert (await site.ask("POST", "/v1/completions", {"prompt": ["hi"]})).status == 200
-        assert site.decode.requests[0]["prompt"] == "hi"
+        assert (await site.ask("POST", "/v1/completions", {"prompt": ["hi", "there"]})).status == 200
+        sent = site.decode.requests[0]
+        assert sent["prompt"] == ["hi", "there"]
+        assert len(set(sent["bootstrap_room"])) == len(set(sent["rid"])) == 2
+        assert sent == site.prefill.requests[0]
 
 
 async def test_a_prefill_lost_after_decodes_first_byte_is_blamed_and_the_answer_goes_on() -> None:
@@ -145,7 +150,7 @@ async def test_a_prefill_that_never_ends_does_not_delay_the_answer(monkeypatch: 
         (b"", 400, "not valid JSON"),
         ([PLAIN], 400, "JSON object, got an array"),
         ({"text": []}, 400, "batch is empty"),
-        ({"text": "a", "sampling_params": {"n": 2}}, 501, "one request per sample"),
+        ({"text": "a", "sampling_params": {"n": 2000}}, 400, "1024 at most"),
     ],
 )
 async def test_unservable_generate_body_is_refused(body: object, status: int, words: str) -> None:
@@ -159,11 +164,10 @@ async def test_unservable_generate_body_is_refused(body: object, status: int, wo
 
 async def test_openai_refusals_have_openais_shape() -> None:
     async with running_site() as site:
-        samples = await site.ask("POST", "/v1/chat/completions", {"messages": [], "n": 2})
-        prompts = await site.ask("POST", "/v1/completions", {"prompt": ["a", "b"]})
+        samples = await site.ask("POST", "/v1/chat/completions", {"messages": [], "n": 1025})
         broken = await site.ask("POST", "/v1/completions", b"{")
-        assert (samples.status, prompts.status, broken.status) == (501, 501, 400)
-        assert "one request per prompt" in prompts.json["message"]
+        assert (samples.status, broken.status) == (400, 400)
+        assert "1024" in samples.json["message"]
         assert broken.json.keys() == {"object", "message", "type", "param", "code"}
         assert (broken.json["type"], broken.json["code"]) == ("BadRequestError", 400)
 
@@ -423,7 +427,7 @@ async def test_after_any_mixture_of_faults_everything_is_given_back() -> None:
         ended = sum(counts[name] for name in ("completed", "failed", "aborted", "shed"))
         assert counts["total"] == ended
         assert all(worker.num_inflight == 0 for worker in site.balancer.fleet.workers())
-        assert len(site.balancer.dispatcher._rooms) == 0
+        assert site.balancer.dispatcher.num_rooms == 0
 
 
 # -- pure parts ------------------------------------------------------------------------------------------
@@ -438,7 +442,7 @@ def test_request_shape_is_read_from_the_body() -> None:
     assert shape(Route.GENERATE, '{"text":"12345678"}') == (2, 128)
     assert shape(Route.COMPLETIONS, '{"prompt":[5,6,7],"max_tokens":9}') == (3, 9)
     chat = '{"messages":[{"role":"user","content":"12345678"},{"role":"user","content":[{"text":"1234"}]}]}'
-    assert shape(Route.CHAT, chat) == (3, 128)
+    assert shape(Route.CHAT, chat) == (20, 128)  # the conversation as it stands in the body
 
 
 @pytest.mark.parametrize("body", ["null", "3", '"x"', "true", "[]"])

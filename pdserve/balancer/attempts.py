@@ -1,0 +1,174 @@
+"""One request over pairs until one works: reserve, relay, retry elsewhere, and end both legs together.
+
+    reserve ─► PairRelay ─► outlet
+       ▲          │ LegFailed, no byte at the outlet yet: new pair, new room, new rid
+       └──────────┘
+any other end than a normal one ─► POST /abort_request to both workers, in the background
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pdserve.balancer.abort import AbortDesk
+from pdserve.balancer.budget import RetryBudget
+from pdserve.balancer.fleet import Fleet
+from pdserve.balancer.http_errors import Headers
+from pdserve.balancer.ledger import RequestLedger, RequestRecord
+from pdserve.balancer.member import PairKey, PairState
+from pdserve.balancer.outlet import Outlet, renaming_of
+from pdserve.balancer.relay import LegFailed, PairRelay, Relayed
+from pdserve.balancer.request import ParsedRequest
+from pdserve.balancer.reservation import Reservation
+from pdserve.balancer.rooms import RequestIds, RoomBook
+from pdserve.balancer.upstream import UpstreamPool
+from pdserve.config import BalancerConfig
+from pdserve.errors import NoWorkerError, WorkerTimeout
+from pdserve.types import Role
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One request on its way. ``ids`` and ``key`` are the present attempt's.
+
+    ``exclude`` holds pairs it must not get (again). ``on_prefilled`` is called when the prompt is computed.
+    """
+
+    request: ParsedRequest
+    headers: Headers
+    outlet: Outlet
+    record: RequestRecord
+    exclude: set[PairKey] = field(default_factory=set)
+    ids: RequestIds | None = None
+    key: PairKey | None = None
+    on_prefilled: Callable[[], None] | None = None
+
+
+class Attempts:
+    """Carries runs to their end; shared by all requests of the balancer."""
+
+    def __init__(
+        self, config: BalancerConfig, fleet: Fleet, pool: UpstreamPool, ledger: RequestLedger
+    ) -> None:
+        self.rooms = RoomBook()
+        self.aborts = AbortDesk(pool, config.worker_control_key)
+        self.budget = RetryBudget(config.retry_ratio)
+        self._config = config
+        self._fleet = fleet
+        self._pool = pool
+        self._ledger = ledger
+
+    async def run(self, run: Run) -> Relayed:
+        """Serve ``run`` over some pair, all but the end of its answer, which ``Relayed.finish`` sends.
+
+        Raises:
+            NoWorkerError: if no pair had room in time.
+            LegFailed: if every attempt failed, or one did after the first byte.
+        """
+        failure: LegFailed | None = None
+        for attempt in range(self._config.max_retries + 1):
+            if failure is not None and not self._may_retry(run):
+                raise failure
+            reservation = await self._reserve(run, failure)
+            try:
+                return await self._attempt(run, reservation)
+            except LegFailed as exc:
+                if exc.is_client_fault or run.outlet.has_begun:
+                    raise
+                failure = exc
+                self._avoid(run, reservation.key, exc.role)
+                logger.warning("attempt %d failed rid=%s: %s", attempt + 1, run.record.rid, exc)
+        assert failure is not None
+        raise failure
+
+    def _may_retry(self, run: Run) -> bool:
+        """Some pair is left that serves or may soon, and the budget allows it."""
+        records = self._fleet.pairs()
+        if all(record.key in run.exclude or record.state is PairState.FAILED for record in records):
+            return False
+        if not self.budget.withdraw(time.monotonic()):
+            logger.warning("no retry rid=%s: the retry budget is used up", run.record.rid)
+            return False
+        self._ledger.retried += 1
+        return True
+
+    async def _reserve(self, run: Run, failure: LegFailed | None) -> Reservation:
+        """A pair not tried yet; after a failed attempt no pair means that failure."""
+        exclude, wait_s = frozenset(run.exclude), self._config.queue_timeout_s
+        try:
+            return await self._fleet.reserve(run.request.shape, exclude=exclude, timeout_s=wait_s)
+        except NoWorkerError:
+            if failure is not None:
+                raise failure from None
+            raise
+
+    def _avoid(self, run: Run, tried: PairKey, blamed: Role | None) -> None:
+        """Not that pair again, and where others are ready none with the worker that failed: a worker that
+        fails fast looks idle, and would be chosen with one partner after the other."""
+        run.exclude.add(tried)
+        if blamed is None:
+            return
+        worker = tried[blamed is Role.DECODE]
+        ready = {record.key for record in self._fleet.pairs() if record.state is PairState.READY}
+        its_pairs = {key for key in ready if worker in key}
+        if ready - its_pairs - run.exclude:
+            run.exclude |= its_pairs
+
+    async def _attempt(self, run: Run, reservation: Reservation) -> Relayed:
+        request, record, pair = run.request, run.record, reservation.pair
+        ids = run.ids = self.rooms.take(request.num_prompts, request.route.rid_prefix)
+        run.key = reservation.key
+        run.outlet.identify(ids.rids[0])
+        record.rid, record.room, record.pair = ids.rids[0], ids.rooms[0], pair.label
+        record.reason = reservation.reason
+        record.timeline.paired_s = time.monotonic()
+        is_over = False
+        try:
+            body = request.render_body(pair.prefill.bootstrap_host, pair.prefill.bootstrap_port, ids)
+            renaming = renaming_of(request, ids) if request.client_rid else None
+            relay = PairRelay(
+                self._pool, reservation, request, record.timeline, renaming=renaming,
+                silence_s=self._config.request_s, on_prefilled=run.on_prefilled,
+            )  # fmt: skip
+            relayed = await relay.run(body, run.headers, run.outlet)
+            _release_ended(reservation, relayed, record)
+            is_over = relayed.prefill_error is None
+            return relayed
+        except LegFailed as exc:
+            _release_failed(reservation, exc)
+            raise
+        finally:
+            reservation.release(prefill_ok=None, decode_ok=None)
+            self.rooms.give_back(ids)
+            if not is_over and request.route.rid_field:
+                self.aborts.abort(pair, ids, run.headers)
+
+
+def _release_ended(reservation: Reservation, relayed: Relayed, record: RequestRecord) -> None:
+    if relayed.prefill_error is None:
+        reservation.release(prefill_ok=True, decode_ok=True)
+        return
+    record.error = str(relayed.prefill_error)
+    logger.warning("prefill did not end well rid=%s: %s", record.rid, record.error)
+    # Only a late one: have it pinged, rather than taken for dead.
+    is_late = isinstance(relayed.prefill_error, WorkerTimeout)
+    error = record.error if is_late else relayed.prefill_error
+    reservation.release(prefill_ok=False, decode_ok=True, error=error)
+
+
+def _release_failed(reservation: Reservation, failure: LegFailed) -> None:
+    """Blame the leg that failed first, by its own error; nobody for the client's fault."""
+    prefill_ok = True if failure.is_prefill_done else None
+    if failure.is_client_fault:
+        reservation.release(prefill_ok=None, decode_ok=None)
+    elif failure.role is Role.PREFILL:
+        reservation.release(prefill_ok=False, decode_ok=None, error=failure.error)
+    elif failure.role is Role.DECODE:
+        reservation.release(prefill_ok=prefill_ok, decode_ok=False, error=failure.error)
+    else:  # both silent: have both pinged
+        reservation.release(prefill_ok=False, decode_ok=False, error=str(failure.error))

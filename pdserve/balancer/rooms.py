@@ -1,0 +1,46 @@
+"""Rooms and rids: the names under which a pair knows a request. Pure."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from pdserve.types import MAX_ROOM, Rid
+
+
+@dataclass(frozen=True, slots=True)
+class RequestIds:
+    """One room and one rid per prompt: one for a plain request, one each in a batch."""
+
+    rooms: tuple[int, ...]
+    rids: tuple[Rid, ...]
+
+
+class RoomBook:
+    """Rooms in use. A room names one transfer on a pair, so no two live requests may share one."""
+
+    def __init__(self) -> None:
+        self._live: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def take(self, num_prompts: int | None, prefix: str = "") -> RequestIds:
+        """Fresh random rooms and rids, ``prefix`` and 32 hex digits; give them back when both legs have ended."""
+        if num_prompts is None:
+            room, rid = self._take_one(prefix)
+            return RequestIds((room,), (rid,))
+        taken = [self._take_one(prefix) for _ in range(num_prompts)]
+        return RequestIds(tuple(room for room, _ in taken), tuple(rid for _, rid in taken))
+
+    def give_back(self, ids: RequestIds) -> None:
+        """The rooms may be used again."""
+        self._live.difference_update(ids.rooms)
+
+    def _take_one(self, prefix: str) -> tuple[int, Rid]:
+        while True:
+            token = secrets.token_bytes(24)
+            room = int.from_bytes(token[:8]) & MAX_ROOM
+            if room and room not in self._live:
+                self._live.add(room)
+                return room, Rid(prefix + token[8:].hex())
