@@ -1,8 +1,9 @@
-"""A control-plane process free of the command line's libraries: ``-m pdserve.service_process KIND JSON``.
+"""A control-plane process free of the command line's libraries: ``-m pdserve.service_process KIND FD``.
 
 ``pdserve balance`` and ``pdserve bootstrap`` parse their options and then *become*
 this (same pid, same output): typer brings pydantic and with it compiled Rust into
-the process, which has no place where every request passes.
+the process, which has no place where every request passes. FD is an open file with
+the settings as JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -32,14 +34,27 @@ def become_service(config: BalancerConfig | BootstrapConfig) -> NoReturn:
     if config.log_level not in LOG_LEVELS:
         raise ConfigError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, got {config.log_level!r}")
     kind = "balancer" if isinstance(config, BalancerConfig) else "bootstrap"
-    text = msgspec.json.encode(config).decode()
+    fd = _pass_on(msgspec.json.encode(config))
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "pdserve.service_process", kind, text])
+    os.execv(sys.executable, [sys.executable, "-m", "pdserve.service_process", kind, str(fd)])
+
+
+def _pass_on(text: bytes) -> int:
+    """A file for this process and its successor: anyone can read a command line, and there are keys in it."""
+    with tempfile.TemporaryFile() as file:
+        file.write(text)
+        file.flush()
+        fd = os.dup(file.fileno())
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.set_inheritable(fd, True)
+    return fd
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; exit 2 with one line for a wrong setting, 1 for a failure."""
-    kind, text = sys.argv[1:] if argv is None else argv
+    kind, fd = sys.argv[1:] if argv is None else argv
+    with os.fdopen(int(fd), "rb") as file:
+        text = file.read()
     if parent_pid():
         die_with_parent(parent_pid())
     try:
@@ -49,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2 if isinstance(exc, ConfigError) else 1)
 
 
-def _serve(kind: str, text: str) -> None:
+def _serve(kind: str, text: bytes) -> None:
     if kind == "balancer":
         from pdserve.balancer.app import run_balancer
 

@@ -133,8 +133,7 @@ class WorkerLoad:
         return self.num_waiting_reqs + self.prefill_inflight_queue_reqs
 
 
-@dataclass(frozen=True, slots=True)
-class RequestShape:
+class RequestShape(msgspec.Struct, frozen=True):
     """What a policy may know of a request before it runs.
 
     ``prompt`` is the prompt's text or ids as they stand in the request, enough to

@@ -42,7 +42,7 @@ async def run_samples(
         LegFailed, NoWorkerError: as soon as one sample fails for good; the others are ended.
     """
     gathering = _Gathering(client, request.num_samples)
-    single = replace(request, num_samples=1, client_rid=None)
+    single = msgspec.structs.replace(request, num_samples=1, client_rid=None)
     outlets = [SampleOutlet(gathering, index) for index in range(request.num_samples)]
     for outlet in outlets:
         timeline = replace(record.timeline)

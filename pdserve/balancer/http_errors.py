@@ -7,7 +7,6 @@ every other route: ``{"error":{"message"}}``. Pure. route_errors.py knows the re
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import msgspec
 
@@ -33,8 +32,7 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """One whole response."""
 
     status: int

@@ -14,7 +14,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import structs
 
 from pdserve.balancer.exchange import UpstreamResponse, Wakeup
 from pdserve.balancer.http_errors import Answer, Headers
@@ -67,8 +70,7 @@ class LegFailed(PdserveError):
         return isinstance(self.error, WorkerRejected) and self.error.status < 500
 
 
-@dataclass(frozen=True, slots=True)
-class Relayed:
+class Relayed(msgspec.Struct, frozen=True):
     """Decode has ended well and all its bytes are here: sent, or waiting in ``whole``.
 
     ``prefill_error`` is None if the prefill leg ended well too.
@@ -182,9 +184,13 @@ class PairRelay:
                 usage = usage_of_body(whole.body)
             relayed = Relayed(decode.response.status, usage, whole)
             if self._advance_prefill(prefill):
-                return replace(relayed, prefill_error=prefill.error) if prefill.error else relayed
+                return (
+                    structs.replace(relayed, prefill_error=prefill.error)
+                    if prefill.error
+                    else relayed
+                )
             await relayed.finish(outlet)
-            return replace(relayed, prefill_error=await self._settled(prefill))
+            return structs.replace(relayed, prefill_error=await self._settled(prefill))
         finally:
             prefill.response.close()
             decode.response.close()

@@ -10,7 +10,6 @@ before its last brace: the prompt is never decoded. What must be rewritten
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -66,9 +65,10 @@ class RequestRefused(PdserveError):
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedRequest:
-    """What was asked. Exactly one of ``raw`` (spliced into) and ``fields`` (encoded anew) is used.
+class ParsedRequest(msgspec.Struct, frozen=True):
+    """What was asked. (A Struct because one is made per request: five times quicker than a frozen dataclass.)
+
+    Exactly one of ``raw`` (spliced into) and ``fields`` (encoded anew) is used.
 
     ``num_prompts`` is None for a plain request and a number for a batch, where
     SGLang wants lists even of one; samples of a batch are prompts of it.
@@ -80,8 +80,8 @@ class ParsedRequest:
     route: Route
     shape: RequestShape
     is_stream: bool
-    raw: bytes = field(default=b"", repr=False)
-    fields: dict[str, Any] | None = field(default=None, repr=False)
+    raw: bytes = b""
+    fields: dict[str, Any] | None = None
     num_prompts: int | None = None
     num_samples: int = 1
     needs_prefill_answer: bool = False

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+
+import msgspec
 
 from pdserve.types import MAX_ROOM, Rid
 
 
-@dataclass(frozen=True, slots=True)
-class RequestIds:
+class RequestIds(msgspec.Struct, frozen=True):
     """One room and one rid per prompt: one for a plain request, one each in a batch."""
 
     rooms: tuple[int, ...]
@@ -26,7 +26,7 @@ class RoomBook:
         return len(self._live)
 
     def take(self, num_prompts: int | None, prefix: str = "") -> RequestIds:
-        """Fresh random rooms and rids, ``prefix`` and 32 hex digits; give them back when both legs have ended."""
+        """Fresh rooms and rids, ``prefix`` and 32 hex digits; give them back when both legs have ended."""
         if num_prompts is None:
             room, rid = self._take_one(prefix)
             return RequestIds((room,), (rid,))

@@ -65,6 +65,13 @@ class ClientConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
+    def wind_up(self) -> None:
+        """Close after the answer that is on its way, at once if there is none."""
+        if self.is_idle:
+            self.close()
+        elif self._serving is not None:
+            self._serving.keep_alive = False
+
     def abort(self) -> None:
         """Close now."""
         if self._transport is not None:
@@ -156,6 +163,7 @@ class ClientConnection(asyncio.Protocol):
         """Called by the loop."""
         if self._is_deaf:
             return
+        self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -163,8 +171,9 @@ class ClientConnection(asyncio.Protocol):
         except httptools.HttpParserError as exc:
             if not self._is_deaf:
                 self._refuse(self._error(400, f"this is not valid HTTP: {exc}"))
-        if self._is_head_open and not self._is_deaf:
-            self._head_bytes += len(data)
+        if not self._is_head_open:
+            self._head_bytes = 0
+        elif not self._is_deaf:
             self._check_head(self._head_bytes)
 
     # -- httptools ---------------------------------------------------------------------------
@@ -172,7 +181,6 @@ class ClientConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """Called by the parser."""
         self._url, self._headers = b"", {}
-        self._head_bytes = 0
         if self.is_idle:
             self.deadline_s = self._server.now() + self._limits.header_s
         self._is_head_open = True
@@ -191,8 +199,7 @@ class ClientConnection(asyncio.Protocol):
         if self._is_deaf:
             return
         parser, headers = self._parser, self._headers
-        size = len(self._url) + sum(len(name) + len(value) + 4 for name, value in headers.items())
-        if not self._check_head(size):
+        if self._head_bytes > self._limits.max_header_bytes and not self._check_head(self._measure_head()):
             return
         client = Client(
             self,
@@ -234,6 +241,10 @@ class ClientConnection(asyncio.Protocol):
                 self._transport.pause_reading()
 
     # -- refusing ----------------------------------------------------------------------------
+
+    def _measure_head(self) -> int:
+        """Exactly; what was read may hold a body too."""
+        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers.items())
 
     def _check_head(self, size: int) -> bool:
         if size <= self._limits.max_header_bytes:

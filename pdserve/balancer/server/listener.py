@@ -85,8 +85,7 @@ class HttpServer:
         if self._server is not None:
             self._server.close()
         for connection in list(self._connections):
-            if connection.is_idle:
-                connection.close()
+            connection.wind_up()
 
     async def close(self, grace_s: float) -> None:
         """Stop accepting, let answers reach their clients for ``grace_s``, break the rest."""
