@@ -1,31 +1,223 @@
-"""Temporary: until the whole surface is there."""
+"""Every path the balancer answers: what it does there and who may ask. Read once at start, asked per request.
+
+    proxied to a pair · told to all workers · asked of one · answered here · refused with a reason
+
+The paths and methods are SGLang 0.5.23's (all of entrypoints/http_server.py, by
+their default names) and sglang-router's. Access is SGLang's own ``auth_level``:
+what it calls ADMIN_OPTIONAL is ADMIN here, health and metrics need no key.
+"""
+
 from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-from pdserve.balancer.aggregate import ControlPlane
+from typing import Protocol
+
 from pdserve.balancer.auth import Access
+from pdserve.balancer.control_ask import Refused, WorkerAsker
+from pdserve.balancer.control_fanout import FanOutControl
+from pdserve.balancer.control_health import DataPlane, HealthControl
+from pdserve.balancer.control_info import InfoControl
+from pdserve.balancer.control_workers import WorkersControl
+from pdserve.balancer.fleet import Fleet
+from pdserve.balancer.http_errors import Answer
+from pdserve.balancer.proxy import Client
 from pdserve.balancer.request import Route
+from pdserve.balancer.route_errors import route_error
+from pdserve.balancer.unserved import UNSERVED
+from pdserve.balancer.upstream import UpstreamPool
+from pdserve.config import BalancerConfig
+
+Handler = Callable[[Client, bytes], Awaitable[Answer | None]]
+"""Takes the request with its body; returns the answer, or None if it has answered itself."""
+
+GET, POST = ("GET",), ("POST",)
+EITHER = ("GET", "POST")
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    handle: Any
+    """What happens on one path with one method."""
+
+    handle: Handler
     access: Access
 
-class Surface:
-    def __init__(self, table: Any) -> None: self._table = table
-    def find(self, path: str) -> Any: return self._table.get(path)
 
-def build_surface(fleet: Any, pool: Any, dispatcher: Any, config: Any) -> Surface:
-    control = ControlPlane(fleet, pool, dispatcher)
-    async def prompt(route, client, body): await dispatcher.dispatch(route, body, client)
-    g = {"/health": control.readiness, "/readiness": control.readiness, "/liveness": control.liveness, "/v1/models": control.any_worker,
-     "/model_info": control.any_worker, "/get_model_info": control.any_worker, "/server_info": control.server_info, "/get_server_info": control.server_info,
-     "/workers": control.workers, "/pdserve/state": control.state}
-    t = {p: {"GET": Endpoint(e, Access.PUBLIC)} for p, e in g.items()}
-    e = Endpoint(control.flush_cache, Access.ADMIN)
-    t["/flush_cache"] = {"GET": e, "POST": e}
-    t["/abort_request"] = {"POST": Endpoint(control.abort_request, Access.ADMIN)}
-    for r in Route: t[str(r)] = {"POST": Endpoint(partial(prompt, r), Access.CLIENT)}
-    t["/generate"]["PUT"] = t["/generate"]["POST"]
-    return Surface(t)
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """``prefix + something + suffix``; only a deep one's something may have slashes."""
+
+    prefix: str
+    suffix: str
+    is_deep: bool
+    methods: Mapping[str, Endpoint]
+
+    def matches(self, path: str) -> bool:
+        if not (path.startswith(self.prefix) and path.endswith(self.suffix)):
+            return False
+        middle = path[len(self.prefix) : len(path) - len(self.suffix)]
+        return bool(middle) and (self.is_deep or "/" not in middle)
+
+
+class Surface:
+    """The table of paths. ``add`` while it is built, ``find`` from then on."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, dict[str, Endpoint]] = {}
+        self._patterns: list[_Pattern] = []
+
+    def add(self, path: str, methods: Iterable[str], handle: Handler, access: Access) -> None:
+        """Serve a path. ``{id}`` in it stands for one part, ``{id:path}`` for any number of them."""
+        endpoints = {method: Endpoint(handle, access) for method in methods}
+        if path in self._paths:
+            self._paths[path].update(endpoints)
+            return
+        self._paths[path] = endpoints
+        if "{" in path:
+            prefix, _, rest = path.partition("{")
+            name, _, suffix = rest.partition("}")
+            self._patterns.append(_Pattern(prefix, suffix, ":" in name, self._paths[path]))
+
+    def find(self, path: str) -> Mapping[str, Endpoint] | None:
+        """What is served there, by method; None if there is no such path."""
+        methods = self._paths.get(path)
+        if methods is not None and "{" not in path:
+            return methods
+        return next((pattern.methods for pattern in self._patterns if pattern.matches(path)), None)
+
+
+class Dispatcher(DataPlane, Protocol):
+    """What is asked of the data plane besides."""
+
+    async def dispatch(self, route: Route, body: bytes, client: Client) -> None:
+        """Serve a prompt by some pair."""
+        ...
+
+
+class _Table:
+    """A surface under construction: control handlers may raise ``Refused``."""
+
+    def __init__(self) -> None:
+        self.surface = Surface()
+
+    def add(self, access: Access, methods: Iterable[str], handle: Handler, *paths: str) -> None:
+        for path in paths:
+            self.surface.add(path, methods, partial(_guarded, handle), access)
+
+
+def build_surface(
+    fleet: Fleet, pool: UpstreamPool, dispatcher: Dispatcher, config: BalancerConfig
+) -> Surface:
+    """The whole surface over one fleet.
+
+    Raises:
+        ConfigError: if ``worker_hosts`` is malformed.
+    """
+    table = _Table()
+    asker = WorkerAsker(fleet, pool, config)
+    health = HealthControl(asker, dispatcher)
+    _add_prompts(table.surface, dispatcher)
+    _add_health(table, health)
+    _add_info(table, InfoControl(asker, dispatcher))
+    _add_fan_outs(table, FanOutControl(asker, health, dispatcher))
+    _add_workers(table, WorkersControl(asker))
+    for path, (methods, _) in UNSERVED.items():
+        table.add(Access.CLIENT, methods, _unserved, path)
+    return table.surface
+
+
+def _add_prompts(surface: Surface, dispatcher: Dispatcher) -> None:
+    for route in Route:
+        methods = ("POST", "PUT") if route is Route.GENERATE else POST
+        surface.add(route, methods, partial(_prompt, dispatcher, route), Access.CLIENT)
+
+
+def _add_health(table: _Table, health: HealthControl) -> None:
+    public = partial(table.add, Access.PUBLIC, GET)
+    public(health.liveness, "/liveness")
+    public(health.readiness, "/health", "/readiness", "/ping")
+    public(health.acceptance, "/ready")
+    public(health.health_generate, "/health_generate")
+    table.add(Access.ADMIN, GET, health.state, "/pdserve/state")
+
+
+def _add_info(table: _Table, info: InfoControl) -> None:
+    table.add(Access.PUBLIC, GET, info.metrics, "/metrics", "/engine_metrics")
+    client = partial(table.add, Access.CLIENT)
+    client(GET, info.server_info, "/server_info", "/get_server_info")
+    client(GET, info.loads, "/v1/loads", "/get_loads")
+    client(GET, info.response, "/v1/responses/{id}")
+    client(POST, info.response, "/v1/responses/{id}/cancel")
+    client(GET, info.any_worker, "/v1/models", "/v1/models/{model:path}", "/model_info", "/get_model_info")
+    client(GET, info.any_worker, "/", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc")
+    client(GET, info.any_worker, "/api/tags", "/get_hicache_l3_cache_layout")
+    client(POST, info.any_worker, "/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize")
+    client(POST, info.any_worker, "/parse_function_call", "/separate_reasoning")
+    client(POST, info.any_worker, "/v1/messages/count_tokens", "/api/show")
+    table.add(Access.ADMIN, EITHER, info.any_worker, "/get_weights_by_name")
+
+
+def _add_fan_outs(table: _Table, control: FanOutControl) -> None:
+    admin = partial(table.add, Access.ADMIN)
+    admin(EITHER, control.flush_cache, "/flush_cache")
+    admin(POST, control.abort_request, "/abort_request")
+    admin(POST, control.pause, "/pause_generation")
+    admin(POST, control.go_on, "/continue_generation")
+    admin(("POST", "PUT"), control.fan_out, "/set_internal_state")
+    admin(EITHER, control.fan_out, "/configure_logging", "/set_trace_level", "/freeze_gc", "/slow_down")
+    admin(POST, control.fan_out, "/update_weight_version", "/add_external_corpus", "/remove_external_corpus")
+    admin(GET, control.fan_out, "/list_external_corpora", "/is_scaling_elastic_ep")
+    admin(("PUT", "DELETE", "GET"), control.fan_out_slow, "/hicache/storage-backend")
+    admin(
+        POST, control.fan_out_slow, "/hicache/storage-backend/clear", "/scale_elastic_ep", "/dumper/{method}"
+    )
+    admin(EITHER, control.fan_out_slow, "/start_profile", "/stop_profile")
+    record = "expert_distribution_record"
+    admin(EITHER, control.fan_out_slow, f"/start_{record}", f"/stop_{record}", f"/dump_{record}")
+    update = "/update_weights_from_"
+    admin(
+        POST, control.fan_out_slow, *(update + source for source in ("disk", "tensor", "distributed", "ipc"))
+    )
+    admin(POST, control.fan_out_slow, "/begin_weight_update", "/end_weight_update")
+    admin(POST, control.init_weights_update_group, "/init_weights_update_group")
+    admin(POST, control.fan_out_slow, "/destroy_weights_update_group")
+    admin(EITHER, control.fan_out_slow, "/weights_checker", "/resume_memory_occupation")
+    admin(EITHER, control.release_memory, "/release_memory_occupation")
+    admin(POST, control.fan_out_slow, "/load_lora_adapter", "/load_lora_adapter_from_tensors")
+    admin(POST, control.fan_out_slow, "/unload_lora_adapter")
+    admin(POST, control.one_worker, "/pd_role_switch")
+    admin(POST, control.one_worker, "/init_weights_send_group_for_remote_instance")
+    admin(POST, control.one_worker, "/send_weights_to_remote_instance")
+    engine_info = "remote_instance_transfer_engine_info"
+    admin(GET, control.one_worker, f"/{engine_info}", f"/get_{engine_info}")
+    # Sessions are the client's own: SGLang asks for no admin key either.
+    table.add(Access.CLIENT, EITHER, control.open_session, "/open_session")
+    table.add(Access.CLIENT, EITHER, control.fan_out, "/close_session")
+
+
+def _add_workers(table: _Table, workers: WorkersControl) -> None:
+    admin = partial(table.add, Access.ADMIN)
+    admin(GET, workers.list_all, "/workers")
+    admin(POST, workers.add, "/workers")
+    admin(GET, workers.show, "/workers/{id:path}")
+    admin(("PUT", "PATCH"), workers.change, "/workers/{id:path}")
+    admin(("DELETE",), workers.remove, "/workers/{id:path}")
+    admin(POST, workers.add_by_query, "/add_worker")
+    admin(POST, workers.remove_by_query, "/remove_worker")
+    admin(GET, workers.list_urls, "/list_workers")
+
+
+async def _prompt(dispatcher: Dispatcher, route: Route, client: Client, body: bytes) -> None:
+    await dispatcher.dispatch(route, body, client)
+
+
+async def _guarded(handle: Handler, client: Client, body: bytes) -> Answer | None:
+    try:
+        return await handle(client, body)
+    except Refused as exc:
+        return exc.answer or route_error(client.path, exc.status, str(exc))
+
+
+async def _unserved(client: Client, body: bytes) -> Answer:
+    return route_error(client.path, 501, UNSERVED[client.path][1])

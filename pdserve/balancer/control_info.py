@@ -1,0 +1,148 @@
+"""What clients may want to know of the service: asked of one worker, or put together from all.
+
+A worker's own answer, 4xx included, is passed on as it is; a worker that cannot
+be reached or fails is skipped for the next.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import parse_qsl
+
+from pdserve.balancer.control_ask import (
+    ASK_S,
+    WORK_S,
+    Question,
+    Reply,
+    WorkerAsker,
+    document,
+    passed_on,
+    why_not,
+)
+from pdserve.balancer.control_health import DataPlane
+from pdserve.balancer.http_errors import Answer, json_answer, worker_error_status
+from pdserve.balancer.member import Worker
+from pdserve.balancer.prometheus_text import merge_expositions
+from pdserve.balancer.proxy import Client
+from pdserve.balancer.route_errors import route_error
+from pdserve.balancer.upstream import FetchedResponse
+from pdserve.errors import WorkerError
+from pdserve.types import Role
+
+SERVER_INFO = "/server_info"
+LOADS = "/v1/loads"
+METRICS = "/metrics"
+RESPONSES = "/v1/responses/"
+CANCEL = "/cancel"
+EXPOSITION = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+
+_OLD_NAMES = {"/get_model_info": "/model_info"}
+
+
+class InfoControl:
+    """The endpoints that only look."""
+
+    def __init__(self, asker: WorkerAsker, data_plane: DataPlane) -> None:
+        self._asker = asker
+        self._fleet = asker.fleet
+        self._data_plane = data_plane
+
+    # -- one worker --------------------------------------------------------------------------
+
+    async def any_worker(self, client: Client, body: bytes) -> Answer:
+        """What the first worker that answers says; decode workers first, they speak for the service."""
+        timeout_s = WORK_S if body else ASK_S
+        question = Question.of(client, body, path=_OLD_NAMES.get(client.path, ""), timeout_s=timeout_s)
+        why = self._fleet.explain()
+        for worker in self._asker.willing():
+            reply = await self._asker.ask(question, worker)
+            if isinstance(reply, FetchedResponse) and (reply.status < 500 or reply.status == 501):
+                return passed_on(reply)
+            why = why_not(worker, reply)
+        return route_error(client.path, 503, f"no worker answers {client.path}: {why}")
+
+    async def response(self, client: Client, body: bytes) -> Answer:
+        """A stored response, or its cancellation: it lies on the decode server that made it."""
+        response_id = client.path.removeprefix(RESPONSES).removesuffix(CANCEL)
+        url = self._data_plane.response_owner(response_id)
+        if url is None:
+            message = f"Response with id '{response_id}' not found."
+            return route_error(client.path, 404, message, param="response_id")
+        reply = await self._asker.ask_url(Question.of(client, body), url)
+        if isinstance(reply, WorkerError):
+            return route_error(client.path, worker_error_status(reply), str(reply))
+        return passed_on(reply)
+
+    # -- all workers -------------------------------------------------------------------------
+
+    async def server_info(self, client: Client, body: bytes) -> Answer:
+        """Each worker's server info by role; the first decode's fields stand for the service."""
+        workers = self._fleet.workers()
+        replies = await self._asker.ask_all(Question.of(client, path=SERVER_INFO), workers)
+        infos: dict[Role, list[dict[str, Any]]] = {role: [] for role in Role}
+        for worker, reply in zip(workers, replies, strict=True):
+            if (info := document(reply)) is not None:
+                infos[worker.role].append(info)
+        prefills, decodes = infos[Role.PREFILL], infos[Role.DECODE]
+        if not decodes:
+            why = f"no decode server tells its server info: {self._fleet.explain()}"
+            return route_error(client.path, 503, why)
+        states = [state for info in decodes for state in info.get("internal_states") or ()]
+        whole = {**decodes[0], "prefill": prefills, "decode": decodes, "internal_states": states}
+        return json_answer(whole)
+
+    async def loads(self, client: Client, body: bytes) -> Answer:
+        """SGLang's ``/v1/loads`` of all workers in one list; each entry says whose it is.
+
+        ``num_accelerators`` (behind one DP rank) stands in each entry too: workers may differ.
+        """
+        parameters = parse_qsl(client.query.decode("latin-1"), keep_blank_values=True)
+        wants_text = dict(parameters).get("format") == "prometheus"
+        workers = self._fleet.workers()
+        replies = await self._asker.ask_all(Question.of(client, path=LOADS), workers)
+        if wants_text:
+            return self._exposition(client, workers, replies, "no worker tells its load")
+        told = [(w, d) for w, reply in zip(workers, replies, strict=True) if (d := document(reply))]
+        if not told:
+            return self._refusal(client, workers, replies, "no worker tells its load")
+        first = told[0][1]
+        rows = [
+            {**row, "num_accelerators": d.get("num_accelerators"), "worker_id": w.worker_id, "role": w.role}
+            for w, d in told
+            for row in d.get("loads") or ()
+            if isinstance(row, dict)
+        ]
+        whole = {**first, "timestamp": datetime.now(UTC).isoformat(), "loads": rows}
+        return json_answer(whole)
+
+    async def metrics(self, client: Client, body: bytes) -> Answer:
+        """The workers' Prometheus text in one, with a ``worker_id`` label; they need ``--enable-metrics``."""
+        workers = self._fleet.workers()
+        replies = await self._asker.ask_all(Question.of(client, path=METRICS), workers)
+        if any(isinstance(reply, FetchedResponse) and reply.status == 404 for reply in replies) and not any(
+            isinstance(reply, FetchedResponse) and reply.status == 200 for reply in replies
+        ):
+            why = "the workers publish no metrics: start SGLang with --enable-metrics"
+            return route_error(client.path, 501, why)
+        return self._exposition(client, workers, replies, "no worker tells its metrics")
+
+    # -- answers -----------------------------------------------------------------------------
+
+    def _exposition(self, client: Client, workers: list[Worker], replies: list[Reply], why: str) -> Answer:
+        parts = [
+            ({"worker_id": w.worker_id, "worker_role": str(w.role)}, reply.body.decode("utf-8", "replace"))
+            for w, reply in zip(workers, replies, strict=True)
+            if isinstance(reply, FetchedResponse) and reply.status == 200
+        ]
+        if not parts:
+            return self._refusal(client, workers, replies, why)
+        return Answer(200, merge_expositions(parts).encode(), (EXPOSITION,))
+
+    def _refusal(self, client: Client, workers: list[Worker], replies: list[Reply], why: str) -> Answer:
+        """A worker's own 4xx where there is one (the client's fault), else 503."""
+        reasons = [why_not(worker, reply) for worker, reply in zip(workers, replies, strict=True)]
+        for reply in replies:
+            if isinstance(reply, FetchedResponse) and 400 <= reply.status < 500:
+                return passed_on(reply)
+        return route_error(client.path, 503, f"{why}: {'; '.join(reasons) or self._fleet.explain()}")
