@@ -75,6 +75,23 @@ class Sample:
     covered_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class PartialLoad:
+    """What SGLang's load channel tells of a worker between polls, summed over DP ranks.
+
+    Fields as in WorkerLoad; ``covered_s`` as in Sample.
+    """
+
+    covered_s: float
+    num_running_reqs: int = 0
+    num_waiting_reqs: int = 0
+    num_used_tokens: int = 0
+    max_total_num_tokens: int = 0
+    num_waiting_uncached_tokens: int = 0
+    num_total_tokens: int = 0
+    max_running_requests: int = 0
+
+
 def parse_loads(body: bytes, *, sent_s: float, received_s: float) -> Sample:
     """Read one answer to a poll that was sent at ``sent_s`` and answered at ``received_s``.
 

@@ -1,17 +1,16 @@
-"""Load table arithmetic: parsing, in-flight credit, fitted rates."""
+"""Load table arithmetic: parsing, in-flight credit, updates of the load channel."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace as replace_info
 
 from pdserve.balancer.load import Credit, LoadTable
-from pdserve.balancer.rates import MIN_DECODE_STEPS, DecodeFit, RateFit, fit_decode
-from pdserve.balancer.sample import ARRIVAL_S, Sample, parse_loads
+from pdserve.balancer.sample import ARRIVAL_S, PartialLoad, Sample, parse_loads
 from pdserve.errors import ProtocolMismatch
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo, WorkerLoad
 
@@ -196,103 +195,6 @@ def test_credit_is_exactly_the_open_legs_sent_after_the_sample(steps: list[tuple
         assert table.view(P0).queued_tokens >= table.credit(P0).prompt_tokens
 
 
-# -- rates -----------------------------------------------------------------------------------
-
-
-def moments(batches: list[int], base_us: float, slope_us: float) -> tuple[float, ...]:
-    times = [base_us + slope_us * b for b in batches]
-    return (
-        float(len(batches)),
-        float(sum(batches)),
-        sum(times),
-        float(sum(b * b for b in batches)),
-        sum(b * t for b, t in zip(batches, times, strict=True)),
-        float(sum(batches)),
-    )
-
-
-@given(
-    st.lists(st.integers(1, 256), min_size=8, max_size=50).filter(lambda b: len(set(b)) > 2),
-    st.floats(0, 1e5),
-    st.floats(0, 1e4),
-)
-def test_decode_line_is_recovered_from_moments(batches: list[int], base_us: float, slope_us: float) -> None:
-    mean = sum(batches) / len(batches)
-    fit = fit_decode(moments(batches, base_us, slope_us)[:5])
-    if fit is None:
-        assert base_us + slope_us == 0
-        return
-    assert fit.base_s >= 0
-    assert fit.slope_s >= 0
-    assert fit.step_s(mean) * 1e6 == pytest.approx(base_us + slope_us * mean, rel=1e-6)
-
-
-def test_decode_line_is_exact_on_a_wide_spread() -> None:
-    fit = fit_decode(moments(list(range(1, 65)), 20_000, 150)[:5])
-    assert fit is not None
-    assert fit.base_s == pytest.approx(0.020)
-    assert fit.slope_s == pytest.approx(0.000150)
-
-
-def test_a_constant_batch_keeps_its_mean_and_assumes_a_small_slope() -> None:
-    fit = fit_decode(moments([8] * 20, 30_000, 0)[:5])
-    assert fit is not None
-    assert fit.step_s(8) == pytest.approx(0.030)
-    assert fit.slope_s > 0
-
-
-def test_too_few_decode_steps_give_no_fit() -> None:
-    assert fit_decode(moments([1] * int(MIN_DECODE_STEPS - 1), 1000, 1)[:5]) is None
-    assert fit_decode([0.0] * 5) is None
-
-
-def test_prefill_rate_follows_the_growth_of_the_counters() -> None:
-    fit = RateFit()
-    base = WorkerLoad(timestamp_s=0.0)
-    assert fit.prefill_tokens_s is None
-    fit.update(replace(base, total_prefill_uncached_tokens=8, total_prefill_busy_us=100))
-    assert fit.prefill_tokens_s is None, "a probe's 8 tokens are noise"
-    fit.update(replace(base, total_prefill_uncached_tokens=20_008, total_prefill_busy_us=10_000_100))
-    assert fit.prefill_tokens_s == pytest.approx(2000, rel=0.01)
-    fit.update(replace(base, total_prefill_uncached_tokens=60_008, total_prefill_busy_us=20_000_100))
-    assert fit.prefill_tokens_s == pytest.approx(3000, rel=0.01), "the window leaks: old work fades"
-
-
-def test_counters_that_fell_start_anew_instead_of_going_negative() -> None:
-    fit = RateFit()
-    base = WorkerLoad(timestamp_s=0.0)
-    fit.update(replace(base, total_prefill_uncached_tokens=5000, total_prefill_busy_us=1_000_000))
-    fit.update(replace(base, total_prefill_uncached_tokens=50, total_prefill_busy_us=10_000))
-    assert fit.prefill_tokens_s == pytest.approx(5000)
-    fit.update(replace(base, total_prefill_uncached_tokens=5050, total_prefill_busy_us=1_010_000))
-    assert fit.prefill_tokens_s == pytest.approx(5000)
-
-
-@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**7), st.integers(0, 10**6)), max_size=20))
-def test_rates_stay_positive_and_finite_whatever_the_counters_do(rows: list[tuple[int, int, int]]) -> None:
-    fit = RateFit()
-    for tokens, busy_us, n in rows:
-        fit.update(
-            WorkerLoad(
-                timestamp_s=0.0,
-                total_prefill_uncached_tokens=tokens,
-                total_prefill_busy_us=busy_us,
-                decode_moments=(float(n), 3.0 * n, float(busy_us), 11.0 * n, 2.0 * busy_us, 1.0),
-            )
-        )
-    assert fit.prefill_tokens_s is None or 0 < fit.prefill_tokens_s < float("inf")
-    assert fit.decode is None or (fit.decode.base_s >= 0 and fit.decode.slope_s >= 0)
-
-
-def test_an_unmeasured_worker_is_taken_to_be_like_its_measured_peers() -> None:
-    other = InstanceId("p1")
-    table = table_of(info(P0), info(other))
-    before = table.view(other)
-    table.record(P0, sample(total_prefill_uncached_tokens=4000, total_prefill_busy_us=20_000_000))
-    assert before.prefill_tokens_s == 10_000
-    assert table.view(other).prefill_tokens_s == pytest.approx(200)
-
-
 def test_a_prefill_queue_is_time_and_not_pool_use() -> None:
     table = table_of(info(P0), info(D0, Role.DECODE))
     for instance_id in (P0, D0):
@@ -304,25 +206,77 @@ def test_a_prefill_queue_is_time_and_not_pool_use() -> None:
     assert table.view(D0).kv_tokens == 930
 
 
-def test_worker_with_a_slow_start_is_not_taken_at_its_word() -> None:
-    """A few slow first steps must not starve a worker: thin evidence is drawn towards the peers."""
-    peers = DecodeFit(0.010, 0.0002)
-    fit = RateFit()
-    slow = moments([1] * 12, 40_000, 0)
-    fit.update(replace(WorkerLoad(timestamp_s=0.0), timestamp_s=1.0, decode_moments=slow))
-    assert fit.decode is not None
-    assert fit.decode.step_s(1) == pytest.approx(0.040)
-    assert fit.decode_near(peers).step_s(1) < 0.012
+def test_the_view_is_one_object_kept_right_in_place() -> None:
+    table = table_of(info(P0))
+    view = table.view(P0)
+    before = table.snapshot()[P0]
+    leg = table.dispatch(P0, 10, 1.0)
+    assert (view.inflight, view.queued_tokens, view.num_reqs, view.last_turn) == (1, 10, 1, leg)
+    table.record(P0, sample(2.0, max_total_num_tokens=500, num_waiting_reqs=3))
+    assert (view.kv_capacity, view.num_reqs) == (500, 3)
+    table.add(replace_info(info(P0), url="http://moved"))
+    assert view.info.url == "http://moved"
+    assert table.view(P0) is view
+    assert before.inflight == before.queued_tokens == 0
 
 
-def test_worker_that_really_is_slow_is_known_to_be_after_enough_steps() -> None:
-    peers = DecodeFit(0.010, 0.0002)
-    fit = RateFit()
-    fit.update(
-        replace(WorkerLoad(timestamp_s=0.0), timestamp_s=1.0, decode_moments=moments([1] * 2000, 40_000, 0))
-    )
-    assert fit.decode_near(peers).step_s(1) > 0.035
-    fit.update(
-        replace(WorkerLoad(timestamp_s=0.0), timestamp_s=301.0, decode_moments=moments([1] * 2000, 40_000, 0))
-    )
-    assert fit.decode_near(peers).step_s(1) < 0.015, "unused for ten half-lives: worth another try"
+def test_cached_part_of_a_prompt_is_no_prefill_work_but_takes_its_pages() -> None:
+    table = table_of(info(P0))
+    leg = table.dispatch(P0, 1000, 1.0, cached_tokens=900)
+    assert table.credit(P0) == Credit(1, 100)
+    assert (table.view(P0).queued_tokens, table.view(P0).kv_tokens) == (100, 1000)
+    table.finish(P0, leg)
+    assert (table.view(P0).queued_tokens, table.view(P0).kv_tokens) == (0, 0)
+
+
+def test_leg_that_ends_after_the_sample_that_counted_it_is_taken_off() -> None:
+    table = table_of(info(P0), info(D0, Role.DECODE))
+    legs = [table.dispatch(worker, 400, 1.0) for worker in (P0, D0)]
+    table.record(P0, sample(2.0, num_waiting_reqs=1, num_waiting_uncached_tokens=400, num_used_tokens=900))
+    table.record(D0, sample(2.0, num_running_reqs=3, num_total_tokens=900))
+    for worker, leg in zip((P0, D0), legs, strict=True):
+        table.finish(worker, leg)
+    assert (table.view(P0).num_reqs, table.view(P0).queued_tokens, table.view(P0).kv_tokens) == (0, 0, 500)
+    assert (table.view(D0).num_reqs, table.view(D0).kv_tokens) == (2, 500)
+
+
+# -- the load channel's updates ------------------------------------------------------------------
+
+
+def partial(covered_s: float, **fields: int) -> PartialLoad:
+    return PartialLoad(covered_s, **fields)
+
+
+def test_update_between_polls_replaces_what_it_tells_and_takes_over_credit() -> None:
+    table = table_of(info(D0, Role.DECODE))
+    table.record(D0, sample(1.0, num_running_reqs=1, decode_moments=(1.0,) * 6, token_usage=0.5))
+    table.dispatch(D0, 50, 2.0)
+    table.dispatch(D0, 70, 4.0)
+    table.update(D0, partial(3.0, num_running_reqs=2, num_total_tokens=300))
+    assert table.credit(D0) == Credit(reqs=1, prompt_tokens=70)
+    assert (table.view(D0).num_reqs, table.view(D0).kv_tokens) == (3, 370)
+    load = table.load(D0)
+    assert load is not None
+    assert (load.num_running_reqs, load.token_usage, load.timestamp_s) == (2, 0.5, 1.0)
+
+
+def test_poll_older_than_the_last_update_does_not_undo_it() -> None:
+    table = table_of(info(D0, Role.DECODE))
+    table.record(D0, sample(1.0))
+    table.update(D0, partial(5.0, num_running_reqs=7))
+    table.record(D0, sample(4.0, num_running_reqs=1, gen_throughput=9.0))
+    load = table.load(D0)
+    assert load is not None
+    assert (load.num_running_reqs, load.gen_throughput) == (7, 9.0)
+    table.record(D0, sample(6.0, num_running_reqs=1))
+    assert table.view(D0).num_reqs == 1
+
+
+def test_update_that_covers_less_than_is_known_is_ignored() -> None:
+    table = table_of(info(D0, Role.DECODE))
+    table.update(D0, partial(1.0, num_running_reqs=3))
+    assert table.load(D0) is None, "nothing is known of the other fields before the first poll"
+    table.record(D0, sample(4.0, num_running_reqs=1))
+    table.update(D0, partial(3.0, num_running_reqs=3))
+    table.update(InstanceId("gone"), partial(9.0))
+    assert table.view(D0).num_reqs == 1
