@@ -70,6 +70,8 @@ def glance(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest | Non
     if route is Route.VERTEX:
         return None
     try:
+        if not body.isascii():
+            body.decode()  # what is skipped below is not checked, and must not reach a worker
         plain = _DECODER.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
