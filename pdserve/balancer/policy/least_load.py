@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pdserve.balancer.policy.prefix import PrefixForest
-from pdserve.balancer.policy.score import decode_cost_s, prefill_cost_s
+from pdserve.balancer.policy.score import decode_cost_s, most_cached, prefill_cost_s
 from pdserve.balancer.policy.view import Candidates, Choice, PairView, Reason, WorkerView
 from pdserve.types import InstanceId, RequestShape, Role
 
@@ -19,6 +19,9 @@ BYTES_PER_TOKEN = 4
 """Of English text, and near enough of a list of token ids: how much prompt a KV pool remembers."""
 UNKNOWN_POOL_BYTES = 2**22
 MAX_POOL_BYTES = 2**26
+
+_PLAIN = "least_load {} {:.3f}s ({:.0f} tokens ahead) {} {:.3f}s ({} reqs)"
+_FULL = _PLAIN + ", {} tokens cached, link {:.3f}s"
 
 
 class LeastLoad:
@@ -37,7 +40,10 @@ class LeastLoad:
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
         """O(P + D) on a whole grid while links count as alike, else O(pairs)."""
         prefills, decodes = candidates.prefills, candidates.decodes
-        hashes, cached = self._look_up(request, prefills)
+        hashes: Sequence[int] = ()
+        cached: Sequence[int] = ()
+        if len(request.prompt) >= BLOCK_BYTES and len(prefills) > 1:
+            hashes, cached = self._look_up(request, prefills)
         prefill_s = _prefill_costs(request, prefills, cached)
         decode_s = [decode_cost_s(view, request) for view in decodes]
         link_s = 0.0
@@ -46,16 +52,21 @@ class LeastLoad:
         else:
             p, d, link_s = _least_pair(request, prefill_s, decode_s, candidates)
         prefill, decode = prefills[p], decodes[d]
+        num_cached = cached[p] if cached else 0
         why = Reason(
-            "least_load {} {:.3f}s ({:.0f} tokens ahead{}) {} {:.3f}s ({} reqs){}",
-            *(prefill.info.worker_id, prefill_s[p], prefill.queued_tokens),
-            f", {cached[p]} cached" if cached and cached[p] else "",
-            *(decode.info.worker_id, decode_s[d], decode.num_reqs),
-            f" link {link_s:.3f}s" if link_s else "",
+            _PLAIN if not num_cached and not link_s else _FULL,
+            prefill.info.worker_id,
+            prefill_s[p],
+            prefill.queued_tokens,
+            decode.info.worker_id,
+            decode_s[d],
+            decode.num_reqs,
+            num_cached,
+            link_s,
         )
         if hashes:
             self._remember(hashes, prefill, prefills)
-        return Choice(PairView(prefill, decode, link_s), why, cached[p] if cached else 0)
+        return Choice(PairView(prefill, decode, link_s), why, num_cached)
 
     def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
         """The worker where this leg costs least."""
@@ -78,16 +89,13 @@ class LeastLoad:
         self, request: RequestShape, prefills: Sequence[WorkerView]
     ) -> tuple[Sequence[int], Sequence[int]]:
         """The prompt's blocks and how many of its tokens each worker should have; both may be empty."""
-        prompt = request.prompt
-        if len(prompt) < BLOCK_BYTES or len(prefills) < 2:
-            return (), ()
-        forest = self._forest
+        prompt, forest = request.prompt, self._forest
         hashes = forest.hashes(prompt)
-        tokens_per_byte = request.prompt_tokens / len(prompt)
         matches = [forest.match(view.info.instance_id, hashes) for view in prefills]
         if not any(matches):
             return hashes, ()
-        return hashes, [int(forest.matched_bytes(blocks, prompt) * tokens_per_byte) for blocks in matches]
+        shares = (forest.matched_bytes(blocks, prompt) / len(prompt) for blocks in matches)
+        return hashes, [most_cached(request, share) for share in shares]
 
     def _remember(self, hashes: Sequence[int], chosen: WorkerView, prefills: Sequence[WorkerView]) -> None:
         pool_bytes = min(MAX_POOL_BYTES, chosen.kv_capacity * BYTES_PER_TOKEN) or UNKNOWN_POOL_BYTES

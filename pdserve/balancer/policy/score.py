@@ -40,19 +40,11 @@ def headroom_s(view: WorkerView, tokens: int) -> float:
     return HEADROOM_S * used / free if free * 100 > capacity else MAX_HEADROOM_S
 
 
-def uncached_tokens(request: RequestShape, cached_tokens: int) -> int:
-    """Prompt tokens that a worker which holds ``cached_tokens`` of them has to compute."""
-    tokens = request.prompt_tokens
-    return max(tokens - cached_tokens, min(tokens, REQUEST_TOKENS))
-
-
 def prefill_cost_s(view: WorkerView, request: RequestShape, cached_tokens: int = 0) -> float:
-    """Seconds until this worker would have prefilled the request."""
-    prompt_tokens = request.prompt_tokens
-    tokens = uncached_tokens(request, cached_tokens) if cached_tokens else prompt_tokens
-    return (view.queued_tokens + tokens) / (view.prefill_tokens_s * view.info.dp_size) + headroom_s(
-        view, prompt_tokens
-    )
+    """Seconds until this worker, with so much of the prompt in its cache, would have prefilled it."""
+    tokens = request.prompt_tokens
+    wait_s = (view.queued_tokens + tokens - cached_tokens) / (view.prefill_tokens_s * view.info.dp_size)
+    return wait_s + headroom_s(view, tokens) if view.kv_capacity else wait_s
 
 
 def decode_cost_s(view: WorkerView, request: RequestShape) -> float:
@@ -69,4 +61,10 @@ def decode_cost_s(view: WorkerView, request: RequestShape) -> float:
         decode_s = tokens * (view.step_base_s + slope_s * slots)
         # Slots free up at rate slots / decode_s, so each request too many waits decode_s / slots.
         busy_s = decode_s * (1.0 + (others + 1 - slots) / slots) + tokens * slope_s * (slots - 1)
-    return busy_s + headroom_s(view, request.prompt_tokens + tokens)
+    return busy_s + headroom_s(view, request.prompt_tokens + tokens) if view.kv_capacity else busy_s
+
+
+def most_cached(request: RequestShape, share: float) -> int:
+    """Tokens to count as cached of a prompt of which a worker was sent ``share`` before."""
+    tokens = request.prompt_tokens
+    return min(int(tokens * share), max(0, tokens - REQUEST_TOKENS))
