@@ -7,11 +7,10 @@ rather than a guess.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(slots=True)
-class RequestTimeline:
+class RequestTimeline(msgspec.Struct):
     """Stage times of one request: received → paired → first_token → finished."""
 
     received_s: float

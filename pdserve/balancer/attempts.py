@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+
+import msgspec
 
 from pdserve.balancer.abort import AbortDesk
 from pdserve.balancer.budget import RetryBudget
@@ -32,8 +33,7 @@ from pdserve.types import Role
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class Run:
+class Run(msgspec.Struct, eq=False):
     """One request on its way. ``ids`` and ``key`` are the present attempt's.
 
     ``exclude`` holds pairs it must not get (again). ``on_prefilled`` is called when the prompt is computed.
@@ -43,7 +43,7 @@ class Run:
     headers: Headers
     outlet: Outlet
     record: RequestRecord
-    exclude: set[PairKey] = field(default_factory=set)
+    exclude: set[PairKey] = msgspec.field(default_factory=set)
     ids: RequestIds | None = None
     key: PairKey | None = None
     on_prefilled: Callable[[], None] | None = None
@@ -125,7 +125,7 @@ class Attempts:
         run.key = reservation.key
         run.outlet.identify(ids.rids[0])
         record.rid, record.room, record.pair = ids.rids[0], ids.rooms[0], pair.label
-        record.reason = reservation.reason
+        record.reason = getattr(reservation, "why", None) or reservation.reason
         record.timeline.paired_s = time.monotonic()
         is_over = False
         try:

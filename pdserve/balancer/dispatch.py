@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from pdserve.balancer.attempts import Attempts, Run
 from pdserve.balancer.fan import run_samples
@@ -39,15 +40,14 @@ NUM_RESPONSES = 4096
 """Stored responses whose server is remembered; SGLang itself forgets them with its process."""
 
 
-@dataclass(slots=True, eq=False)
-class _Call:
+class _Call(msgspec.Struct, eq=False):
     """One request of a client. ``outcome`` stays ABORTED unless something else is known."""
 
     client: Client
     record: RequestRecord
     presence: Presence
     outcome: Outcome = Outcome.ABORTED
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Run] = msgspec.field(default_factory=list)
     client_rid: Any = None
 
 

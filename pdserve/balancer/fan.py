@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from pdserve.balancer.attempts import Attempts, Run
 from pdserve.balancer.http_errors import Answer, Headers
@@ -42,11 +42,11 @@ async def run_samples(
         LegFailed, NoWorkerError: as soon as one sample fails for good; the others are ended.
     """
     gathering = _Gathering(client, request.num_samples)
-    single = msgspec.structs.replace(request, num_samples=1, client_rid=None)
+    single = structs.replace(request, num_samples=1, client_rid=None)
     outlets = [SampleOutlet(gathering, index) for index in range(request.num_samples)]
     for outlet in outlets:
-        timeline = replace(record.timeline)
-        part = record if outlet.index == 0 else replace(record, timeline=timeline)
+        timeline = structs.replace(record.timeline)
+        part = record if outlet.index == 0 else structs.replace(record, timeline=timeline)
         runs.append(Run(single, headers, outlet, part))
     try:
         async with asyncio.TaskGroup() as samples:

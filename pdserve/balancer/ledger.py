@@ -10,6 +10,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
+
 from pdserve.balancer.request import Route
 from pdserve.telemetry import RequestTimeline
 
@@ -25,12 +27,11 @@ class Outcome(enum.StrEnum):
     SHED = "shed"
 
 
-@dataclass(slots=True, eq=False)
-class RequestRecord:
+class RequestRecord(msgspec.Struct, eq=False):
     """One request as the state document shows it; filled in as it goes.
 
     ``pair``, ``room``, ``rid`` are the last attempt's; ``reason`` is why the
-    policy chose that pair; ``error`` says what went wrong, for the operator.
+    policy chose that pair, put into words when it is read; ``error`` says what went wrong, for the operator.
     """
 
     route: Route
@@ -40,7 +41,7 @@ class RequestRecord:
     room: int = 0
     is_stream: bool = False
     status: int = 0
-    reason: str = ""
+    reason: object = ""
     prompt_tokens: int = 0
     finish: str = ""
     error: str = ""
@@ -55,7 +56,7 @@ class RequestRecord:
             "route": str(self.route),
             "stream": self.is_stream,
             "status": self.status,
-            "reason": self.reason,
+            "reason": str(self.reason),
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": timeline.completion_tokens,
             "ttft_s": timeline.ttft_s,

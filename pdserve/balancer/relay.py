@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import msgspec
 from msgspec import structs
@@ -49,7 +48,7 @@ class Rejected(WorkerRejected):
 
 def relayed_headers(response: UpstreamResponse) -> Headers:
     """A worker's headers but for those that belong to its connection or that we set."""
-    return tuple(header for header in response.headers if header[0].lower() not in _NOT_RELAYED)
+    return tuple([header for header in response.headers if header[0].lower() not in _NOT_RELAYED])
 
 
 class LegFailed(PdserveError):
@@ -91,13 +90,12 @@ class Relayed(msgspec.Struct, frozen=True):
             await outlet.answer(self.whole)
 
 
-@dataclass(slots=True, eq=False)
-class _Leg:
+class _Leg(msgspec.Struct, eq=False):
     """One worker's part. ``error`` and ``is_done`` exclude each other; both follow what ``advance`` saw."""
 
     role: Role
     response: UpstreamResponse
-    parts: list[bytes] = field(default_factory=list)
+    parts: list[bytes] = []
     error: WorkerError | None = None
     is_done: bool = False
 
@@ -170,10 +168,8 @@ class PairRelay:
             LegFailed: ``outlet.has_begun`` tells whether the client has bytes already.
         """
         pair = self._reservation.pair
-        prefill, decode = (
-            _Leg(worker.role, self._start(worker.url, body, headers))
-            for worker in (pair.prefill, pair.decode)
-        )
+        prefill = _Leg(Role.PREFILL, self._start(pair.prefill.url, body, headers))
+        decode = _Leg(Role.DECODE, self._start(pair.decode.url, body, headers))
         try:
             await self._opened(prefill, decode)
             whole: Answer | None = None
@@ -184,11 +180,7 @@ class PairRelay:
                 usage = usage_of_body(whole.body)
             relayed = Relayed(decode.response.status, usage, whole)
             if self._advance_prefill(prefill):
-                return (
-                    structs.replace(relayed, prefill_error=prefill.error)
-                    if prefill.error
-                    else relayed
-                )
+                return structs.replace(relayed, prefill_error=prefill.error) if prefill.error else relayed
             await relayed.finish(outlet)
             return structs.replace(relayed, prefill_error=await self._settled(prefill))
         finally:

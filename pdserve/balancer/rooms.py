@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 
 import msgspec
 
 from pdserve.types import MAX_ROOM, Rid
+
+TOKEN_BYTES = 24
+"""8 for the room, 16 for the rid."""
+TOKENS_AT_ONCE = 128
+"""The kernel is asked for randomness once for so many: a system call costs more than all the rest here."""
 
 
 class RequestIds(msgspec.Struct, frozen=True):
@@ -21,6 +26,8 @@ class RoomBook:
 
     def __init__(self) -> None:
         self._live: set[int] = set()
+        self._noise = b""
+        self._at = 0
 
     def __len__(self) -> int:
         return len(self._live)
@@ -39,7 +46,10 @@ class RoomBook:
 
     def _take_one(self, prefix: str) -> tuple[int, Rid]:
         while True:
-            token = secrets.token_bytes(24)
+            if self._at >= len(self._noise):
+                self._noise, self._at = os.urandom(TOKEN_BYTES * TOKENS_AT_ONCE), 0
+            token = self._noise[self._at : self._at + TOKEN_BYTES]
+            self._at += TOKEN_BYTES
             room = int.from_bytes(token[:8]) & MAX_ROOM
             if room and room not in self._live:
                 self._live.add(room)

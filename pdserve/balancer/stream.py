@@ -6,7 +6,6 @@ Streams are not parsed on their way; only counted, and their end is looked at.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -19,8 +18,7 @@ _COMPLETION = re.compile(rb'"completion_tokens":\s*(\d+)')
 _PROMPT = re.compile(rb'"prompt_tokens":\s*(\d+)')
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """What was counted. ``finish`` is SGLang's word: stop, length, abort; empty if it said none."""
 
     finish: str = ""
@@ -48,14 +46,38 @@ class StreamTally:
         return _usage_of(self._tail[-TAIL_BYTES:], max(0, self._num_events - 1))
 
 
+class _Reason(msgspec.Struct):
+    type: str = ""
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+
+
+class _Counts(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    finish_reason: _Reason | None = None
+
+
+class _Item(msgspec.Struct):
+    meta_info: _Counts | None = None
+    usage: _Counts | None = None
+    choices: list[_Choice] = []
+
+
+_ITEMS = msgspec.json.Decoder(_Item | list[_Item])
+
+
 def usage_of_body(body: bytes) -> Usage:
-    """Read a whole answer; sums over a batch."""
+    """Read a whole answer; sums over a batch. Only what is counted is decoded."""
     try:
-        document = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        document = _ITEMS.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return Usage()
-    items = document if isinstance(document, list) else [document]
-    usages = [_usage_of_item(item) for item in items if isinstance(item, dict)]
+    if isinstance(document, _Item):
+        return _usage_of_item(document)
+    usages = [_usage_of_item(item) for item in document]
     if not usages:
         return Usage()
     prompt = sum(usage.prompt_tokens or 0 for usage in usages)
@@ -116,18 +138,14 @@ def _usage_of(text: bytes, num_events: int) -> Usage:
     )
 
 
-def _usage_of_item(item: dict[str, Any]) -> Usage:
-    meta = _dict(item.get("meta_info")) or _dict(item.get("usage"))
-    choices = item.get("choices")
-    reason = meta.get("finish_reason")
-    if isinstance(choices, list) and choices:
-        reason = _dict(choices[0]).get("finish_reason")
-    finish = reason.get("type") if isinstance(reason, dict) else reason
-    return Usage(
-        finish=finish if isinstance(finish, str) else "",
-        prompt_tokens=_count(meta.get("prompt_tokens")),
-        completion_tokens=_count(meta.get("completion_tokens")),
-    )
+def _usage_of_item(item: _Item) -> Usage:
+    counts = item.meta_info or item.usage
+    if counts is None:
+        return Usage()
+    finish = (item.choices[0].finish_reason or "") if item.choices else ""
+    if counts.finish_reason is not None:
+        finish = counts.finish_reason.type
+    return Usage(finish, counts.prompt_tokens or 0, counts.completion_tokens or 0)
 
 
 def _items(document: Any) -> list[dict[str, Any]]:
