@@ -6,8 +6,8 @@ Knows nothing of the terminal; cli.py declares the options and calls this.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,15 @@ from pdserve.config import (
     FileConfig,
     LaunchConfig,
     check_port,
+    environment,
+    keys_from_environment,
     load_file,
     merge,
+    replace_environ,
 )
 from pdserve.errors import ConfigError
+from pdserve.router_flags import ROUTER_DEFAULTS
+from pdserve.router_options import RouterOptions, take_router_flags
 
 Progress = Callable[[str], None]
 """Hears one line per step of preparing a model."""
@@ -30,16 +35,21 @@ ENGINE_COMMANDS = ("launch", "prefill", "decode")
 """Commands that pass what follows ``--`` on to SGLang."""
 
 
-def split_engine_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Our own arguments, in the form typer parses, and the SGLang flags after ``--``."""
-    if not argv:
-        return [], []
-    if argv[0] == "balance":
-        return _join_prefill_ports(argv), []
-    if argv[0] not in ENGINE_COMMANDS or "--" not in argv:
-        return argv, []
+def split_foreign_flags(argv: list[str]) -> tuple[list[str], RouterOptions | tuple[str, ...]]:
+    """Our own arguments, in the form typer parses, and what is not ours.
+
+    For ``balance`` those are sglang-router's flags, for commands that start SGLang the flags after ``--``.
+
+    Raises:
+        ConfigError: for a flag of sglang-router that is refused, or has a wrong value.
+    """
+    if argv and argv[0] == "balance":
+        ours, options = take_router_flags(argv)
+        return _join_prefill_ports(ours), options
+    if not argv or argv[0] not in ENGINE_COMMANDS or "--" not in argv:
+        return argv, ()
     at = argv.index("--")
-    return argv[:at], argv[at + 1 :]
+    return argv[:at], tuple(argv[at + 1 :])
 
 
 def _join_prefill_ports(argv: list[str]) -> list[str]:
@@ -86,22 +96,84 @@ def resolve(model: str, served_name: str, progress: Progress) -> tuple[str, str]
     return path, EMBEDDED_MODEL_NAME
 
 
-def balancer_config(path: Path | None, flags: Mapping[str, Any], bootstrap: str | None) -> BalancerConfig:
-    """Default < ``[balancer]`` of the file < ``flags``; ``bootstrap`` is the option's HOST:PORT.
+@dataclass(frozen=True, slots=True)
+class BalanceFlags:
+    """The command line of ``pdserve balance``: our options by setting, and what sglang-router's came to.
+
+    ``prefill`` is still in texts of URL and port; ``bootstrap`` is HOST:PORT.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    router: RouterOptions = field(default_factory=RouterOptions)
+    bootstrap: str | None = None
+    is_router: bool = False
+    """``--pd-disaggregation``: sglang-router's defaults."""
+
+
+def balancer_config(path: Path | None, given: BalanceFlags, note: Progress) -> BalancerConfig:
+    """Default < ``[balancer]`` of the file < environment (keys) < the command line.
+
+    ``note`` hears what the user should know before it starts.
 
     Raises:
-        ConfigError: for a wrong value, or if neither a service nor both kinds of server are named.
+        ConfigError: for a wrong value.
     """
-    if bootstrap is not None:
+    flags: dict[str, Any] = {**given.router.settings}
+    flags |= {name: value for name, value in given.options.items() if value not in (None, [], ())}
+    if "prefill" in flags:
+        flags["prefill"] = tuple(prefill_pair(text) for text in flags["prefill"])
+    if flags.get("log_level") == "warn":  # sglang-router's name for it
+        flags["log_level"] = "warning"
+    if given.bootstrap is not None:
         from pdserve.cluster.machine import service_url
 
-        flags = {**flags, "bootstrap_url": service_url(bootstrap, "--bootstrap")}
-    config = merge(BalancerConfig(), file_config(path).balancer, flags)
-    _check_policy(config.policy)
-    check_port("--port", config.port)
-    if not config.bootstrap_url and not (config.prefill and config.decode):
-        raise ConfigError("nothing to balance: give --bootstrap HOST:PORT, or --prefill URL and --decode URL")
+        flags["bootstrap_url"] = service_url(given.bootstrap, "--bootstrap")
+    default = replace(BalancerConfig(), **(ROUTER_DEFAULTS if given.is_router else {}))
+    config = merge(default, file_config(path).balancer, {**keys_from_environment(), **flags})
+    _check_balancer(config)
+    for line in (given.router.note, *_warnings(config)):
+        if line:
+            note(line)
     return config
+
+
+def _check_balancer(config: BalancerConfig) -> None:
+    """What would otherwise be found out only by the balancer's own process."""
+    from pdserve.balancer.policy import policy_of
+    from pdserve.balancer.worker_url import AllowedHosts
+
+    policy_of(config)
+    AllowedHosts(config)
+    check_port("--port", config.port)
+    if bool(config.tls_cert_path) != bool(config.tls_key_path):
+        raise ConfigError("TLS needs both --tls-cert-path and --tls-key-path")
+
+
+def _warnings(config: BalancerConfig) -> Iterator[str]:
+    if not (config.bootstrap_url or config.prefill or config.decode):
+        yield (
+            'note: no workers yet: POST /workers {"url": …, "worker_type": "prefill" or "decode"} adds one, '
+            "on loopback or a host of --worker-hosts; --bootstrap, --prefill and --decode name them at once"
+        )
+    is_open = config.host not in ("localhost", "::1") and not config.host.startswith("127.")
+    if is_open and not config.control_key:
+        yield (
+            f"note: whoever reaches {config.host} may also add workers and change them: set "
+            "PDSERVE_ADMIN_API_KEY, or PDSERVE_API_KEY for every route, or listen on --host 127.0.0.1"
+        )
+
+
+def pass_keys_on(path: Path | None, flags: Mapping[str, str | None]) -> None:
+    """Put the keys of a whole service into this process's environment, where its balancer finds them.
+
+    Nowhere else: other users of the machine can read a command line.
+    """
+    names = ("api_key", "admin_api_key", "worker_api_key")
+    given = {name: value for name, value in flags.items() if value}
+    keys = {**file_config(path).balancer, **keys_from_environment(), **given}
+    values = {f"PDSERVE_{name.upper()}": str(keys[name]) for name in names if keys.get(name)}
+    if values:
+        replace_environ({**environment(), **values})
 
 
 def bootstrap_config(path: Path | None, flags: Mapping[str, Any], ports: str | None) -> BootstrapConfig:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from pdserve.cluster.spec import ProcessKind
 from pdserve.cluster.supervise import State, Supervised
+from pdserve.config import keys_from_environment
 from pdserve.types import Role
 
 GET_S = 2.0
@@ -111,12 +112,15 @@ class FleetState:
 async def get_json(url: str, timeout_s: float = GET_S) -> Mapping[str, Any] | None:
     """GET ``url`` without a thread; None if it does not answer 200 with a JSON object in time."""
     parts = urlsplit(url)
-    request = f"GET {parts.path or '/'} HTTP/1.0\r\nHost: {parts.netloc}\r\nConnection: close\r\n\r\n"
+    request = f"GET {parts.path or '/'} HTTP/1.0\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
+    keys = keys_from_environment()
+    if key := keys.get("admin_api_key") or keys.get("api_key"):  # the balancer's, which inherits them
+        request += f"Authorization: Bearer {key}\r\n"
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
             try:
-                writer.write(request.encode())
+                writer.write(request.encode() + b"\r\n")
                 head, _, body = (await reader.read(-1)).partition(b"\r\n\r\n")
             finally:
                 writer.close()

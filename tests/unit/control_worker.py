@@ -111,6 +111,9 @@ class ControlWorker:
         told = await self._answer(Seen(method, target, headers, body))
         answer = f"HTTP/1.1 {told.status} X\r\ncontent-type: {told.content_type}\r\n"
         writer.write(f"{answer}content-length: {len(told.body)}\r\n\r\n".encode() + told.body)
+        if headers.get("connection", "").lower() == "close":
+            await writer.drain()
+            writer.close()
 
     async def _answer(self, seen: Seen) -> Told:
         path = urlsplit(seen.target).path

@@ -251,19 +251,18 @@ def test_join_becomes_the_worker(run: Run, model: str, monkeypatch: pytest.Monke
 
 def test_two_value_prefill_of_sglang_router() -> None:
     given = ["balance", "--prefill", "http://a:1", "8998", "--prefill", "http://b:1", "none"]
-    ours, engine = command_line.split_engine_flags([*given, "--prefill", "http://c:1", "--port", "30"])
+    ours, _ = command_line.split_foreign_flags([*given, "--prefill", "http://c:1", "--port", "30"])
     assert ours == [
         *("balance", "--prefill", "http://a:1 8998", "--prefill", "http://b:1 none"),
         *("--prefill", "http://c:1", "--port", "30"),
     ]
-    assert engine == []
     pairs = [command_line.prefill_pair(ours[i]) for i in (2, 4, 6)]
     assert pairs == [("http://a:1", 8998), ("http://b:1", None), ("http://c:1", None)]
 
 
 @pytest.mark.parametrize("given", [["--prefill=http://a:1", "8998"], ["--prefill", "http://a:1,8998"]])
 def test_other_spellings_of_a_bootstrap_port(given: list[str]) -> None:
-    ours, _ = command_line.split_engine_flags(["balance", *given])
+    ours, _ = command_line.split_foreign_flags(["balance", *given])
     assert command_line.prefill_pair(ours[-1].removeprefix("--prefill=")) == ("http://a:1", 8998)
 
 
@@ -271,14 +270,6 @@ def test_other_spellings_of_a_bootstrap_port(given: list[str]) -> None:
 def test_bad_bootstrap_port(text: str) -> None:
     with pytest.raises(ConfigError, match=r"1\.\.65535 or none"):
         command_line.prefill_pair(text)
-
-
-def test_balancer_needs_something_to_balance(run: Run) -> None:
-    for args in ((), ("--prefill", "http://a:1", "8998")):
-        done = run("balance", "--pd-disaggregation", *args)
-        assert done.code == 2
-        assert "nothing to balance" in done.err
-    assert command_line.balancer_config(None, {}, "h:1").bootstrap_url == "http://h:1"
 
 
 def test_port_range() -> None:

@@ -42,7 +42,7 @@ FOREIGN = {
     "sglang": {"plugin"},
     "nixl": {"transfer"},
     "torch": {"kv", "plugin", "model"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli_options"},
     "rich": {"cli", "monitor"},
     "openai": {"demo"},
 }
