@@ -50,6 +50,14 @@ class Wakeup:
         self._is_set = False
 
 
+class Alarm(Protocol):
+    """Who hears of each change of a response; ``Wakeup`` is the plain one."""
+
+    def set(self) -> None:
+        """Something has changed. Called from within the connection's callbacks: it must not raise."""
+        ...
+
+
 class Connection(Protocol):
     """What a response needs of the connection it arrives on."""
 
@@ -64,6 +72,16 @@ class Connection(Protocol):
     def drop(self) -> None:
         """Close the socket now; nothing is heard of it any more."""
         ...
+
+
+class _Nobody:
+    __slots__ = ()
+
+    def set(self) -> None:
+        """Nobody listens yet."""
+
+
+NOBODY = _Nobody()
 
 
 class UpstreamResponse:
@@ -119,7 +137,7 @@ class UpstreamResponse:
         self.ended_s = 0.0
         self.deadline_s = NEVER
         self.sink: Callable[[bytes], bool] | None = None
-        self.wakeup = Wakeup()
+        self.wakeup: Alarm = NOBODY
         self.connection: Connection | None = None
         self.connecting: asyncio.Task[None] | None = None
         self._chunks: list[bytes] = []
@@ -172,7 +190,7 @@ class UpstreamResponse:
         while not self.status:
             if self.error is not None:
                 raise self.error
-            await self.wakeup.wait()
+            await self._changed()
 
     async def read(self) -> bytes:
         """The rest of the body."""
@@ -187,12 +205,16 @@ class UpstreamResponse:
                 raise self.error
             if self.is_complete or self.is_closed:
                 raise StopAsyncIteration
-            await self.wakeup.wait()
+            await self._changed()
         chunk = self._chunks.pop(0)
         self._buffered -= len(chunk)
         if self._is_paused and self._buffered <= LOW_WATER_BYTES:
             self._resume()
         return chunk
+
+    async def _changed(self) -> None:
+        assert isinstance(self.wakeup, Wakeup), "who gave an alarm of its own does not wait here"
+        await self.wakeup.wait()
 
     def close(self) -> None:
         """Stop here: if the response has not ended, its socket is closed. Idempotent, never blocks."""

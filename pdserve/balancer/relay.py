@@ -25,7 +25,7 @@ from pdserve.balancer.outlet import Chain, Outlet, Renaming, Transform
 from pdserve.balancer.request import ParsedRequest
 from pdserve.balancer.reservation import Reservation
 from pdserve.balancer.stream import StreamTally, Usage, stream_failure, usage_of_body
-from pdserve.balancer.upstream import UpstreamPool
+from pdserve.balancer.upstream import UpstreamPool, render_headers
 from pdserve.errors import PdserveError, WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
 from pdserve.telemetry import RequestTimeline
 from pdserve.types import Role
@@ -132,11 +132,28 @@ class _Leg(msgspec.Struct, eq=False):
 
 
 class PairRelay:
-    """Runs one attempt, once. Needs no task of its own: both responses wake the same coroutine.
+    """Runs one attempt, once, without a task of its own.
 
+    It is the alarm of both responses: what arrives is taken in within the
+    connection's callback, and the coroutine wakes only when it has something to do.
     ``renaming`` is what becomes of our request ids in the answer; ``silence_s`` the
     longest silence of a worker.
     """
+
+    __slots__ = (
+        "_bug",
+        "_decode",
+        "_is_opening",
+        "_limits",
+        "_on_prefilled",
+        "_pool",
+        "_prefill",
+        "_renaming",
+        "_request",
+        "_reservation",
+        "_timeline",
+        "_wakeup",
+    )
 
     def __init__(
         self,
@@ -157,6 +174,8 @@ class PairRelay:
         self._on_prefilled = on_prefilled
         self._limits = (silence_s, silence_s)
         self._wakeup = Wakeup()
+        self._is_opening = False
+        self._bug: Exception | None = None
 
     async def run(self, body: bytes, headers: Headers, outlet: Outlet) -> Relayed:
         """Send ``body`` to both workers and decode's answer to ``outlet``, all but its end.
@@ -167,9 +186,12 @@ class PairRelay:
         Raises:
             LegFailed: ``outlet.has_begun`` tells whether the client has bytes already.
         """
-        pair = self._reservation.pair
-        prefill = _Leg(Role.PREFILL, self._start(pair.prefill.url, body, headers))
-        decode = _Leg(Role.DECODE, self._start(pair.decode.url, body, headers))
+        pair, path, limits = self._reservation.pair, self._request.route.value, self._limits
+        lines, start = render_headers(headers), self._pool.start
+        sent = start(pair.prefill.url, "POST", path, body, headers=lines, limits=limits, wakeup=self)
+        prefill = self._prefill = _Leg(Role.PREFILL, sent)
+        sent = start(pair.decode.url, "POST", path, body, headers=lines, limits=limits, wakeup=self)
+        decode = self._decode = _Leg(Role.DECODE, sent)
         try:
             await self._opened(prefill, decode)
             whole: Answer | None = None
@@ -180,35 +202,50 @@ class PairRelay:
                 usage = usage_of_body(whole.body)
             relayed = Relayed(decode.response.status, usage, whole)
             if self._advance_prefill(prefill):
-                return structs.replace(relayed, prefill_error=prefill.error) if prefill.error else relayed
+                return relayed if prefill.is_done else structs.replace(relayed, prefill_error=prefill.error)
             await relayed.finish(outlet)
             return structs.replace(relayed, prefill_error=await self._settled(prefill))
         finally:
             prefill.response.close()
             decode.response.close()
 
-    def _start(self, url: str, body: bytes, headers: Headers) -> UpstreamResponse:
-        path = str(self._request.route)
-        return self._pool.start(
-            url, "POST", path, body, headers=headers, limits=self._limits, wakeup=self._wakeup
-        )
+    def set(self) -> None:
+        """Called by both responses at each change."""
+        try:
+            if self._is_opening and not self._is_decided():
+                return
+            self._advance_prefill(self._prefill)
+        except Exception as exc:
+            self._bug = exc
+        self._wakeup.set()
 
     async def _opened(self, prefill: _Leg, decode: _Leg) -> None:
         """Wait until the answer may begin: decode's first byte, or its whole body unless it streams."""
-        while True:
-            self._advance_prefill(prefill)
-            has_ended = decode.advance()
-            is_open = has_ended
-            if self._request.is_stream and decode.is_accepted and (decode.parts or has_ended):
-                is_open = True
-                decode.check_stream()
-                if decode.is_done and not decode.parts:
-                    decode.error = WorkerUnreachable(decode.response.url, "its stream ended without a byte")
-            if prefill.error is not None or decode.error is not None:
-                raise _first_failure(prefill, decode)
-            if is_open and (prefill.is_done or not self._request.needs_prefill_answer):
-                return
-            await self._wakeup.wait()
+        self._is_opening = True
+        if not self._is_decided():
+            await self._wait()
+        self._is_opening = False
+        if prefill.error is not None or decode.error is not None:
+            raise _first_failure(prefill, decode)
+
+    def _is_decided(self) -> bool:
+        """True once the answer may begin, or a leg has failed."""
+        prefill, decode, request = self._prefill, self._decode, self._request
+        is_prefill_over = self._advance_prefill(prefill)
+        is_open = decode.advance()
+        if request.is_stream and decode.is_accepted and (is_open or decode.parts):
+            is_open = True
+            decode.check_stream()
+            if decode.is_done and not decode.parts:
+                decode.error = WorkerUnreachable(decode.response.url, "its stream ended without a byte")
+        if decode.error is not None or (is_prefill_over and prefill.error is not None):
+            return True
+        return is_open and (is_prefill_over or not request.needs_prefill_answer)
+
+    async def _wait(self) -> None:
+        await self._wakeup.wait()
+        if self._bug is not None:
+            raise self._bug
 
     def _whole(self, prefill: _Leg, decode: _Leg) -> Answer:
         body, request = decode.body(), self._request
@@ -233,8 +270,7 @@ class PairRelay:
             pour(decode.body())
             response.pour_into(pour)
             while not response.has_ended:
-                await self._wakeup.wait()
-                self._advance_prefill(prefill)
+                await self._wait()
         finally:
             outlet.on_writable = None
         if response.error is not None:
@@ -256,7 +292,7 @@ class PairRelay:
         try:
             async with asyncio.timeout(PREFILL_GRACE_S):
                 while not self._advance_prefill(prefill):
-                    await self._wakeup.wait()
+                    await self._wait()
         except TimeoutError:
             return WorkerTimeout(
                 prefill.response.url, f"no end of its answer {PREFILL_GRACE_S:g} s after decode's"

@@ -19,7 +19,7 @@ from functools import cache
 from urllib.parse import urlsplit
 
 from pdserve.balancer.connection import UpstreamConnection
-from pdserve.balancer.exchange import Deadlines, Headers, UpstreamResponse, Wakeup
+from pdserve.balancer.exchange import Alarm, Deadlines, Headers, UpstreamResponse, Wakeup
 from pdserve.errors import ConfigError, WorkerTimeout, WorkerUnreachable
 
 IDLE_S = 4.0
@@ -101,31 +101,34 @@ class UpstreamPool:
         path: str,
         body: bytes = b"",
         *,
-        headers: Iterable[tuple[bytes, bytes]] = (),
+        headers: Iterable[tuple[bytes, bytes]] | bytes = (),
         limits: tuple[float, float],
-        wakeup: Wakeup | None = None,
+        wakeup: Alarm | None = None,
     ) -> UpstreamResponse:
         """Send a request and return its response, still empty.
 
         Args:
             url: base address of the worker, ``http://host:port``.
             body: sent with its length, also if empty.
-            headers: besides ``host`` and ``content-length``.
+            headers: besides ``host`` and ``content-length``; as bytes, lines with their ends.
             limits: seconds to the first byte, and of silence after it.
-            wakeup: set at each change, instead of the response's own.
+            wakeup: set at each change, instead of the response's own, on which its methods wait.
 
         Never raises for what the worker does; see ``UpstreamResponse.error``.
         """
         target = self._targets.get(url)
         if target is None:
             target = self._targets[url] = _Target(url, self)
-        head = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), path.encode(), target.authority)
-        for name, value in headers:
-            head += b"%b: %b\r\n" % (name, value)
-        head += b"content-length: %d\r\n\r\n" % len(body)
+        lines = headers if isinstance(headers, bytes) else render_headers(headers)
+        head = b"%b %b HTTP/1.1\r\nhost: %b\r\n%bcontent-length: %d\r\n\r\n" % (
+            method.encode(),
+            path.encode(),
+            target.authority,
+            lines,
+            len(body),
+        )
         response = UpstreamResponse(url, head, body, limits, self.deadlines)
-        if wakeup is not None:
-            response.wakeup = wakeup
+        response.wakeup = Wakeup() if wakeup is None else wakeup
         now_s = self.deadlines.now()
         connection = target.take_idle(now_s)
         if connection is not None:
@@ -248,6 +251,11 @@ class UpstreamPool:
             connection.send(response, self.deadlines.now())
         else:
             response.fail(WorkerUnreachable(target.url, "closed the connection at once"))
+
+
+def render_headers(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Header lines with their ends, for requests that share them."""
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
 def _address(url: str) -> tuple[str, int, ssl.SSLContext | None, bytes]:

@@ -100,7 +100,7 @@ async def test_batch_gets_one_room_and_rid_per_prompt() -> None:
 
 async def test_prompt_logprobs_come_from_prefill() -> None:
     async with running_site() as site:
-        reply = await site.generate({"text": "hi", "return_logprob": True})
+        reply = await site.generate({"text": "hi", "return_logprob": True, "logprob_start_len": 0})
         meta = reply.json["meta_info"]
         assert meta["input_token_logprobs"] == [[None, 5, None], [-0.5, 6, None]]
         assert len(meta["output_token_logprobs"]) == 3
