@@ -109,14 +109,17 @@ class _Leg(msgspec.Struct, eq=False):
         response = self.response
         if self.is_done or self.error is not None:
             return True
-        self.parts += response.take()
+        if response.has_chunks:
+            self.parts += response.take()
+        if not response.has_ended:
+            return False
         if response.error is not None:
             self.error = response.error
         elif response.is_complete and self.is_accepted:
             self.is_done = True
         elif response.is_complete:
             self.error = Rejected(response, self.body())
-        return self.is_done or self.error is not None
+        return True
 
     def body(self) -> bytes:
         """What has been taken in."""
@@ -212,9 +215,10 @@ class PairRelay:
     def set(self) -> None:
         """Called by both responses at each change."""
         try:
-            if self._is_opening and not self._is_decided():
+            if not self._is_opening:
+                self._advance_prefill(self._prefill)
+            elif not self._is_decided():
                 return
-            self._advance_prefill(self._prefill)
         except Exception as exc:
             self._bug = exc
         self._wakeup.set()
@@ -222,7 +226,8 @@ class PairRelay:
     async def _opened(self, prefill: _Leg, decode: _Leg) -> None:
         """Wait until the answer may begin: decode's first byte, or its whole body unless it streams."""
         self._is_opening = True
-        if not self._is_decided():
+        has_failed_already = prefill.response.has_ended or decode.response.has_ended
+        if not (has_failed_already and self._is_decided()):
             await self._wait()
         self._is_opening = False
         if prefill.error is not None or decode.error is not None:
@@ -302,14 +307,16 @@ class PairRelay:
     def _advance_prefill(self, prefill: _Leg) -> bool:
         if prefill.is_done or prefill.error is not None:
             return True
-        if prefill.advance() and prefill.is_done:
+        if not prefill.advance():
+            return False
+        if prefill.is_done:
             if self._request.is_stream:
                 prefill.check_stream()
             self._timeline.prefill_done_s = time.monotonic()
             self._reservation.prefill_finished()
             if self._on_prefilled is not None:
                 self._on_prefilled()
-        return prefill.is_done or prefill.error is not None
+        return True
 
 
 def _first_failure(prefill: _Leg, decode: _Leg) -> LegFailed:
