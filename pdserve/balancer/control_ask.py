@@ -69,7 +69,14 @@ class Question:
         query: bytes | None = None,
         timeout_s: float = ASK_S,
     ) -> Question:
-        """The client's own request, perhaps on another path, with another query."""
+        """The client's own request, perhaps on another path, with another query.
+
+        Raises:
+            Refused: for ``.`` and ``..`` in the path: whatever stands before a worker might resolve
+                them, and a client's route would become an operator's.
+        """
+        if not {".", ".."}.isdisjoint(client.path.split("/")):
+            raise Refused("the path must not have . or .. in it")
         asked = client.query if query is None else query
         target = quote(path or client.path, safe=_SAFE_IN_PATH)
         if asked:

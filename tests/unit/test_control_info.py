@@ -63,6 +63,14 @@ async def test_nobody_to_ask_is_503_in_the_shape_of_the_route(path: str, where: 
         assert "no prefill and no decode server is registered" in found
 
 
+@pytest.mark.parametrize("path", ["/v1/models/../../flush_cache", "/v1/models/%2e%2e/x", "/v1/models/a/./b"])
+async def test_a_path_that_climbs_is_refused(path: str) -> None:
+    async with control_site() as site:
+        assert (await site.ask("GET", path)).status == 400
+        assert (await site.ask("GET", "/v1/models/%252e%252e/a..b")).status == 200
+        assert site.decodes[0].targets == ["GET /v1/models/%252e%252e/a..b"]
+
+
 async def test_old_names_ask_for_the_new() -> None:
     async with control_site() as site:
         site.decodes[0].tell("/model_info", {"model_path": "m"})
