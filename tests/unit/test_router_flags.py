@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from pdserve.config import BalancerConfig, load_file
 from pdserve.errors import ConfigError
 from pdserve.router_flags import ROUTER_DEFAULTS, ROUTER_FLAGS
 from pdserve.router_options import take_router_flags
+from tests.unit.balancer_client import Exchange
 from tests.unit.control_worker import ControlWorker
 from tests.unit.router_arguments import ARGUMENTS, parsed
 
@@ -305,3 +307,33 @@ async def test_the_launcher_asks_its_balancer_with_the_key(monkeypatch: pytest.M
             monkeypatch.setenv(name, value)
             assert await get_json(worker.url + "/pdserve/state") == {"pairs": []}
             assert worker.seen[-1].headers["authorization"] == f"Bearer {value}"
+
+
+async def test_a_running_balancer_shows_its_key_to_nobody() -> None:
+    """Started without workers, by its key's option: after a moment no command line holds the key any more."""
+    args = ("balance", "--pd-disaggregation", "--host", "127.0.0.1", "--port", "0", "--admin-api-key", "hush")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "pdserve", *args), stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stderr is not None
+        said = b""
+        async with asyncio.timeout(20):
+            while b"listening on" not in said:
+                said = await process.stderr.readline()
+                assert b"hush" not in said
+        url = said.decode().split(" on ")[1].strip()
+        assert b"hush" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        async with ControlWorker() as worker:
+            body = {"url": worker.url, "worker_type": "decode"}
+            for headers, status in (({}, 401), ({"authorization": "Bearer hush"}, 202)):
+                async with Exchange(url, "POST", "/workers", body, **headers) as exchange:
+                    assert (await exchange.reply()).status == status
+            async with Exchange(url, "GET", "/pdserve/state", authorization="Bearer hush") as exchange:
+                reply = await exchange.reply()
+        assert (reply.status, b"hush" in reply.body) == (200, False)
+        assert [row["url"] for row in reply.json["workers"]] == [worker.url]
+    finally:
+        process.terminate()
+        await process.communicate()
+    assert process.returncode == 0
