@@ -31,6 +31,8 @@ _Leg = tuple[int, int, float]
 _Kind = tuple[Role, str, int, int]
 """Workers alike in this are taken to be machines alike: role, model, TP and DP size."""
 
+_TOLD = tuple(each.name for each in fields(PartialLoad) if each.name != "covered_s")
+
 
 @dataclass(frozen=True, slots=True)
 class Credit:
@@ -229,8 +231,7 @@ class LoadTable:
 
 def _merged(load: WorkerLoad, partial: PartialLoad) -> WorkerLoad:
     """The load with what the channel told in place of its own."""
-    told = {each.name: getattr(partial, each.name) for each in fields(PartialLoad)}
-    del told["covered_s"]
+    told = {name: value for name in _TOLD if (value := getattr(partial, name)) is not None}
     return replace(load, **told)
 
 

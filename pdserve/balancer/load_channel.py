@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -63,16 +63,16 @@ class _ServerInfo(msgspec.Struct):
 
 
 class _LoadStat(msgspec.Struct, array_like=True, tag="LoadStat"):
-    """As published; fields that a newer server appends are ignored, those an older one lacks are 0."""
+    """As published; fields that a newer server appends are ignored, those an older one lacks stay untold."""
 
     num_running_reqs: int
     num_waiting_reqs: int
     num_tokens: int
     max_total_num_tokens: int
     attn_dp_rank: int | None = None
-    num_waiting_uncached_tokens: int = 0
-    num_total_tokens: int = 0
-    max_running_requests: int = 0
+    num_waiting_uncached_tokens: int | None = None
+    num_total_tokens: int | None = None
+    max_running_requests: int | None = None
 
 
 _DECODER = msgspec.msgpack.Decoder(_LoadStat)
@@ -218,10 +218,16 @@ def _sum(ranks: Sequence[_Rank]) -> PartialLoad | None:
         num_waiting_reqs=sum(stat.num_waiting_reqs for stat in stats),
         num_used_tokens=sum(stat.num_tokens for stat in stats),
         max_total_num_tokens=sum(stat.max_total_num_tokens for stat in stats),
-        num_waiting_uncached_tokens=sum(stat.num_waiting_uncached_tokens for stat in stats),
-        num_total_tokens=sum(stat.num_total_tokens for stat in stats),
-        max_running_requests=sum(stat.max_running_requests for stat in stats),
+        num_waiting_uncached_tokens=_total(stat.num_waiting_uncached_tokens for stat in stats),
+        num_total_tokens=_total(stat.num_total_tokens for stat in stats),
+        max_running_requests=_total(stat.max_running_requests for stat in stats),
     )
+
+
+def _total(values: Iterable[int | None]) -> int | None:
+    """The sum, or None if a rank does not tell."""
+    told = list(values)
+    return None if None in told else sum(value or 0 for value in told)
 
 
 def _configure(socket: zmq.Socket[bytes], endpoint: str, topic: bytes) -> None:

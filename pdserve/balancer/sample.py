@@ -79,17 +79,17 @@ class Sample:
 class PartialLoad:
     """What SGLang's load channel tells of a worker between polls, summed over DP ranks.
 
-    Fields as in WorkerLoad; ``covered_s`` as in Sample.
+    Fields as in WorkerLoad; ``covered_s`` as in Sample. None: this server does not tell it there.
     """
 
     covered_s: float
-    num_running_reqs: int = 0
-    num_waiting_reqs: int = 0
-    num_used_tokens: int = 0
-    max_total_num_tokens: int = 0
-    num_waiting_uncached_tokens: int = 0
-    num_total_tokens: int = 0
-    max_running_requests: int = 0
+    num_running_reqs: int | None = None
+    num_waiting_reqs: int | None = None
+    num_used_tokens: int | None = None
+    max_total_num_tokens: int | None = None
+    num_waiting_uncached_tokens: int | None = None
+    num_total_tokens: int | None = None
+    max_running_requests: int | None = None
 
 
 def parse_loads(body: bytes, *, sent_s: float, received_s: float) -> Sample:

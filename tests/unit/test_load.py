@@ -249,7 +249,7 @@ def partial(covered_s: float, **fields: int) -> PartialLoad:
 
 def test_update_between_polls_replaces_what_it_tells_and_takes_over_credit() -> None:
     table = table_of(info(D0, Role.DECODE))
-    table.record(D0, sample(1.0, num_running_reqs=1, decode_moments=(1.0,) * 6, token_usage=0.5))
+    table.record(D0, sample(1.0, num_running_reqs=1, max_running_requests=8, token_usage=0.5))
     table.dispatch(D0, 50, 2.0)
     table.dispatch(D0, 70, 4.0)
     table.update(D0, partial(3.0, num_running_reqs=2, num_total_tokens=300))
@@ -258,6 +258,7 @@ def test_update_between_polls_replaces_what_it_tells_and_takes_over_credit() -> 
     load = table.load(D0)
     assert load is not None
     assert (load.num_running_reqs, load.token_usage, load.timestamp_s) == (2, 0.5, 1.0)
+    assert table.view(D0).max_running_requests == 8, "what an update does not tell stays as it was"
 
 
 def test_poll_older_than_the_last_update_does_not_undo_it() -> None:
