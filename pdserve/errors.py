@@ -52,7 +52,13 @@ class WorkerError(PdserveError):
 
 
 class WorkerUnreachable(WorkerError):
-    """The connection could not be made, or broke before the response was complete."""
+    """The connection could not be made, or broke before the response was complete.
+
+    ``is_stale``: it was a kept one and broke before any answer; the worker may
+    have closed it unused, so nobody is to blame and another try is free.
+    """
+
+    is_stale = False
 
 
 class WorkerTimeout(WorkerError):

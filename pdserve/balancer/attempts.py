@@ -27,10 +27,13 @@ from pdserve.balancer.reservation import Reservation
 from pdserve.balancer.rooms import RequestIds, RoomBook
 from pdserve.balancer.upstream import UpstreamPool
 from pdserve.config import BalancerConfig
-from pdserve.errors import NoWorkerError, WorkerTimeout
+from pdserve.errors import NoWorkerError, WorkerRejected, WorkerTimeout
 from pdserve.types import Role
 
 logger = logging.getLogger(__name__)
+
+MAX_STALE = 2
+"""Attempts that may be lost to kept connections that were closed meanwhile, one of each leg."""
 
 
 class Run(msgspec.Struct, eq=False):
@@ -71,9 +74,8 @@ class Attempts:
             LegFailed: if every attempt failed, or one did after the first byte.
         """
         failure: LegFailed | None = None
-        for attempt in range(self._config.max_retries + 1):
-            if failure is not None and not self._may_retry(run):
-                raise failure
+        retries, num_stale = self._config.max_retries, 0
+        while True:
             reservation = await self._reserve(run, failure)
             try:
                 return await self._attempt(run, reservation)
@@ -81,10 +83,15 @@ class Attempts:
                 if exc.is_client_fault or run.outlet.has_begun:
                     raise
                 failure = exc
-                self._avoid(run, reservation.key, exc.role)
-                logger.warning("attempt %d failed rid=%s: %s", attempt + 1, run.record.rid, exc)
-        assert failure is not None
-        raise failure
+            logger.warning("attempt failed rid=%s: %s", run.record.rid, failure)
+            if failure.is_stale and num_stale < MAX_STALE:
+                num_stale += 1
+                self._ledger.retried += 1
+                continue
+            self._avoid(run, reservation.key, failure.role)
+            if retries <= 0 or not self._may_retry(run):
+                raise failure
+            retries -= 1
 
     def _may_retry(self, run: Run) -> bool:
         """Some pair is left that serves or may soon, and the budget allows it."""
@@ -153,6 +160,9 @@ def _release_ended(reservation: Reservation, relayed: Relayed, record: RequestRe
     if relayed.prefill_error is None:
         reservation.release(prefill_ok=True, decode_ok=True)
         return
+    if isinstance(relayed.prefill_error, WorkerRejected) and relayed.prefill_error.status < 500:
+        reservation.release(prefill_ok=None, decode_ok=True)
+        return
     record.error = str(relayed.prefill_error)
     logger.warning("prefill did not end well rid=%s: %s", record.rid, record.error)
     # Only a late one: have it pinged, rather than taken for dead.
@@ -164,7 +174,7 @@ def _release_ended(reservation: Reservation, relayed: Relayed, record: RequestRe
 def _release_failed(reservation: Reservation, failure: LegFailed) -> None:
     """Blame the leg that failed first, by its own error; nobody for the client's fault."""
     prefill_ok = True if failure.is_prefill_done else None
-    if failure.is_client_fault:
+    if failure.is_client_fault or failure.is_stale:
         reservation.release(prefill_ok=None, decode_ok=None)
     elif failure.role is Role.PREFILL:
         reservation.release(prefill_ok=False, decode_ok=None, error=failure.error)

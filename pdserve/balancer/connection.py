@@ -16,7 +16,7 @@ from pdserve.errors import WorkerUnreachable
 
 STALE_WINDOW_S = 1.0
 """A kept connection that the worker had already closed breaks within a round trip of the next
-request. One that breaks later was at work on it: sending again would run it twice."""
+request. One that breaks later was at work on it."""
 JOIN_BYTES = 65536
 """Up to here one write of head + body is cheaper than two; above it the copy costs more."""
 
@@ -165,13 +165,14 @@ class UpstreamConnection(asyncio.Protocol):
             cast(asyncio.Transport, self._transport).close()
 
     def _lost_before_answer(self, response: UpstreamResponse, exc: Exception | None) -> None:
-        is_stale = self.num_served > 0 and response.attempts == 1
-        if is_stale and asyncio.get_running_loop().time() - response.sent_s < STALE_WINDOW_S:
+        age_s = asyncio.get_running_loop().time() - response.sent_s
+        is_stale = self.num_served > 0 and response.attempts == 1 and age_s < STALE_WINDOW_S
+        if is_stale and response.can_resend:
             self._home.send_again(response)
-        else:
-            response.fail(
-                WorkerUnreachable(response.url, f"closed the connection without an answer{_why(exc)}")
-            )
+            return
+        error = WorkerUnreachable(response.url, f"closed the connection without an answer{_why(exc)}")
+        error.is_stale = is_stale
+        response.fail(error)
 
 
 def _ends_with_connection(headers: Headers) -> bool:

@@ -103,6 +103,7 @@ class UpstreamResponse:
         "_is_paused",
         "attempts",
         "body",
+        "can_resend",
         "connecting",
         "connection",
         "deadline_s",
@@ -132,6 +133,7 @@ class UpstreamResponse:
         self.error: WorkerError | None = None
         self.is_complete = False
         self.is_closed = False
+        self.can_resend = True
         self.attempts = 0
         self.sent_s = 0.0
         self.ended_s = 0.0

@@ -12,6 +12,7 @@ blamed, and the answer goes on. ``run`` closes both sockets before it returns.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 
@@ -32,6 +33,10 @@ from pdserve.types import Role
 
 PREFILL_GRACE_S = 5.0
 """How long after decode's end prefill may take to end its own answer."""
+
+EVENT_END = b"\n\n"
+TRANSFER_FAILED = re.compile(rb"(transfer|bootstrap|handshake) failed for request|KVTransferError")
+"""What SGLang's legs say of each other (disaggregation/prefill.py, decode.py, common/conn.py)."""
 
 _NOT_RELAYED = frozenset(
     b"connection content-length date keep-alive server transfer-encoding x-request-id".split()
@@ -62,6 +67,11 @@ class LegFailed(PdserveError):
         self.role = role
         self.error = error
         self.is_prefill_done = is_prefill_done
+
+    @property
+    def is_stale(self) -> bool:
+        """True if only a kept connection had been closed: nobody's fault, and no attempt really."""
+        return isinstance(self.error, WorkerUnreachable) and self.error.is_stale
 
     @property
     def is_client_fault(self) -> bool:
@@ -127,6 +137,11 @@ class _Leg(msgspec.Struct, eq=False):
             self.parts = [b"".join(self.parts)]
         return self.parts[0] if self.parts else b""
 
+    @property
+    def has_event(self) -> bool:
+        """True once a whole server-sent event is here."""
+        return EVENT_END in self.body()
+
     def check_stream(self) -> None:
         """A 200 stream whose first event says that the server failed is a failed leg."""
         failure = stream_failure(self.parts[0]) if self.parts else None
@@ -191,9 +206,13 @@ class PairRelay:
         """
         pair, path, limits = self._reservation.pair, self._request.route.value, self._limits
         lines, start = render_headers(headers), self._pool.start
-        sent = start(pair.prefill.url, "POST", path, body, headers=lines, limits=limits, wakeup=self)
+        sent = start(
+            pair.prefill.url, "POST", path, body, headers=lines, limits=limits, wakeup=self, can_resend=False
+        )
         prefill = self._prefill = _Leg(Role.PREFILL, sent)
-        sent = start(pair.decode.url, "POST", path, body, headers=lines, limits=limits, wakeup=self)
+        sent = start(
+            pair.decode.url, "POST", path, body, headers=lines, limits=limits, wakeup=self, can_resend=False
+        )
         decode = self._decode = _Leg(Role.DECODE, sent)
         try:
             await self._opened(prefill, decode)
@@ -238,7 +257,7 @@ class PairRelay:
         prefill, decode, request = self._prefill, self._decode, self._request
         is_prefill_over = self._advance_prefill(prefill)
         is_open = decode.advance()
-        if request.is_stream and decode.is_accepted and (is_open or decode.parts):
+        if request.is_stream and decode.is_accepted and (is_open or decode.has_event):
             is_open = True
             decode.check_stream()
             if decode.is_done and not decode.parts:
@@ -264,8 +283,12 @@ class PairRelay:
         self._timeline.first_token_s = time.monotonic()
         response, tally = decode.response, StreamTally()
         transform = self._transform(prefill)
+        tail = b""
 
         def pour(data: bytes) -> bool:
+            nonlocal tail
+            if tail or not data.endswith(EVENT_END):  # no part of an event goes out before its end is here
+                data, tail = _whole_events(tail + data)
             tally.add(data)
             return outlet.push(data if transform is None else transform.feed(data))
 
@@ -280,8 +303,7 @@ class PairRelay:
             outlet.on_writable = None
         if response.error is not None:
             raise LegFailed(Role.DECODE, response.error, is_prefill_done=prefill.is_done)
-        if transform is not None:
-            outlet.push(transform.finish())
+        outlet.push(tail if transform is None else transform.feed(tail) + transform.finish())
         return tally.usage()
 
     def _transform(self, prefill: _Leg) -> Transform | None:
@@ -319,13 +341,22 @@ class PairRelay:
         return True
 
 
+def _whole_events(text: bytes) -> tuple[bytes, bytes]:
+    """What can go out, and the beginning of an event that cannot yet."""
+    end = text.rfind(EVENT_END)
+    return (text[: end + 2], text[end + 2 :]) if end >= 0 else (b"", text)
+
+
 def _first_failure(prefill: _Leg, decode: _Leg) -> LegFailed:
     """Which leg to blame: the one that failed first. Both legs wait for each other's handshake,
-    so if one ran out of time while the other was silent too, either may be the cause."""
+    so if one ran out of time while the other was silent too, or reports that the KV did not
+    travel, either may be the cause."""
     failed = [leg for leg in (prefill, decode) if leg.error is not None]
     first = min(failed, key=lambda leg: leg.response.ended_s)
     assert first.error is not None
     other = decode if first is prefill else prefill
     is_unclear = isinstance(first.error, WorkerTimeout) and not other.response.status
+    if isinstance(first.error, WorkerRejected):
+        is_unclear = first.error.status >= 500 and bool(TRANSFER_FAILED.search(first.error.body))
     role = None if is_unclear else first.role
     return LegFailed(role, first.error, is_prefill_done=prefill.is_done)

@@ -104,6 +104,7 @@ class UpstreamPool:
         headers: Iterable[tuple[bytes, bytes]] | bytes = (),
         limits: tuple[float, float],
         wakeup: Alarm | None = None,
+        can_resend: bool = True,
     ) -> UpstreamResponse:
         """Send a request and return its response, still empty.
 
@@ -113,6 +114,8 @@ class UpstreamPool:
             headers: besides ``host`` and ``content-length``; as bytes, lines with their ends.
             limits: seconds to the first byte, and of silence after it.
             wakeup: set at each change, instead of the response's own, on which its methods wait.
+            can_resend: a kept connection that breaks at once may be replaced and the request sent
+                again; not for prompts, whose room the worker may already have taken.
 
         Never raises for what the worker does; see ``UpstreamResponse.error``.
         """
@@ -129,6 +132,7 @@ class UpstreamPool:
         )
         response = UpstreamResponse(url, head, body, limits, self.deadlines)
         response.wakeup = Wakeup() if wakeup is None else wakeup
+        response.can_resend = can_resend
         now_s = self.deadlines.now()
         connection = target.take_idle(now_s)
         if connection is not None:

@@ -217,6 +217,7 @@ async def test_failed_prefill_is_retried_on_another_pair(body: object, fault: di
 async def test_decode_reset_before_the_first_byte_is_retried(body: object, fault: dict[str, Any]) -> None:
     async with running_site(decode=2) as site:
         bad, good = site.decodes
+        await forget_connections(bad)
         behave(bad, **fault)
         for _ in range(4):
             assert (await site.generate(body)).status == 200
@@ -225,6 +226,24 @@ async def test_decode_reset_before_the_first_byte_is_retried(body: object, fault
         assert bad.requests and good.requests
         assert site.counts["retried"] == 1
         await until(lambda: site.state("decode-0") == "suspect")
+
+
+async def forget_connections(fake: FakeSGLang) -> None:
+    """From here on each connection to it is a fresh one: a break cannot be a stale connection's."""
+    fake.drop_idle()
+    await until(lambda: fake.num_connections == 0)
+
+
+@pytest.mark.parametrize("leg", ["prefill", "decode"])
+async def test_a_kept_connection_that_breaks_costs_a_new_room_and_nobodys_reputation(leg: str) -> None:
+    async with running_site() as site:
+        await site.generate(PLAIN)
+        fake = getattr(site, leg)
+        fake.behaviour.mute_connections = 1
+        assert (await site.generate(PLAIN)).status == 200
+        assert len(set(fake.rooms)) == len(fake.rooms), "no room may be used twice"
+        assert [worker.breaker.errors for worker in site.balancer.fleet.workers()] == [0, 0]
+        assert site.counts["retried"] == 1
 
 
 async def test_a_retry_avoids_the_failed_worker_even_if_it_looks_idle() -> None:
@@ -249,11 +268,11 @@ async def test_the_failed_worker_is_used_again_where_there_is_no_other() -> None
 
 async def test_without_another_pair_a_reset_is_502_and_its_worker_suspect() -> None:
     async with running_site() as site:
+        await forget_connections(site.decode)
         behave(site.decode, reset_before_head=True)
         reply = await site.generate(PLAIN)
         assert reply.status == 502
         assert site.decode.url in reply.json["error"]["message"]
-        # The pool may send it once more where a kept connection was stale; never as another request.
         assert len({request["bootstrap_room"] for request in site.decode.requests}) == 1
         assert site.state("decode-0") == "suspect"
         assert site.state("prefill-0") == "ready"
