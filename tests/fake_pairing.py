@@ -55,7 +55,6 @@ class Hold:
     def __init__(self, point: Point) -> None:
         self.point = point
         self.worker: Any = None
-        self.is_done = False
         self._reached = asyncio.Event()
         self._gate = asyncio.Event()
         self._way: Way | None = None
@@ -66,9 +65,10 @@ class Hold:
         return self._reached.is_set()
 
     def release(self, way: Way | None = None) -> None:
-        """Let the request go on, or end it."""
-        self._way = way
-        self._gate.set()
+        """Let the request go on, or end it. Only the first call counts."""
+        if not self._gate.is_set():
+            self._way = way
+            self._gate.set()
 
     async def stop(self, worker: Any) -> Way | None:
         """Called by the fake whose request is at the point."""

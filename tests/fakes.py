@@ -26,6 +26,7 @@ from tests.fake_pairing import Hold, Rendezvous
 from tests.fake_run import Behaviour, Run
 
 DEADLINE_S = 5.0
+DEATH_NOTICE_S = 0.02
 
 
 class FakeSGLang:
@@ -125,8 +126,9 @@ class FakeSGLang:
             self._server.close()
         for connection in list(self._connections):
             connection.abort()
+        # Twins learn of it by their transfer, later than by a socket of the process itself.
         for run in list(self._runs.values()):
-            run.lose()
+            asyncio.get_running_loop().call_later(DEATH_NOTICE_S, run.lose)
         self._kv.clear()
 
     def drop_idle(self) -> None:
@@ -222,9 +224,6 @@ class FakeSGLang:
         self._runs.update(dict.fromkeys(rids, run))
         try:
             await run.serve()
-        except asyncio.CancelledError:
-            run.lose()
-            raise
         finally:
             if run.is_over:
                 self._kv.difference_update(rids)

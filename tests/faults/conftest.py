@@ -1,0 +1,5 @@
+"""Fault tests: the checks live in helper modules and shall explain themselves as tests do."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.faults.site", "tests.faults.black_hole", "tests.wire", "tests.fakes")
