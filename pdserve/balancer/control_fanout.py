@@ -212,5 +212,6 @@ def _row(worker: Worker, reply: Reply) -> dict[str, Any]:
     except (msgspec.DecodeError, UnicodeDecodeError):
         return row
     if isinstance(said, dict):
-        return {**row, "message": str(said.get("message", "")), "answer": said}
+        texts = (said.get(name) for name in ("message", "error", "detail"))
+        return {**row, "message": next((text for text in texts if isinstance(text, str)), ""), "answer": said}
     return {**row, "message": "", "answer": said} if isinstance(said, list) else row

@@ -54,13 +54,15 @@ class InfoControl:
         """What the first worker that answers says; decode workers first, they speak for the service."""
         timeout_s = WORK_S if body else ASK_S
         question = Question.of(client, body, path=_OLD_NAMES.get(client.path, ""), timeout_s=timeout_s)
-        why = self._fleet.explain()
+        status, why = 503, self._fleet.explain()
         for worker in self._asker.willing():
             reply = await self._asker.ask(question, worker)
-            if isinstance(reply, FetchedResponse) and (reply.status < 500 or reply.status == 501):
-                return passed_on(reply)
+            if isinstance(reply, FetchedResponse):
+                if reply.status < 500 or reply.status == 501:
+                    return passed_on(reply)
+                status = reply.status  # SGLang has 500 for some wrong questions too
             why = why_not(worker, reply)
-        return route_error(client.path, 503, f"no worker answers {client.path}: {why}")
+        return route_error(client.path, status, f"no worker answers {client.path}: {why}")
 
     async def response(self, client: Client, body: bytes) -> Answer:
         """A stored response, or its cancellation: it lies on the decode server that made it."""

@@ -42,7 +42,7 @@ async def test_method_target_body_and_headers_travel_unchanged(method: str, targ
 async def test_200_only_if_all_said_so_and_a_row_for_each() -> None:
     async with control_site(prefill=1, decode=2) as site:
         site.prefills[0].tell("/freeze_gc", b"Frozen.\n", content_type="text/plain")
-        site.decodes[0].tell("/freeze_gc", {"success": False, "message": "busy"}, 400)
+        site.decodes[0].tell("/freeze_gc", {"success": False, "error": "busy"}, 400)
         await site.decodes[1].stop()
         reply = await site.ask("POST", "/freeze_gc")
         assert (reply.status, reply.json["success"]) == (400, False)
@@ -52,7 +52,7 @@ async def test_200_only_if_all_said_so_and_a_row_for_each() -> None:
             "worker_id": "prefill-0", "url": site.prefills[0].url, "status": 200, "message": "Frozen."
         }  # fmt: skip
         assert (second["status"], second["message"]) == (400, "busy")
-        assert second["answer"] == {"success": False, "message": "busy"}
+        assert second["answer"] == {"success": False, "error": "busy"}
         assert third["status"] == 502
         assert site.decodes[1].url in third["message"]
 

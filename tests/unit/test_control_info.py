@@ -45,6 +45,14 @@ async def test_a_worker_that_fails_is_skipped() -> None:
         assert (reply.status, reply.json) == (200, {"tokens": [1]})
 
 
+async def test_a_question_that_no_worker_can_answer_is_sglangs_own_status() -> None:
+    async with control_site() as site:
+        for worker in site.workers:
+            worker.tell("/parse_function_call", b"Internal Server Error", 500, content_type="text/plain")
+        reply = await site.ask("POST", "/parse_function_call", {})
+        assert (reply.status, "HTTP 500" in reply.json["error"]["message"]) == (500, True)
+
+
 @pytest.mark.parametrize(
     ("path", "where"),
     [
