@@ -39,13 +39,8 @@ class _Plain(msgspec.Struct):
     bootstrap_port: msgspec.Raw = _ABSENT
     bootstrap_room: msgspec.Raw = _ABSENT
     return_logprob: msgspec.Raw = _ABSENT
-    logprobs: msgspec.Raw = _ABSENT
-    top_logprobs: msgspec.Raw = _ABSENT
     echo: msgspec.Raw = _ABSENT
-    return_hidden_states: msgspec.Raw = _ABSENT
     return_routed_experts: msgspec.Raw = _ABSENT
-    return_prompt_token_ids: msgspec.Raw = _ABSENT
-    return_token_ids: msgspec.Raw = _ABSENT
     stream: bool | None = False
     sampling_params: _Sampling | None = None
     n: int | None = None
@@ -112,13 +107,8 @@ def _is_decodes_own(plain: _Plain) -> bool:
     """True if nothing is asked for that prefill's answer may have to be looked at for (merge.py decides)."""
     return (
         plain.return_logprob is _ABSENT
-        and plain.logprobs is _ABSENT
-        and plain.top_logprobs is _ABSENT
         and plain.echo is _ABSENT
-        and plain.return_hidden_states is _ABSENT
         and plain.return_routed_experts is _ABSENT
-        and plain.return_prompt_token_ids is _ABSENT
-        and plain.return_token_ids is _ABSENT
     )
 
 
