@@ -17,6 +17,7 @@ import typer
 
 from pdserve import __version__, command_line
 from pdserve import cli_options as opt
+from pdserve.config import keys_from_environment
 from pdserve.errors import ConfigError, PdserveError, StartupError
 from pdserve.types import Role
 
@@ -173,11 +174,13 @@ def chat(
     system: opt.SystemPrompt = "",
     max_tokens: opt.MaxTokens = 512,
     temperature: opt.Temperature = 0.0,
+    api_key: opt.ChatKey = "",
 ) -> None:
     """Talk to a running service."""
     from pdserve.monitor.chat import run_chat
 
     options: dict[str, Any] = dict(system=system, max_tokens=max_tokens, temperature=temperature)
+    options["api_key"] = api_key or keys_from_environment().get("api_key", "")
     raise typer.Exit(run_chat(url, prompt=prompt or "", **options))
 
 

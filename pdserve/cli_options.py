@@ -310,3 +310,12 @@ ServiceUrl = Annotated[
 SystemPrompt = Annotated[str, option("--system", panel=RUN, text="System prompt. (text; default none)")]
 MaxTokens = Annotated[int, option("--max-tokens", panel=RUN, text="Longest answer. (tokens; default 512)")]
 Temperature = Annotated[float, option("--temperature", panel=RUN, text="0 is greedy. (number; default 0)")]
+ChatKey = Annotated[
+    str,
+    option(
+        "--api-key",
+        panel=KEYS,
+        metavar="KEY",
+        text="The service's key; or PDSERVE_API_KEY. (text; default none)",
+    ),
+]

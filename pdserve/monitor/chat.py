@@ -28,6 +28,7 @@ def run_chat(
     max_tokens: int = 512,
     temperature: float = 0.0,
     prompt: str = "",
+    api_key: str = "",
 ) -> int:
     """Chat with the service at ``url`` until the user leaves; with ``prompt``, answer it and return.
 
@@ -36,7 +37,7 @@ def run_chat(
     """
     console, notes = Console(), Console(stderr=True)
     try:
-        session = ChatSession(url, ChatOptions(system, max_tokens, temperature))
+        session = ChatSession(url, ChatOptions(system, max_tokens, temperature, api_key))
         if prompt:
             return _answer_once(session, prompt, console, notes)
         session.model()

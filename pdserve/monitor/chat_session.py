@@ -32,6 +32,8 @@ class ChatOptions:
     system: str = ""
     max_tokens: int = 512
     temperature: float = 0.0
+    api_key: str = field(default="", repr=False)
+    """Sent as a bearer token; empty: nothing is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,8 @@ class ChatSession:
             connection.connect()
             connection.sock.settimeout(SILENCE_S)
             headers = {"Content-Type": "application/json"} if body else {}
+            if key := self.options.api_key:
+                headers["Authorization"] = f"Bearer {key}"
             connection.request(method, self._prefix + path, body=body, headers=headers)
             response = connection.getresponse()
             if response.status != 200:

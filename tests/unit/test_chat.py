@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pdserve.cli import main
 from pdserve.errors import ConfigError, WorkerError, WorkerUnreachable
 from pdserve.monitor import chat
 from pdserve.monitor.chat_session import AnswerStats, ChatOptions, ChatSession
@@ -48,6 +49,7 @@ class FakeService:
     error: bytes = b""
     models: list[dict[str, str]] = field(default_factory=lambda: [{"id": "toy"}])
     requests: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
     client_left: threading.Event = field(default_factory=threading.Event)
 
 
@@ -63,6 +65,7 @@ def _handler(service: FakeService) -> type[BaseHTTPRequestHandler]:
             assert self.path == "/v1/chat/completions"
             body = self.rfile.read(int(self.headers["Content-Length"]))
             service.requests.append(json.loads(body))
+            service.keys.append(self.headers["Authorization"])
             if service.status != 200:
                 self._whole(service.status, service.error)
                 return
@@ -345,3 +348,18 @@ def test_model_cannot_send_escape_sequences_to_a_terminal(service: FakeService) 
     assert chat.print_answer(ChatSession(service.url), "hi", console)
     assert "\x1b]0" not in _text(console)
     assert "␛]0;title" in _text(console)
+
+
+def test_the_key_is_an_option_or_comes_from_the_environment(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PDSERVE_API_KEY", raising=False)
+    for args, key in (((), None), (("--api-key", "mine"), "mine")):
+        with pytest.raises(SystemExit):
+            main(["chat", "hi", "--url", service.url, *args])
+        assert service.keys[-1] == (key and f"Bearer {key}")
+    monkeypatch.setenv("PDSERVE_API_KEY", "theirs")
+    with pytest.raises(SystemExit):
+        main(["chat", "hi", "--url", service.url])
+    assert service.keys[-1] == "Bearer theirs"
+    assert "theirs" not in "".join(capsys.readouterr())
