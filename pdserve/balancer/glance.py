@@ -39,6 +39,8 @@ class _Plain(msgspec.Struct):
     bootstrap_port: msgspec.Raw = _ABSENT
     bootstrap_room: msgspec.Raw = _ABSENT
     return_logprob: msgspec.Raw = _ABSENT
+    logprobs: msgspec.Raw = _ABSENT
+    top_logprobs: msgspec.Raw = _ABSENT
     echo: msgspec.Raw = _ABSENT
     return_routed_experts: msgspec.Raw = _ABSENT
     stream: bool | None = False
@@ -104,9 +106,11 @@ def _is_unnamed(plain: _Plain) -> bool:
 
 
 def _is_decodes_own(plain: _Plain) -> bool:
-    """True if nothing is asked for that prefill's answer may have to be looked at for (merge.py decides)."""
+    """True if nothing is asked for that prefill must answer (merge.py) or has a limit on (rewrite.py)."""
     return (
         plain.return_logprob is _ABSENT
+        and plain.logprobs is _ABSENT
+        and plain.top_logprobs is _ABSENT
         and plain.echo is _ABSENT
         and plain.return_routed_experts is _ABSENT
     )
@@ -125,7 +129,8 @@ def _prompt(route: Route, plain: _Plain) -> memoryview | None:
         return None
     if name in ("messages", "input"):
         return None if len(raw) > LONG_BYTES and _has_media(raw) else raw
-    return raw if raw[0] == 0x22 or _is_ids(raw) else None  # a string, or one prompt's token ids
+    is_text = raw[0] == 0x22 and len(raw) > 2
+    return raw if is_text or _is_ids(raw) else None
 
 
 def _has_media(raw: memoryview) -> bool:

@@ -18,6 +18,8 @@ from pdserve.balancer.request import DEFAULT_NEW_TOKENS, ParsedRequest, RequestR
 from pdserve.types import RequestShape
 
 MAX_SAMPLES = 1024
+MAX_TOP_LOGPROBS = 128
+"""Room in the metadata that travel with the KV: sglang disaggregation/utils.py, MetadataBuffers."""
 MAX_PROMPTS = 65536
 """Copies of a prompt in one request; beyond it a small body would fill the memory."""
 
@@ -44,8 +46,9 @@ def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
         )
     options, prompts = fields, fields
     if route is Route.VERTEX:
-        fields = options = _vertex(fields)
+        fields = _vertex(fields)
         options = fields["parameters"]
+    _refuse_poison(options, _texts(fields))
     sampling = _sampling(options) if route in (Route.GENERATE, Route.VERTEX) else []
     shape = RequestShape(
         prompt_tokens=_prompt_tokens(prompts),
@@ -77,6 +80,36 @@ def _document(body: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise RequestRefused(f"the request body must be a JSON object, got {_json_name(fields)}")
     return fields
+
+
+# -- what would kill a server ----------------------------------------------------------------------
+
+
+def _refuse_poison(options: dict[str, Any], texts: list[Any]) -> None:
+    """Refuse what ends SGLang's scheduler process, and with it every other request on that server."""
+    if any(text == "" or text == [] for text in texts):
+        raise RequestRefused("the prompt is empty: it must have at least one token")
+    for name in ("top_logprobs_num", "top_logprobs", "logprobs"):
+        value = options.get(name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and number > MAX_TOP_LOGPROBS:
+                raise RequestRefused(
+                    f"{name} may be {MAX_TOP_LOGPROBS} at most with disaggregation, got {number}"
+                )
+
+
+def _texts(fields: dict[str, Any]) -> list[Any]:
+    """Every prompt that is given as text or token ids."""
+    found: list[Any] = []
+    for name in ("text", "input_ids", "prompt"):
+        value = fields.get(name)
+        is_batch = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
+        found += value if is_batch and isinstance(value, list) else [value]
+    instances = fields.get("instances")
+    for instance in instances if isinstance(instances, list) else ():
+        if isinstance(instance, dict):
+            found += [instance.get("text"), instance.get("input_ids")]
+    return found
 
 
 # -- samples -----------------------------------------------------------------------------------

@@ -108,27 +108,6 @@ def stream_failure(chunk: bytes) -> tuple[int, str] | None:
     return status, str(reason.get("message") or error.get("message") or "aborted")
 
 
-def merge_prompt_logprobs(decode_body: bytes, prefill_body: bytes) -> bytes:
-    """Decode's /generate answer with the prompt's logprobs, which only prefill computes.
-
-    A decode server reports empty input lists; prefill's come first. The first
-    output token's chosen-id logprobs do not travel with the KV either.
-    """
-    try:
-        decode, prefill = msgspec.json.decode(decode_body), msgspec.json.decode(prefill_body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return decode_body
-    pairs = zip(_items(decode), _items(prefill), strict=False)
-    for ours, theirs in ((_dict(d.get("meta_info")), _dict(p.get("meta_info"))) for d, p in pairs):
-        for name in ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs"):
-            if isinstance(theirs.get(name), list):
-                ours[name] = theirs[name] + (ours.get(name) or [])
-        chosen, first = ours.get("output_token_ids_logprobs"), theirs.get("output_token_ids_logprobs")
-        if chosen and first and not chosen[0]:
-            chosen[0] = first[0]
-    return msgspec.json.encode(decode)
-
-
 def _usage_of(text: bytes, num_events: int) -> Usage:
     finish, completion, prompt = (pattern.findall(text) for pattern in (_FINISH, _COMPLETION, _PROMPT))
     return Usage(
@@ -148,13 +127,5 @@ def _usage_of_item(item: _Item) -> Usage:
     return Usage(finish, counts.prompt_tokens or 0, counts.completion_tokens or 0)
 
 
-def _items(document: Any) -> list[dict[str, Any]]:
-    return [_dict(item) for item in (document if isinstance(document, list) else [document])]
-
-
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) else 0

@@ -14,7 +14,7 @@ from pdserve.balancer.http_errors import error_event
 from pdserve.balancer.parse import parse_request
 from pdserve.balancer.request import RequestRefused, Route
 from pdserve.balancer.rooms import RoomBook
-from pdserve.balancer.stream import StreamTally, merge_prompt_logprobs, stream_failure, usage_of_body
+from pdserve.balancer.stream import StreamTally, stream_failure, usage_of_body
 from pdserve.types import RequestShape
 from tests.fakes import Behaviour, FakeSGLang, until
 from tests.unit.balancer_client import Site, running_site
@@ -149,7 +149,7 @@ async def test_a_prefill_that_never_ends_does_not_delay_the_answer(monkeypatch: 
         (b"\xff", 400, "not valid JSON"),
         (b"", 400, "not valid JSON"),
         ([PLAIN], 400, "JSON object, got an array"),
-        ({"text": []}, 400, "batch is empty"),
+        ({"text": []}, 400, "prompt is empty"),
         ({"text": "a", "sampling_params": {"n": 2000}}, 400, "1024 at most"),
     ],
 )
@@ -507,7 +507,3 @@ def test_usage_of_a_batch_is_its_sum() -> None:
     meta = {"finish_reason": {"type": "stop"}, "prompt_tokens": 2, "completion_tokens": 3}
     usage = usage_of_body(json.dumps([{"meta_info": meta}] * 2).encode())
     assert (usage.prompt_tokens, usage.completion_tokens, usage.finish) == (4, 6, "stop")
-
-
-def test_logprob_merge_leaves_what_it_cannot_read() -> None:
-    assert merge_prompt_logprobs(b"{}", b"not json") == b"{}"

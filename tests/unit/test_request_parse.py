@@ -116,11 +116,33 @@ def test_no_spelling_gets_a_room_or_name_past_ours(body: bytes) -> None:
         b'{"text":[]}',
         b'{"text":"a","sampling_params":{"n":1000000}}',
         b'{"text":["a","b"],"sampling_params":[{"n":2},{"n":3}]}',
+        b'{"text":""}',
+        b'{"text":["a",""]}',
+        b'{"input_ids":[]}',
+        b'{"input_ids":[[1],[]]}',
+        b'{"text":"a","return_logprob":true,"top_logprobs_num":129}',
+        b'{"text":["a","b"],"return_logprob":true,"top_logprobs_num":[1,200]}',
     ],
 )
 def test_what_cannot_be_read_is_a_clients_fault(body: bytes) -> None:
     with pytest.raises(RequestRefused) as caught:
         parse_request(Route.GENERATE, body)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        (Route.COMPLETIONS, b'{"prompt":""}'),
+        (Route.COMPLETIONS, b'{"prompt":["abc",""]}'),
+        (Route.COMPLETIONS, b'{"prompt":"a","logprobs":129}'),
+        (Route.CHAT, b'{"messages":[{"role":"user","content":"a"}],"logprobs":true,"top_logprobs":129}'),
+        (Route.VERTEX, b'{"instances":[{"text":"a"},{"text":""}]}'),
+    ],
+)
+def test_what_would_kill_a_server_goes_to_none(route: Route, body: bytes) -> None:
+    with pytest.raises(RequestRefused) as caught:
+        parse_request(route, body)
     assert caught.value.status == 400
 
 
