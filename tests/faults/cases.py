@@ -3,8 +3,8 @@
 ``impossible`` says why a combination cannot occur; ``expected`` what the client must get
 and who may be blamed, from the rules of the design:
 
-    no byte at the client yet   another pair is tried; without one 502, silence 504
-    bytes at the client         the stream ends with an error event
+    no event at the client yet  another pair is tried; without one 502, silence 504
+    events at the client        the stream ends with an error event
     decode has the KV           a prefill that fails later is blamed, the answer goes on
     4xx                         goes to the client, nobody is blamed, nothing is tried again
 """
@@ -84,7 +84,6 @@ class Expected:
 
 _BEFORE = (Ending.REFUSED, Ending.RESET_BEFORE_HEAD, Ending.SILENCE, Ending.KILLED, Ending.REMOVED)
 _FROM_OUTSIDE = (Ending.KILLED, Ending.REMOVED)
-_PARTIAL = (Ending.RESET_MID_BODY, Ending.FIN_MID_BODY)
 _NEED_NO_HEAD = (
     Ending.HTTP_500, Ending.HTTP_503, Ending.HTTP_400, Ending.ERROR_EVENT, Ending.RESET_BEFORE_HEAD,
     Ending.FIN_BEFORE_HEAD,
@@ -145,23 +144,8 @@ def expected(case: Case) -> Expected:
     if ending is Ending.SILENCE and stage is Stage.ACCEPTED and case.leg is Role.PREFILL:
         blame = "both"  # decode is silent too, because it waits for prefill: either may be the cause
     retried = "ok" if case.spare else "504" if ending is Ending.SILENCE else "502"
-    if case.leg is Role.DECODE and case.stream and ending in _PARTIAL:
-        return Expected((retried, "error-event"), "leg")  # part of an event may have reached the client
     outcomes = (retried, "503") if ending is Ending.HTTP_503 and not case.spare else (retried,)
     return Expected(outcomes, blame)
-
-
-def known_bug(case: Case) -> str:
-    """Why the balancer fails it at present, or an empty string."""
-    ending, stage = case.ending, case.stage
-    if ending in (Ending.RESET_BEFORE_HEAD, Ending.FIN_BEFORE_HEAD) and stage is not Stage.BEFORE:
-        return "an admitted request is sent again with its room"
-    if case.leg is Role.DECODE and case.stream and ending in _PARTIAL:
-        return "the error event is glued to the event that was cut off"
-    if ending is Ending.HTTP_400 and case.leg is Role.PREFILL:
-        is_late = stage is Stage.DECODED or (stage is Stage.STREAMING and case.stream)
-        return "a late 4xx of prefill is counted as its failure" if is_late else ""
-    return ""
 
 
 def _expected_before(case: Case) -> Expected:

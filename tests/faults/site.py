@@ -122,6 +122,12 @@ class Site:
         """True while the balancer counts it in."""
         return any(worker.worker_id == fake.name for worker in self.balancer.fleet.workers())
 
+    async def drop_kept(self) -> None:
+        """Close every kept connection: what breaks on a fresh one cannot be taken for a stale one."""
+        for fake in self.fakes:
+            fake.drop_idle()
+        await until(lambda: not self.balancer.pool.connections, "no kept connection")
+
     async def until_pairs(self, number: int) -> None:
         """Wait until that many pairs take traffic."""
         pairs = self.balancer.fleet.pairs
