@@ -10,9 +10,6 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-SOFT_LIMIT = 3
-"""Consecutive 5xx answers that open the breaker; any good answer between them resets the count."""
-
 
 class BreakerState(enum.StrEnum):
     """Closed lets traffic through, half-open only a probe, open nothing."""
@@ -22,12 +19,27 @@ class BreakerState(enum.StrEnum):
     HALF_OPEN = "half_open"
 
 
+class Failure(enum.Enum):
+    """How bad it was: a broken connection or silence, an error answer, or "I am full" (503)."""
+
+    HARD = "hard"
+    SOFT = "soft"
+    OVERLOAD = "overload"
+
+
 @dataclass(slots=True)
 class Breaker:
-    """State and counts; ``opened`` counts how often it went from closed to open."""
+    """State and counts; ``opened`` counts how often it went from closed to open.
 
+    ``limit`` failures in a row open it; any good answer between them resets the
+    count. An overloaded worker does right to say so: that counts as a failure only
+    from the ``limit``-th time in a row.
+    """
+
+    limit: int = 3
     state: BreakerState = BreakerState.CLOSED
     consecutive: int = 0
+    overloads: int = 0
     errors: int = 0
     opened: int = 0
 
@@ -38,19 +50,23 @@ class Breaker:
 
     def succeed(self) -> None:
         """A request's leg ended well. Does not close an open breaker: that takes a probe."""
-        self.consecutive = 0
+        self.consecutive = self.overloads = 0
 
-    def fail(self, *, hard: bool) -> bool:
-        """Count one failure; a hard one (the connection broke) opens at once.
+    def fail(self, failure: Failure) -> bool:
+        """Count one failure; a hard one opens at once.
 
         Returns:
             True if this failure opened a closed breaker.
         """
         self.errors += 1
+        if failure is Failure.OVERLOAD:
+            self.overloads += 1
+            if self.overloads < self.limit:
+                return False
         self.consecutive += 1
         if not self.is_closed:
             return False
-        if not hard and self.consecutive < SOFT_LIMIT:
+        if failure is not Failure.HARD and self.consecutive < self.limit:
             return False
         self.trip()
         return True
@@ -69,4 +85,4 @@ class Breaker:
     def close(self) -> None:
         """A probe passed: back to normal."""
         self.state = BreakerState.CLOSED
-        self.consecutive = 0
+        self.consecutive = self.overloads = 0

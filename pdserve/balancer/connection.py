@@ -24,6 +24,9 @@ JOIN_BYTES = 65536
 class Home(Protocol):
     """Where a connection comes from."""
 
+    num_heard: int
+    """Grows with each piece of an answer to a client's request."""
+
     def put_back(self, connection: UpstreamConnection) -> None:
         """The response is complete and the connection can take another request."""
         ...
@@ -121,6 +124,8 @@ class UpstreamConnection(asyncio.Protocol):
         if not self._has_bytes:
             self._has_bytes = True
             response.body = b""  # it will not be sent again: a long answer must not hold a long prompt
+        if not response.can_resend:
+            self._home.num_heard += 1
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:

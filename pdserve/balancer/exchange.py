@@ -341,6 +341,10 @@ class Deadlines:
         """It has ended."""
         self._open.discard(response)
 
+    def open(self) -> list[UpstreamResponse]:
+        """Exchanges that were sent and have not ended."""
+        return list(self._open)
+
     def close(self) -> list[UpstreamResponse]:
         """Stop the timer; returns what was still open."""
         if self._timer is not None:

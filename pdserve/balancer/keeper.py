@@ -1,9 +1,8 @@
-"""The background loops of the fleet: one keeper per worker, one per pair.
+"""The background loop of one worker: its load, and whether it is there, hangs or stands still.
 
-A worker's keeper polls its load and, when the worker is not believed to
-answer, pings it until it does. A pair's keeper probes the pair whenever it is
-not ready and both workers answer. Keepers decide nothing: they tell
-``Verdicts`` (the Fleet) what they saw.
+The keeper polls the worker's load and, when the worker is not believed to
+answer, pings it until it does. It decides nothing: it tells ``Verdicts`` (the
+Judge) what it saw. Pairs have keepers of their own (pair_keeper.py).
 """
 
 from __future__ import annotations
@@ -11,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
 from typing import Protocol
 
 import msgspec
 
-from pdserve.balancer.member import Backoff, PairRecord, PairState, Worker, WorkerState
-from pdserve.balancer.probe import Fetcher, ProbePassed, ProbeResult, probe_pair
+from pdserve.balancer.member import Backoff, Worker
+from pdserve.balancer.probe import Response, WorkerKeys, WorkerPool
+from pdserve.balancer.progress import ProgressWatch, patience_s
 from pdserve.balancer.sample import LOADS_PATH, Sample, parse_loads
+from pdserve.balancer.silence import Silence
 from pdserve.config import BalancerConfig
 from pdserve.errors import ProtocolMismatch, WorkerError, WorkerUnreachable
 from pdserve.types import WorkerInfo
@@ -32,14 +32,17 @@ HEALTH_S = 25.0
 LOADS_S = 2.0
 UNREACHABLE_POLLS = 2
 """Polls in a row without a connection that make a worker suspect; one may be a closing keep-alive."""
+SILENT_POLLS = 2
+"""Polls in a row that timed out and make a ping decide."""
 IDLE_FACTOR = 4
 """An idle worker is polled this many times more slowly; a dispatch ends the pause."""
 POLL_BACKOFF_S = 2.0
 REVIVE_BACKOFF_S = (0.2, 5.0)
-JOIN_BACKOFF_S = (0.5, 10.0)
-MAX_PROBES = 8
-MAX_PROBES_PER_WORKER = 2
-"""One probe may hang for ``probe_s`` on a broken peer; the second place lets other pairs be tested."""
+FLAP_WINDOW_S = 120.0
+FREE_REVIVALS = 3
+MAX_REVIVALS = 16
+MAX_CALM_S = 30.0
+"""Each return to service beyond FREE_REVIVALS within FLAP_WINDOW_S takes twice as long, up to this."""
 
 
 class Verdicts(Protocol):
@@ -57,24 +60,33 @@ class Verdicts(Protocol):
         """A worker does not answer."""
         ...
 
+    def worker_hung(self, worker: Worker, why: str) -> None:
+        """A worker with requests in flight shows no sign of life."""
+        ...
+
+    def worker_stalled(self, worker: Worker, why: str) -> None:
+        """A worker answers, and gets nowhere with what it has."""
+        ...
+
     def worker_sampled(self, worker: Worker, sample: Sample) -> None:
         """A load sample arrived."""
         ...
 
-    def pair_probed(self, record: PairRecord, result: ProbeResult) -> None:
-        """A probe ended."""
-        ...
-
 
 class WorkerKeeper:
-    """Polls one worker's load; pings it while it is suspect or, if static, not up yet."""
+    """Polls one worker's load; pings it while it is suspect or, if static, not up yet; tells if it hangs."""
 
-    def __init__(self, worker: Worker, config: BalancerConfig, pool: Fetcher, verdicts: Verdicts) -> None:
+    def __init__(self, worker: Worker, config: BalancerConfig, pool: WorkerPool, verdicts: Verdicts) -> None:
         self._worker = worker
         self._config = config
         self._pool = pool
         self._verdicts = verdicts
+        self._headers = WorkerKeys.of(config).plain
+        self._progress = ProgressWatch(worker.role)
+        self._silence = Silence(config.wedge_s)
+        self._revivals: deque[float] = deque(maxlen=MAX_REVIVALS)
         self._unreachable_polls = 0
+        self._silent_polls = 0
         self._is_mute = False
         self._backoff = Backoff(config.load_poll_s, max(config.load_poll_s, POLL_BACKOFF_S))
 
@@ -92,20 +104,51 @@ class WorkerKeeper:
             else:
                 await self._rest(await self._poll())
 
+    async def _ask(self, path: str, timeout_s: float) -> Response:
+        """Any answer is a sign of life; what is missing for too long is told.
+
+        Raises:
+            WorkerError: if there was none.
+        """
+        worker, asked_s = self._worker, time.monotonic()
+        heard = self._pool.num_heard(worker.url)
+        try:
+            answer = await self._pool.fetch(
+                worker.url, "GET", path, headers=self._headers, timeout_s=timeout_s
+            )
+        except WorkerError as exc:
+            self._silence.unanswered(asked_s, heard)
+            now_s, heard = time.monotonic(), self._pool.num_heard(worker.url)
+            if self._silence.is_over(exc, now_s, heard) and worker.num_inflight:
+                self._verdicts.worker_hung(worker, f"{exc}; silent for {self._silence.restart(now_s):.0f} s")
+            raise
+        self._silence.answered()
+        return answer
+
     async def _revive(self) -> None:
         backoff = Backoff(*REVIVE_BACKOFF_S)
         while why := await self._ping() or await self._introduce():
             self._worker.last_error = why
             await asyncio.sleep(backoff.next_s())
-        self._unreachable_polls = 0
+        await asyncio.sleep(self._calm_s())
+        self._unreachable_polls = self._silent_polls = 0
+        self._progress.reset()
         self._worker.needs_ping = False
         self._verdicts.worker_answers(self._worker)
+
+    def _calm_s(self) -> float:
+        """A worker that passes its probe and fails its first requests, again and again, is given more and
+        more time: each round costs clients a failed attempt."""
+        now_s = time.monotonic()
+        self._revivals.append(now_s)
+        recent = sum(now_s - each < FLAP_WINDOW_S for each in self._revivals)
+        return min(MAX_CALM_S, 2.0 ** (recent - FREE_REVIVALS)) if recent > FREE_REVIVALS else 0.0
 
     async def _ping(self) -> str:
         """Why the worker does not answer, or an empty string."""
         for path, timeout_s in (("/ping", PING_S), ("/health", HEALTH_S)):
             try:
-                answer = await self._pool.fetch(self._worker.url, "GET", path, timeout_s=timeout_s)
+                answer = await self._ask(path, timeout_s)
             except WorkerError as exc:
                 return str(exc)
             if answer.status == 200:
@@ -120,7 +163,7 @@ class WorkerKeeper:
         if not worker.is_static or worker.info.model:
             return ""
         try:
-            answer = await self._pool.fetch(worker.url, "GET", "/model_info", timeout_s=PING_S)
+            answer = await self._ask("/model_info", PING_S)
             about = msgspec.json.decode(answer.body, type=_ModelInfo)
         except WorkerError as exc:
             return str(exc)
@@ -139,13 +182,12 @@ class WorkerKeeper:
 
     async def _poll(self) -> float:
         """One load sample; the seconds to wait before the next."""
-        worker = self._worker
         sent_s = time.monotonic()
         try:
-            answer = await self._pool.fetch(worker.url, "GET", LOADS_PATH, timeout_s=LOADS_S)
+            answer = await self._ask(LOADS_PATH, LOADS_S)
         except WorkerError as exc:
-            return self._missed(exc)
-        self._unreachable_polls = 0
+            return await self._missed(exc)
+        self._unreachable_polls = self._silent_polls = 0
         if answer.status != 200:
             return self._unusable(f"/v1/loads: HTTP {answer.status}")
         try:
@@ -154,15 +196,33 @@ class WorkerKeeper:
             return self._unusable(str(exc))
         self._is_mute = False
         self._backoff.reset()
-        self._verdicts.worker_sampled(worker, sample)
+        self._verdicts.worker_sampled(self._worker, sample)
+        self._watch_progress(sample)
         return self._config.load_poll_s
 
-    def _missed(self, exc: WorkerError) -> float:
+    async def _missed(self, exc: WorkerError) -> float:
+        worker = self._worker
         if isinstance(exc, WorkerUnreachable):
             self._unreachable_polls += 1
             if self._unreachable_polls >= UNREACHABLE_POLLS:
-                self._verdicts.worker_silent(self._worker, str(exc))
+                self._verdicts.worker_silent(worker, str(exc))
+        else:
+            self._silent_polls += 1
+            if self._silent_polls >= SILENT_POLLS and (why := await self._ping()):
+                self._verdicts.worker_silent(worker, why)
         return self._backoff.next_s()
+
+    def _watch_progress(self, sample: Sample) -> None:
+        worker, wedge_s = self._worker, self._config.wedge_s
+        heard = self._pool.num_heard(worker.url)
+        stalled_s = self._progress.see(sample.load, sample.covered_s, heard, worker.num_inflight)
+        worker.stalled_s = stalled_s
+        if wedge_s <= 0 or stalled_s < patience_s(worker.view, wedge_s):
+            return
+        self._progress.reset()
+        self._verdicts.worker_stalled(
+            worker, f"{worker.url}: answers, but has not moved for {stalled_s:.0f} s"
+        )
 
     def _unusable(self, why: str) -> float:
         """A worker without usable load figures still serves; balanced by in-flight requests alone."""
@@ -194,78 +254,3 @@ async def _woken(worker: Worker, delay_s: float) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-class ProbeGate:
-    """Bounds how many probes run at once, in all and per worker."""
-
-    def __init__(self) -> None:
-        self._active = 0
-        self._changed = asyncio.Event()
-
-    async def enter(self, record: PairRecord) -> None:
-        """Wait until this pair may be probed. Follow with ``turn``, without an await between."""
-        while not self._has_room(record):
-            await self._changed.wait()
-
-    @contextmanager
-    def turn(self, record: PairRecord) -> Iterator[None]:
-        """Hold the place that ``enter`` waited for."""
-        self._count(record, 1)
-        try:
-            yield
-        finally:
-            self._count(record, -1)
-            self._changed.set()
-            self._changed = asyncio.Event()
-
-    def _has_room(self, record: PairRecord) -> bool:
-        busiest = max(record.prefill.num_probes, record.decode.num_probes)
-        return self._active < MAX_PROBES and busiest < MAX_PROBES_PER_WORKER
-
-    def _count(self, record: PairRecord, step: int) -> None:
-        self._active += step
-        record.prefill.num_probes += step
-        record.decode.num_probes += step
-
-
-class PairKeeper:
-    """Probes one pair until it is ready, and again each time it is called into question."""
-
-    def __init__(
-        self, record: PairRecord, config: BalancerConfig, pool: Fetcher, gate: ProbeGate, verdicts: Verdicts
-    ) -> None:
-        self._record = record
-        self._config = config
-        self._pool = pool
-        self._gate = gate
-        self._verdicts = verdicts
-
-    async def run(self) -> None:
-        """Until cancelled."""
-        backoff: Backoff | None = None
-        while True:
-            result = await self._probe()
-            if isinstance(result, ProbePassed):
-                backoff = None
-                await self._record.retest.wait()
-            else:
-                backoff = backoff or Backoff(*self._backoff_bounds())
-                await asyncio.sleep(backoff.next_s())
-
-    async def _probe(self) -> ProbeResult:
-        record = self._record
-        while not (record.prefill.answers.is_set() and record.decode.answers.is_set()):
-            await record.prefill.answers.wait()
-            await record.decode.answers.wait()
-        await self._gate.enter(record)
-        with self._gate.turn(record):
-            record.retest.clear()
-            record.state = PairState.PROBING
-            result = await probe_pair(self._pool, record.pair, self._config.probe_s)
-        self._verdicts.pair_probed(record, result)
-        return result
-
-    def _backoff_bounds(self) -> tuple[float, float]:
-        is_suspect = WorkerState.SUSPECT in (self._record.prefill.state, self._record.decode.state)
-        return REVIVE_BACKOFF_S if is_suspect else JOIN_BACKOFF_S

@@ -11,6 +11,7 @@ import enum
 from dataclasses import dataclass, field
 
 from pdserve.balancer.breaker import Breaker
+from pdserve.balancer.policy.view import WorkerView
 from pdserve.types import InstanceId, Pair, Role, WorkerId, WorkerInfo
 
 PairKey = tuple[InstanceId, InstanceId]
@@ -57,9 +58,15 @@ class Backoff:
 class Worker:
     """One instance of a worker. ``info`` is replaced when more is learned of it.
 
-    ``answers`` is set while the worker is believed to answer at all; probes of
-    its pairs wait for it. ``wake`` makes its keeper look at once. ``num_inflight``
-    counts reservations that include it.
+    ``answers`` is set while the worker is believed to answer at all, ``serves``
+    while it is not draining; probes of its pairs wait for both. ``wake`` makes its
+    keeper look at once. ``num_inflight`` counts legs of ours that have not ended.
+
+    ``promised_tokens`` is KV that our legs may need here, ``reserved_tokens`` the part
+    of it for tokens still to be generated. ``view`` is the load table's.
+    ``is_overloaded``: it said so itself, and no sample has come since. ``is_tight``:
+    some request might not fit. ``held_for`` is the queued request that gets the next room here.
+    ``stalled_s`` is how long it has had work and made no progress, as last seen.
     """
 
     info: WorkerInfo
@@ -69,11 +76,30 @@ class Worker:
     last_error: str = ""
     needs_ping: bool = False
     is_dozing: bool = False
+    is_leaving: bool = False
     num_probes: int = 0
     num_inflight: int = 0
+    promised_tokens: int = 0
+    reserved_tokens: int = 0
+    is_overloaded: bool = False
+    is_tight: bool = False
+    held_for: object | None = None
+    stalled_s: float = 0.0
+    num_wedged: int = 0
     answers: asyncio.Event = field(default_factory=asyncio.Event)
+    serves: asyncio.Event = field(default_factory=asyncio.Event)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    view: WorkerView = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.view = WorkerView(self.info)
+        self.serves.set()
+
+    @property
+    def is_draining(self) -> bool:
+        """True while it takes no new request by an operator's wish."""
+        return self.state is WorkerState.DRAINING
 
     @property
     def worker_id(self) -> WorkerId:
@@ -109,6 +135,7 @@ class PairRecord:
     requests: int = 0
     retest: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _pair: Pair | None = None
 
     @property
     def key(self) -> PairKey:
@@ -117,8 +144,16 @@ class PairRecord:
 
     @property
     def pair(self) -> Pair:
-        """The two workers as they are described now."""
-        return Pair(self.prefill.info, self.decode.info)
+        """The two workers as they are described now; the same object until a description changes."""
+        pair = self._pair
+        if pair is None or pair.prefill is not self.prefill.info or pair.decode is not self.decode.info:
+            pair = self._pair = Pair(self.prefill.info, self.decode.info)
+        return pair
+
+    @property
+    def can_be_probed(self) -> bool:
+        """Both workers answer, and neither is draining."""
+        return all(w.answers.is_set() and w.serves.is_set() for w in (self.prefill, self.decode))
 
     @property
     def label(self) -> str:

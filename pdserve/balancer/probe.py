@@ -14,18 +14,21 @@ import logging
 import secrets
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 
+from pdserve.config import BalancerConfig
 from pdserve.errors import WorkerError, WorkerUnreachable
 from pdserve.types import MAX_ROOM, Pair, Role, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
 ABORT_S = 2.0
-JSON_HEADERS = ((b"content-type", b"application/json"),)
+Headers = tuple[tuple[bytes, bytes], ...]
+JSON: Headers = ((b"content-type", b"application/json"),)
 
 
 class Response(Protocol):
@@ -80,11 +83,45 @@ class Fetcher(Protocol):
         path: str,
         body: bytes = b"",
         *,
-        headers: tuple[tuple[bytes, bytes], ...] = (),
+        headers: Headers = (),
         timeout_s: float,
     ) -> Response:
         """One exchange, body read to the end; raises WorkerUnreachable or WorkerTimeout."""
         ...
+
+
+class WorkerPool(Fetcher, Protocol):
+    """What the fleet needs of the upstream pool."""
+
+    def num_heard(self, url: str) -> int:
+        """Grows whenever bytes of an answer to a client's request arrive from that worker."""
+        ...
+
+    def is_instructed(self, url: str) -> bool:
+        """True while some control request, such as a weight update, is under way there."""
+        ...
+
+    def fail_worker(self, url: str, make_error: Callable[[], WorkerError]) -> int:
+        """End every exchange with that worker with an error; returns how many there were."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerKeys:
+    """Headers that authorize the balancer's own questions: SGLang asks for its ``--api-key``, and on
+    control routes such as /abort_request for its ``--admin-api-key`` if it has one."""
+
+    plain: Headers = ()
+    control: Headers = ()
+
+    @classmethod
+    def of(cls, config: BalancerConfig) -> WorkerKeys:
+        """By the configured keys."""
+        return cls(_bearer(config.worker_key), _bearer(config.worker_control_key))
+
+
+def _bearer(key: str) -> Headers:
+    return ((b"authorization", b"Bearer " + key.encode()),) if key else ()
 
 
 class _Meta(msgspec.Struct):
@@ -98,7 +135,9 @@ class _Generated(msgspec.Struct):
     meta_info: _Meta = msgspec.field(default_factory=_Meta)
 
 
-async def probe_pair(pool: Fetcher, pair: Pair, timeout_s: float) -> ProbeResult:
+async def probe_pair(
+    pool: Fetcher, pair: Pair, timeout_s: float, keys: WorkerKeys = WorkerKeys()
+) -> ProbeResult:
     """Send the two-token request to both workers and judge the answers.
 
     Never raises for what the workers do. Failed or cancelled, it ends both legs
@@ -107,21 +146,21 @@ async def probe_pair(pool: Fetcher, pair: Pair, timeout_s: float) -> ProbeResult
     rid = uuid.uuid4().hex
     result: ProbeResult | None = None
     try:
-        result = await _run_legs(pool, pair, _probe_body(pair.prefill, rid), timeout_s)
+        result = await _run_legs(pool, pair, _probe_body(pair.prefill, rid), timeout_s, keys.plain)
     finally:
         if not isinstance(result, ProbePassed):
-            await abort_both(pool, pair, rid)
+            await abort_both(pool, pair, rid, keys.control)
     return result
 
 
-async def abort_both(pool: Fetcher, pair: Pair, rid: str) -> None:
+async def abort_both(pool: Fetcher, pair: Pair, rid: str, headers: Headers = ()) -> None:
     """Tell both servers to drop a request; a server that cannot be told is logged and left."""
 
     async def abort(worker: WorkerInfo) -> None:
         body = msgspec.json.encode({"rid": rid})
         try:
             await pool.fetch(
-                worker.url, "POST", "/abort_request", body, headers=JSON_HEADERS, timeout_s=ABORT_S
+                worker.url, "POST", "/abort_request", body, headers=JSON + headers, timeout_s=ABORT_S
             )
         except WorkerError as exc:
             logger.debug("abort not delivered rid=%s worker=%s: %s", rid, worker.worker_id, exc)
@@ -129,12 +168,14 @@ async def abort_both(pool: Fetcher, pair: Pair, rid: str) -> None:
     await asyncio.gather(abort(pair.prefill), abort(pair.decode))
 
 
-async def _run_legs(pool: Fetcher, pair: Pair, body: bytes, timeout_s: float) -> ProbeResult:
+async def _run_legs(
+    pool: Fetcher, pair: Pair, body: bytes, timeout_s: float, headers: Headers
+) -> ProbeResult:
     answered: set[Role] = set()
     started_s = time.monotonic()
 
     async def leg(worker: WorkerInfo) -> bytes:
-        answer = await _ask(pool, worker, body, timeout_s)
+        answer = await _ask(pool, worker, body, timeout_s, headers)
         answered.add(worker.role)
         return answer
 
@@ -155,10 +196,10 @@ async def _run_legs(pool: Fetcher, pair: Pair, body: bytes, timeout_s: float) ->
     return ProbePassed(time.monotonic() - started_s)
 
 
-async def _ask(pool: Fetcher, worker: WorkerInfo, body: bytes, timeout_s: float) -> bytes:
+async def _ask(pool: Fetcher, worker: WorkerInfo, body: bytes, timeout_s: float, headers: Headers) -> bytes:
     try:
         answer = await pool.fetch(
-            worker.url, "POST", "/generate", body, headers=JSON_HEADERS, timeout_s=timeout_s
+            worker.url, "POST", "/generate", body, headers=JSON + headers, timeout_s=timeout_s
         )
     except WorkerError as exc:
         raise _LegFailed(worker, str(exc), unreachable=isinstance(exc, WorkerUnreachable)) from exc

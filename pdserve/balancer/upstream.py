@@ -13,19 +13,21 @@ import asyncio
 import contextlib
 import ssl
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from urllib.parse import urlsplit
 
 from pdserve.balancer.connection import UpstreamConnection
 from pdserve.balancer.exchange import Alarm, Deadlines, Headers, UpstreamResponse, Wakeup
-from pdserve.errors import ConfigError, WorkerTimeout, WorkerUnreachable
+from pdserve.errors import ConfigError, WorkerError, WorkerTimeout, WorkerUnreachable
 
 IDLE_S = 4.0
 """SGLang's uvicorn closes a kept connection after 5 s without a request; be first."""
 MAX_IDLE = 512
 """Kept connections per worker."""
+_BRIEF = (b"POST /generate ", b"POST /abort_request ")
+"""Posted by the balancer itself; neither stops a scheduler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +42,13 @@ class FetchedResponse:
 class _Target:
     """One worker's address and its idle connections, last used last."""
 
-    __slots__ = ("_pool", "authority", "host", "idle", "port", "tls", "url")
+    __slots__ = ("_pool", "authority", "host", "idle", "num_heard", "port", "tls", "url")
 
     def __init__(self, url: str, pool: UpstreamPool) -> None:
         self.url = url
         self.host, self.port, self.tls, self.authority = _address(url)
         self.idle: deque[UpstreamConnection] = deque()
+        self.num_heard = 0
         self._pool = pool
 
     def take_idle(self, now_s: float) -> UpstreamConnection | None:
@@ -194,6 +197,37 @@ class UpstreamPool:
             response.close()
         return FetchedResponse(response.status, response.headers, content)
 
+    # -- for the fleet -----------------------------------------------------------------------
+
+    def num_heard(self, url: str) -> int:
+        """Grows whenever bytes of an answer to a client's request arrive from that worker."""
+        target = self._targets.get(url)
+        return target.num_heard if target else 0
+
+    def is_instructed(self, url: str) -> bool:
+        """True while some control request, such as a weight update, is under way there."""
+        return any(
+            response.can_resend
+            and response.head.startswith(b"POST ")
+            and not response.head.startswith(_BRIEF)
+            for response in self._exchanges(url)
+        )
+
+    def fail_worker(self, url: str, make_error: Callable[[], WorkerError]) -> int:
+        """End every exchange with that worker with an error; returns how many clients' requests were among
+        them. Kept connections are closed."""
+        exchanges = self._exchanges(url)
+        for response in exchanges:
+            response.fail(make_error())
+            if response.connecting is not None:
+                response.connecting.cancel()
+        if target := self._targets.get(url):
+            target.drop_older(float("inf"))
+        return sum(not response.can_resend for response in exchanges)
+
+    def _exchanges(self, url: str) -> list[UpstreamResponse]:
+        return [each for each in (*self.deadlines.open(), *self._connecting.values()) if each.url == url]
+
     async def close(self) -> None:
         """Break every exchange and close every connection."""
         self.is_closed = True
@@ -240,12 +274,12 @@ class UpstreamPool:
                 _, connection = await asyncio.get_running_loop().create_connection(
                     lambda: UpstreamConnection(target), target.host, target.port, ssl=target.tls
                 )
-        except TimeoutError:
-            response.fail(WorkerUnreachable(target.url, f"no connection within {self.connect_s:g} s"))
+        except TimeoutError as exc:
+            response.fail(_unreachable(target.url, f"no connection within {self.connect_s:g} s", exc))
             return
         except (OSError, UnicodeError) as exc:  # UnicodeError: no such host name can exist
             why = getattr(exc, "strerror", None) or exc
-            response.fail(WorkerUnreachable(target.url, f"cannot connect: {why}"))
+            response.fail(_unreachable(target.url, f"cannot connect: {why}", exc))
             return
         response.connecting = None
         self.connections.add(connection)
@@ -255,6 +289,12 @@ class UpstreamPool:
             connection.send(response, self.deadlines.now())
         else:
             response.fail(WorkerUnreachable(target.url, "closed the connection at once"))
+
+
+def _unreachable(url: str, message: str, cause: Exception) -> WorkerUnreachable:
+    error = WorkerUnreachable(url, message)
+    error.__cause__ = cause  # a refusal tells of a dead process, silence of a dead machine
+    return error
 
 
 def render_headers(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

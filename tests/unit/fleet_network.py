@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from pdserve.balancer.fleet import Fleet, Membership
 from pdserve.config import BalancerConfig
-from pdserve.errors import WorkerUnreachable
+from pdserve.errors import WorkerError, WorkerUnreachable
 from pdserve.types import InstanceId, RequestShape, Role, WorkerId, WorkerInfo
 
 SHAPE = RequestShape(prompt_tokens=100, max_new_tokens=16)
@@ -79,6 +79,18 @@ class Network:
             raise WorkerUnreachable(url, "connection refused")
         answers = {"/generate": server.generate, "/ping": server.ping, "/v1/loads": server.loads}
         return answers.get(path, server.model_info if path == "/model_info" else Answer(200))
+
+    def num_heard(self, url: str) -> int:
+        """The seam: no client's request goes through here."""
+        return 0
+
+    def is_instructed(self, url: str) -> bool:
+        """The same."""
+        return False
+
+    def fail_worker(self, url: str, make_error: Callable[[], WorkerError]) -> int:
+        """The same."""
+        return 0
 
 
 def worker(role: Role, index: int, instance: str = "") -> WorkerInfo:

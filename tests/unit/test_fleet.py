@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 
-from pdserve.balancer.member import PairRecord, Worker
-from pdserve.balancer.reservation import Reservation, WaitLine
+from pdserve.balancer.reservation import Reservation
 from pdserve.bootstrap.messages import FleetView
 from pdserve.errors import ConfigError, NoWorkerError
 from pdserve.types import KVLayoutDescriptor
@@ -213,7 +212,7 @@ async def test_a_static_worker_in_the_wrong_mode_is_refused_in_words() -> None:
         assert network[P0].calls["/generate"] == 0
 
 
-@pytest.mark.parametrize("url", ["https://a:1", "http://", "http://a:0", "http://a:x"])
+@pytest.mark.parametrize("url", ["ftp://a:1", "http://", "http://a:0", "http://a:x", "http://u:p@a:1"])
 async def test_a_bad_static_address_is_a_config_error(url: str) -> None:
     with pytest.raises(ConfigError, match="expects http://host:port"):
         async with running_fleet(Network(), decode=(url,)):
@@ -278,25 +277,18 @@ async def test_a_cancelled_wait_holds_nothing() -> None:
 
 
 async def test_a_client_that_leaves_in_the_moment_it_is_served_gives_the_pair_back() -> None:
-    released: list[Reservation] = []
-
-    class Holder:
-        def prefill_finished(self, reservation: Reservation) -> None:
-            raise AssertionError("not called")
-
-        def released(self, reservation: Reservation, *verdict: object) -> None:
-            released.append(reservation)
-
-    record = PairRecord(Worker(P0), Worker(D0))
-    reservation = Reservation(record.pair, "", record, (1, 2), Holder())
-    line = WaitLine(lambda shape, exclude: reservation)
-    client = asyncio.create_task(line.wait(SHAPE, frozenset(), timeout_s=5))
-    await until(lambda: len(line) == 1)
-    line.serve()
-    client.cancel()
-    await asyncio.wait([client])
-    assert client.cancelled()
-    assert released == [reservation]
+    async with running_fleet(Network(), max_concurrent_requests=1) as fleet:
+        fleet.apply([P0, D0])
+        await all_ready(fleet)
+        held = await fleet.reserve(SHAPE, timeout_s=1)
+        client = asyncio.create_task(fleet.reserve(SHAPE, timeout_s=5))
+        await until(lambda: fleet.num_waiting == 1)
+        held.release(prefill_ok=True, decode_ok=True)
+        assert [member.num_inflight for member in fleet.workers()] == [1, 1]
+        client.cancel()
+        await asyncio.wait([client])
+        assert client.cancelled()
+        assert [member.num_inflight for member in fleet.workers()] == [0, 0]
 
 
 async def test_excluded_pairs_are_not_given_again() -> None:

@@ -1,0 +1,73 @@
+"""How much more a worker can take: KV tokens, request slots, expected wait. Pure.
+
+    promised  = what our open legs may need: the prompt, on decode also up to 512 tokens of the answer
+    committed = max(promised, sampled use + credit + what is reserved for answers)
+                      └ covers use by others than us
+
+SGLang admits a request to a decode worker when prompt + 512 fit beside 512 for each request
+that is there (disaggregation/decode.py ``_required_admission_tokens``). Until then prefill waits for
+its handshake, and its 300 s bootstrap timer runs; so what would not fit waits with us.
+"""
+
+from __future__ import annotations
+
+from pdserve.balancer.member import Worker
+from pdserve.types import Role
+
+DECODE_RESERVE_TOKENS = 512
+"""SGLang's ``--num-reserved-decode-tokens``: what it keeps free for each running request."""
+ENDLESS = 2**62
+"""Free tokens of a worker whose capacity is unknown, or that has nothing of ours."""
+CLOSED = -1
+"""Free tokens of a worker that takes nothing now."""
+EASY_SHARE = 4
+"""A request of at most this part of the pool fits wherever less than the rest is committed."""
+
+
+def free_tokens(worker: Worker, prefill_queue_s: float) -> int:
+    """KV tokens that may still be promised of a worker; CLOSED if it takes no request at all now.
+
+    A worker with nothing of ours in flight always has room: a request that can never
+    fit must reach SGLang, to get SGLang's own answer.
+    """
+    if not worker.num_inflight:
+        return ENDLESS
+    view = worker.view
+    if worker.is_overloaded:
+        return CLOSED
+    if view.info.role is Role.PREFILL:
+        if view.queued_tokens > prefill_queue_s * view.prefill_tokens_s * view.info.dp_size:
+            return CLOSED
+    elif 0 < view.max_running_requests <= view.num_reqs:
+        return CLOSED
+    capacity = view.kv_capacity
+    if capacity <= 0:
+        return ENDLESS
+    return max(CLOSED, capacity - committed_tokens(worker))
+
+
+def has_room(worker: Worker, tokens: int, prompt_tokens: int, prefill_queue_s: float) -> bool:
+    """True if ``tokens`` may be promised now. A worker too small for the prompt has never room for it;
+    one too small only for what an answer might need at most has, once it is empty."""
+    capacity = worker.view.kv_capacity
+    if 0 < capacity < tokens:
+        if capacity < prompt_tokens:
+            return False
+        tokens = capacity
+    return free_tokens(worker, prefill_queue_s) >= tokens
+
+
+def committed_tokens(worker: Worker) -> int:
+    """KV tokens in use or promised."""
+    return max(worker.promised_tokens, worker.view.kv_tokens + worker.reserved_tokens)
+
+
+def easy_tokens(worker: Worker) -> int:
+    """Requests up to this size need no look at a worker that is not tight."""
+    capacity = worker.view.kv_capacity
+    return capacity // EASY_SHARE if capacity > 0 else ENDLESS
+
+
+def is_tight(worker: Worker, prefill_queue_s: float) -> bool:
+    """True if some request of at most ``easy_tokens`` might not fit."""
+    return free_tokens(worker, prefill_queue_s) < easy_tokens(worker)

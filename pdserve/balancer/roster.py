@@ -1,0 +1,55 @@
+"""Which workers and pairs there are. Data only: no task, no verdict, no clock."""
+
+from __future__ import annotations
+
+from pdserve.balancer.member import PairKey, PairRecord, Worker
+from pdserve.types import InstanceId, Role, WorkerId
+
+
+class Roster:
+    """Members by instance id, and a record for each prefill x decode pair of them."""
+
+    def __init__(self) -> None:
+        self.members: dict[InstanceId, Worker] = {}
+        self.records: dict[PairKey, PairRecord] = {}
+
+    def __contains__(self, worker: Worker) -> bool:
+        return self.members.get(worker.instance_id) is worker
+
+    def add(self, worker: Worker) -> list[PairRecord]:
+        """Take in a member; returns its new pairs."""
+        self.members[worker.instance_id] = worker
+        is_prefill = worker.role is Role.PREFILL
+        partners = [other for other in self.members.values() if other.role is not worker.role]
+        records = [
+            PairRecord(worker, other) if is_prefill else PairRecord(other, worker) for other in partners
+        ]
+        self.records.update({record.key: record for record in records})
+        return records
+
+    def remove(self, worker: Worker) -> list[PairRecord]:
+        """Forget a member; returns the pairs that go with it."""
+        del self.members[worker.instance_id]
+        doomed = self.pairs_of(worker)
+        for record in doomed:
+            del self.records[record.key]
+        return doomed
+
+    def find(self, worker_id: WorkerId) -> Worker | None:
+        """The member of that name."""
+        return next((worker for worker in self.members.values() if worker.worker_id == worker_id), None)
+
+    def pairs_of(self, worker: Worker) -> list[PairRecord]:
+        """The pairs that ``worker`` is part of."""
+        return [record for record in self.records.values() if worker in (record.prefill, record.decode)]
+
+    def workers(self) -> list[Worker]:
+        """Every member, prefill first, each role in the order of its names."""
+        return sorted(
+            self.members.values(), key=lambda w: (w.role is Role.DECODE, len(w.worker_id), w.worker_id)
+        )
+
+    def pairs(self) -> list[PairRecord]:
+        """Every pair, in the order of ``workers``."""
+        order = {worker.instance_id: index for index, worker in enumerate(self.workers())}
+        return sorted(self.records.values(), key=lambda r: (order[r.key[0]], order[r.key[1]]))

@@ -1,0 +1,86 @@
+"""The bounded line of requests that wait for a pair: by priority, then first come first served."""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from pdserve.balancer.member import PairKey
+from pdserve.balancer.reservation import Reservation
+from pdserve.types import RequestShape
+
+
+class LineFull(Exception):
+    """There is no place, nor anyone of less priority to take it from."""
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """One waiting request. ``num_overtaken`` counts how many behind it were served while it did not fit."""
+
+    shape: RequestShape
+    exclude: frozenset[PairKey]
+    since_s: float
+    place: tuple[int, int]
+    future: asyncio.Future[Reservation] = field(repr=False)
+    num_overtaken: int = 0
+
+
+def _place(waiter: Waiter) -> tuple[int, int]:
+    return waiter.place
+
+
+class WaitLine:
+    """Waiters in order. Who is served when is the admission's business."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._waiters: list[Waiter] = []
+        self._num_joined = 0
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    def __iter__(self) -> Iterator[Waiter]:
+        """In order, as the line was when the iteration began."""
+        return iter(self._waiters.copy())
+
+    @property
+    def oldest_s(self) -> float | None:
+        """When the one that has waited longest joined; None if nobody waits."""
+        return min((waiter.since_s for waiter in self._waiters), default=None)
+
+    def join(
+        self, shape: RequestShape, exclude: frozenset[PairKey], now_s: float
+    ) -> tuple[Waiter, Waiter | None]:
+        """Stand in line; also returns the waiter of less priority that lost its place to this one, if any.
+
+        Raises:
+            LineFull: if there is no place.
+        """
+        self._num_joined += 1
+        place = (-shape.priority, self._num_joined)
+        displaced = None
+        if len(self._waiters) >= self.size:
+            if not self._waiters or self._waiters[-1].place[0] <= place[0]:
+                raise LineFull
+            displaced = self._waiters.pop()
+        future: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+        waiter = Waiter(shape, exclude, now_s, place, future)
+        insort(self._waiters, waiter, key=_place)
+        return waiter, displaced
+
+    def leave(self, waiter: Waiter) -> None:
+        """Out of the line; nothing happens if it is out already."""
+        index = bisect_left(self._waiters, waiter.place, key=_place)
+        if index < len(self._waiters) and self._waiters[index] is waiter:
+            del self._waiters[index]
+
+    def dismiss(self, make_error: Callable[[], Exception]) -> None:
+        """End every wait with an error."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.future.done():
+                waiter.future.set_exception(make_error())
