@@ -128,6 +128,8 @@ class StreamMerger:
 
 
 def _rules(request: ParsedRequest, prefill_body: bytes) -> Rules:
+    if not request.needs_prefill_answer:
+        prefill_body = b""  # nobody waited for it: it may be cut off anywhere
     if request.route in _NATIVE:
         return NativeRules(prefill_body, is_stream=request.is_stream)
     return OpenAIRules(prefill_body, is_stream=request.is_stream, num_samples=request.num_samples)

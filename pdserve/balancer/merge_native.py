@@ -14,14 +14,12 @@ from msgspec import Raw
 
 from pdserve.balancer.merge_parts import encode, event_payloads, experts, fields_of, items_of
 
-_PER_TOKEN = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
-_FLAT = ("output_top_logprobs_val_flat", "output_top_logprobs_idx_flat")
 _CHOSEN = "output_token_ids_logprobs"
 _NULL, _EMPTY, _ZERO = b"null", Raw(b"[]"), Raw(b"0")
 
 
 class NativeRules:
-    """What prefill said about each prompt of one request."""
+    """What prefill said about each prompt of one request; an empty body says nothing."""
 
     def __init__(self, prefill_body: bytes, *, is_stream: bool) -> None:
         self._prompts: dict[int, dict[str, Raw]] = {}
@@ -29,7 +27,7 @@ class NativeRules:
             for payload in event_payloads(prefill_body):
                 item = fields_of(payload)
                 self._learn(_index(item), item)
-        else:
+        elif prefill_body:
             for index, raw in enumerate(_items(prefill_body)[0]):
                 self._learn(index, fields_of(raw))
 
@@ -40,6 +38,8 @@ class NativeRules:
 
     def merge_body(self, body: bytes) -> bytes:
         """A whole answer: an object, a list of them, or Vertex's predictions."""
+        if not self._prompts:
+            return body
         items, shape = _items(body)
         merged = [Raw(self._merged(index, fields_of(raw))) for index, raw in enumerate(items)]
         if shape == "one":
@@ -69,10 +69,11 @@ def merge_meta(ours: dict[str, Raw], theirs: dict[str, Raw]) -> None:
     for name, value in theirs.items():
         if name.startswith("input_") and name in ours:
             ours[name] = value
-    if bytes(ours.get("completion_tokens", b"")) == b"0":
-        _drop_outputs(ours)
-    elif _CHOSEN in ours and _CHOSEN in theirs:
+    if _CHOSEN in ours and _CHOSEN in theirs:
         ours[_CHOSEN] = _with_first(ours[_CHOSEN], theirs[_CHOSEN])
+    if "output_token_logprobs" in ours and bytes(ours.get("completion_tokens", b"")) == b"0":
+        # Decode lists the token it was handed even where none was asked for.
+        ours["output_token_logprobs"], ours["output_token_logprobs_length"] = _EMPTY, _ZERO
     if "routed_experts" in ours and "routed_experts" in theirs:
         ours["routed_experts"] = experts(ours["routed_experts"], theirs["routed_experts"])
 
@@ -84,20 +85,6 @@ def _with_first(ours: Raw, theirs: Raw) -> Raw:
     if not rows or not first or bytes(rows[0]) != _NULL:
         return ours
     return Raw(encode([first[0], *rows[1:]]))
-
-
-def _drop_outputs(ours: dict[str, Raw]) -> None:
-    """Decode counts the token it was handed even where none was asked for."""
-    for name in (*_PER_TOKEN, *_FLAT):
-        if name in ours:
-            ours[name] = _EMPTY
-    if "output_token_logprobs_length" in ours:
-        ours["output_token_logprobs_length"] = _ZERO
-    if "output_top_logprobs_shape" in ours:
-        _, width = msgspec.json.decode(ours["output_top_logprobs_shape"], type=tuple[int, int])
-        ours["output_top_logprobs_shape"] = Raw(encode([0, width]))
-        for name in ours.keys() & {f"{name}_b64" for name in _FLAT}:
-            ours[name] = Raw(b'""')
 
 
 def _items(body: bytes) -> tuple[list[Raw], str]:
