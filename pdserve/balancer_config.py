@@ -29,7 +29,6 @@ class BalancerConfig:
     """cache_aware: requests by which the fullest worker may exceed the emptiest."""
     balance_rel_threshold: float = 1.5
     """cache_aware: factor by which it may; beyond both, load decides."""
-    eviction_interval_s: float = 60.0
     max_tree_size: int = 2**26
     """cache_aware: prompt bytes remembered per worker."""
     load_poll_s: float = 0.25

@@ -42,7 +42,6 @@ ROUTER_DEFAULTS: dict[str, Any] = {
     "cache_threshold": 0.3,
     "balance_abs_threshold": 64,
     "balance_rel_threshold": 1.5,
-    "eviction_interval_s": 60.0,
     "max_tree_size": 2**26,
     "max_body_bytes": 512 * 2**20,
     "request_s": 1800.0,
@@ -77,7 +76,7 @@ ROUTER_FLAGS: dict[str, RouterFlag] = {
     "--backend": _refuse("the workers must be SGLang servers", default="sglang"),
     "--dp-aware": _note("SGLang takes the data-parallel rank from the request's room", "0"),
     # routing
-    "--eviction-interval-secs": RouterFlag(field="eviction_interval_s", read=float),
+    "--eviction-interval-secs": _note("what is remembered is bounded at each insertion"),
     "--max-tree-size": RouterFlag(field="max_tree_size", read=int),
     "--bucket-adjust-interval-secs": _note(_POLICY),
     "--max-idle-secs": _note(_POLICY),

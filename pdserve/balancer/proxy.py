@@ -67,7 +67,8 @@ class Client:
     Exactly one of ``answer`` (whole) or ``begin`` … ``write`` … ``finish`` (as it
     comes) is used. ``has_begun`` means bytes are out: the status cannot change.
     ``endpoint`` and ``refusal`` are the application's notes from its first look,
-    ``request_id`` is the client's own name for the request, if it gave one.
+    ``request_id`` is the client's own name for the request, if it gave one. ``lines``
+    are further header lines of the answer, each with its end.
     """
 
     __slots__ = (
@@ -81,6 +82,7 @@ class Client:
         "has_left",
         "headers",
         "keep_alive",
+        "lines",
         "method",
         "on_left",
         "on_writable",
@@ -102,6 +104,7 @@ class Client:
         self.body = b""
         self.extra: Headers = ()
         self.request_id = ""
+        self.lines = b""
         self.endpoint: Any = None
         self.refusal: Answer | None = None
         self.keep_alive = keep_alive and not is_http_1_0
@@ -124,7 +127,7 @@ class Client:
         """Send a whole answer."""
         self.has_begun = self.has_finished = True
         line = self._line
-        rest = line.date_line if self.keep_alive else line.date_line + CLOSE_LINE
+        rest = line.date_line + self.lines if self.keep_alive else line.date_line + self.lines + CLOSE_LINE
         line.send(render_answer(answer, self.extra, rest=rest, has_body=self.method != "HEAD"))
         line.finished(keep_alive=self.keep_alive)
         if line.is_write_paused:
@@ -135,7 +138,9 @@ class Client:
         self.has_begun = True
         if not self._is_chunked:
             self.keep_alive = False  # its end is the connection's
-        rest = self._line.date_line if self.keep_alive else self._line.date_line + CLOSE_LINE
+        rest = self._line.date_line + self.lines
+        if not self.keep_alive:
+            rest += CLOSE_LINE
         if self._is_chunked:
             rest += CHUNKED_LINE
         self._line.send(render_head(status, (*headers, *self.extra), rest=rest))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pdserve.balancer.auth import KeyRing
+from pdserve.balancer.auth import Access, KeyRing
 from pdserve.balancer.http_errors import Answer
 from pdserve.balancer.proxy import Client
 from pdserve.balancer.route_errors import route_error
@@ -23,6 +23,8 @@ class App:
         methods = self._surface.find(client.path)
         if methods is None:
             return route_error(client.path, 404, f"there is no {client.path} here")
+        if b"origin" in client.headers and (answer := _cross_origin(client, methods)):
+            return answer
         endpoint = methods.get(client.method) or _as_get(methods, client.method)
         if endpoint is None:
             allowed = ", ".join(methods)
@@ -41,6 +43,22 @@ class App:
         answer = await endpoint.handle(client, client.body)
         if answer is not None:
             await client.answer(answer)
+
+
+def _cross_origin(client: Client, methods: Mapping[str, Endpoint]) -> Answer | None:
+    """Let web pages ask what clients may, as SGLang does, and no control route; the answer to a preflight."""
+    if any(endpoint.access is Access.ADMIN for endpoint in methods.values()):
+        return None
+    client.lines = b"access-control-allow-origin: *\r\n"
+    if client.method != "OPTIONS" or b"access-control-request-method" not in client.headers:
+        return None
+    wanted = client.headers.get(b"access-control-request-headers", b"*")
+    allowed = (
+        (b"access-control-allow-methods", ", ".join(methods).encode()),
+        (b"access-control-allow-headers", wanted),
+        (b"access-control-max-age", b"600"),
+    )
+    return Answer(200, b"", allowed)
 
 
 def _as_get(methods: Mapping[str, Endpoint], method: str) -> Endpoint | None:

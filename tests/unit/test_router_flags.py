@@ -127,7 +127,7 @@ def test_what_a_real_command_line_comes_to(balance: Balance) -> None:
         "--pd-disaggregation --prefill http://a:1 8998 --prefill http://b:2 none --decode http://c:3 "
         "--host 127.0.0.1 --port 8000 --policy round_robin --prefill-policy cache_aware "
         "--cache-threshold 0.5 --balance-abs-threshold 3 --balance-rel-threshold 1.1 --max-tree-size 1000 "
-        "--eviction-interval-secs 5 --max-payload-size 1024 --request-timeout-secs 10 "
+        "--max-payload-size 1024 --request-timeout-secs 10 "
         "--shutdown-grace-period-secs 1 --queue-size 7 --max-concurrent-requests 64 "
         "--queue-timeout-secs 3 --retry-max-retries 4 --cb-failure-threshold 2 "
         "--request-id-headers X-Mine x-yours --log-level warn --tls-cert-path c.pem --tls-key-path k.pem"
@@ -145,7 +145,6 @@ def test_what_a_real_command_line_comes_to(balance: Balance) -> None:
         balance_abs_threshold=3,
         balance_rel_threshold=1.1,
         max_tree_size=1000,
-        eviction_interval_s=5.0,
         max_body_bytes=1024,
         request_s=10.0,
         drain_s=1.0,

@@ -3,7 +3,7 @@
 Behaviour and parameters are those published for sglang-router 0.3.2, each leg
 for itself. Two things differ. A worker's tree is a set of chained block
 hashes (prefix.py). And a tree that outgrew ``max_tree_size`` is cut back with
-the insertion that made it too large, not every ``eviction_interval_s``: the
+the insertion that made it too large, not every so many seconds: the
 bound always holds, no pause grows with the traffic, and no clock is read.
 """
 
