@@ -27,7 +27,9 @@ from pdserve.balancer.room import (
     easy_tokens,
     free_tokens,
     has_room,
+    is_calm,
     is_tight,
+    set_calm,
 )
 from pdserve.balancer.rotation import Rotation
 from pdserve.balancer.verdicts import Judge
@@ -40,7 +42,7 @@ MAX_OVERTAKEN = 16
 """Requests that may be served before an earlier one that needs more room than there is. A pair held
 too early stands half empty; too late and a burst of small requests keeps a large one waiting."""
 
-Explain = Callable[[frozenset[PairKey]], str]
+Explain = Callable[[frozenset[PairKey], RequestShape], str]
 
 
 class Admission:
@@ -101,7 +103,7 @@ class Admission:
             if waiter.future.done() and waiter.future.exception() is None:
                 return waiter.future.result()  # served in the last moment
             raise self._refusal(
-                "timeout", f"no pair within {timeout_s:g} s: {self._explain(exclude)}"
+                "timeout", f"no pair within {timeout_s:g} s: {self._explain(exclude, shape)}"
             ) from None
         except asyncio.CancelledError:
             _give_back(waiter.future)
@@ -142,6 +144,12 @@ class Admission:
         self.shed["stopping"] += len(self.line)
         self.line.dismiss(lambda: NoWorkerError("the balancer is stopping"))
 
+    def lacks_room(self, worker: Worker, shape: RequestShape | None = None) -> bool:
+        """True if a worker in the rotation has no room for such a request; None: for any at all."""
+        if shape is None:
+            return free_tokens(worker, self._prefill_queue_s) <= 0
+        return not self._fits(worker, self._tokens_needed(shape), None)
+
     # -- what changes the room ---------------------------------------------------------------
 
     def readiness_changed(self, records: list[PairRecord]) -> None:
@@ -156,7 +164,10 @@ class Admission:
     def sampled(self, worker: Worker) -> None:
         """A sample of that worker has come."""
         self.completions.mark(time.monotonic())
-        self._measure()
+        size = worker.calm_tokens
+        set_calm(worker, self._prefill_queue_s)
+        if worker.calm_tokens != size:
+            self._measure()
         self._tight.add(worker)
         if self.line:
             self.serve()
@@ -178,6 +189,7 @@ class Admission:
         self.num_open -= 1
         self.completions.total += 1
         if reservation.is_prefilling:
+            reservation.is_prefilling = False
             self._end_prefill(reservation)
         decode, tokens = reservation.record.decode, reservation.tokens
         self._table.finish(decode.info.instance_id, reservation.legs[1])
@@ -186,9 +198,12 @@ class Admission:
         decode.num_inflight -= 1
         if decode.is_draining and not decode.num_inflight:
             self._on_drained(decode)
-        self._judge.pair_ended(reservation.record, prefill_ok, decode_ok, error)
-        if error:  # a worker may have said that it is full
-            self._tight |= {reservation.record.prefill, decode}
+        if prefill_ok and decode_ok:
+            reservation.record.prefill.breaker.succeed()
+            decode.breaker.succeed()
+        else:
+            self._judge.pair_ended(reservation.record, prefill_ok, decode_ok, error)
+            self._tight |= {reservation.record.prefill, decode}  # one may have said that it is full
         if self.line:
             self.serve()
 
@@ -233,14 +248,13 @@ class Admission:
     def _with_room(
         self, rotation: Rotation, tokens: tuple[int, int], waiter: Waiter | None
     ) -> Candidates | None:
-        limit_s, prompt_tokens = self._prefill_queue_s, tokens[0]
+        return rotation.where(lambda worker: self._fits(worker, tokens, waiter))
 
-        def fits(worker: Worker) -> bool:
-            if worker.held_for is not None and worker.held_for is not waiter:
-                return False
-            return has_room(worker, tokens[worker.role is Role.DECODE], prompt_tokens, limit_s)
-
-        return rotation.where(fits)
+    def _fits(self, worker: Worker, tokens: tuple[int, int], waiter: Waiter | None) -> bool:
+        if worker.held_for is not None and worker.held_for is not waiter:
+            return False
+        needed = tokens[worker.role is Role.DECODE]
+        return has_room(worker, needed, tokens[0], self._prefill_queue_s)
 
     def _hold(self, shape: RequestShape, tokens: tuple[int, int], choice: Choice) -> Reservation:
         prefill_id = choice.pair.prefill.info.instance_id
@@ -257,16 +271,21 @@ class Admission:
         prefill.promised_tokens += tokens[0]
         decode.promised_tokens += tokens[1]
         decode.reserved_tokens += tokens[1] - tokens[0]
-        for worker in (prefill, decode):
-            worker.num_inflight += 1
-            if worker.is_dozing:
-                worker.wake.set()
-            if is_tight(worker, self._prefill_queue_s):
-                self._tight.add(worker)
+        prefill.num_inflight += 1
+        decode.num_inflight += 1
+        if prefill.is_dozing or decode.is_dozing:
+            prefill.wake.set()
+            decode.wake.set()
+        if not is_calm(prefill):
+            self._tight.add(prefill)
+        if not is_calm(decode):
+            self._tight.add(decode)
         return Reservation(record.pair, choice.why, record, legs, tokens, self)
 
     def _measure(self) -> None:
         workers = (*self.rotation.prefills, *self.rotation.decodes)
+        for worker in workers:
+            set_calm(worker, self._prefill_queue_s)
         self._easy_tokens = min((easy_tokens(worker) for worker in workers), default=ENDLESS)
         self._largest_tokens = min(
             max((worker.view.kv_capacity or ENDLESS for worker in row), default=ENDLESS)
@@ -288,10 +307,11 @@ class Admission:
         try:
             waiter, displaced = self.line.join(shape, exclude, time.monotonic())
         except LineFull:
-            why = f"{len(self.line)} requests wait already: {self._explain(exclude)}"
+            why = f"{len(self.line)} requests wait already: {self._explain(exclude, shape)}"
             raise self._refusal("queue_full", why) from None
         if displaced is not None:
-            why = f"{len(self.line)} requests of no less priority wait: {self._explain(displaced.exclude)}"
+            why = self._explain(displaced.exclude, displaced.shape)
+            why = f"{len(self.line)} requests of no less priority wait: {why}"
             displaced.future.set_exception(self._refusal("displaced", why))
         return waiter
 

@@ -145,12 +145,15 @@ class Fleet:
     def is_paused(self, is_paused: bool) -> None:
         self._judge.is_paused = is_paused
 
-    def explain(self, exclude: frozenset[PairKey] = NO_EXCLUDE) -> str:
-        """Why no pair can be reserved now, in one sentence for the client and the operator."""
+    def explain(self, exclude: frozenset[PairKey] = NO_EXCLUDE, shape: RequestShape | None = None) -> str:
+        """Why no pair can be reserved now (by this request), in one sentence for client and operator."""
         if self._is_stopping:
             return "the balancer is stopping"
         if usable := list(self.admission.rotation.without(exclude).records.values()):
-            return explain_fullness(usable, self.config, self.admission.num_open)
+            admission, max_open = self.admission, self.config.max_concurrent_requests
+            return explain_fullness(
+                usable, lambda worker: admission.lacks_room(worker, shape), admission.num_open, max_open
+            )
         return explain_shortage(self.workers(), self.pairs(), exclude, self._how_to_join())
 
     def _how_to_join(self) -> str:

@@ -64,8 +64,8 @@ class Worker:
 
     ``promised_tokens`` is KV that our legs may need here, ``reserved_tokens`` the part
     of it for tokens still to be generated. ``view`` is the load table's.
-    ``is_overloaded``: it said so itself, and no sample has come since. ``is_tight``:
-    some request might not fit. ``held_for`` is the queued request that gets the next room here.
+    ``is_overloaded``: it said so itself, and no sample has come since. ``calm_*``: beyond them some
+    request might not fit (room.py). ``held_for`` is the queued request that gets the next room here.
     ``stalled_s`` is how long it has had work and made no progress, as last seen.
     """
 
@@ -82,7 +82,9 @@ class Worker:
     promised_tokens: int = 0
     reserved_tokens: int = 0
     is_overloaded: bool = False
-    is_tight: bool = False
+    calm_tokens: int = 0
+    calm_reqs: int = 0
+    calm_queue: float = 0.0
     held_for: object | None = None
     stalled_s: float = 0.0
     num_wedged: int = 0

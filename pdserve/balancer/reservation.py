@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from pdserve.balancer.member import PairKey, PairRecord
 from pdserve.balancer.policy import Reason
@@ -29,20 +30,20 @@ class Holder(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class Reservation:
+class Reservation(msgspec.Struct, eq=False):
     """Both legs of one request. Release it exactly once; later calls do nothing.
 
     ``pair`` is as it was described at the time; ``why`` is the policy's. ``legs`` are the
-    load table's numbers, ``tokens`` what was promised of each worker's KV.
+    load table's numbers, ``tokens`` what was promised of each worker's KV, ``holder`` takes both
+    back. Not a dataclass: one is made for each request, in C.
     """
 
     pair: Pair
     why: Reason
-    record: PairRecord = field(repr=False)
-    legs: tuple[int, int] = field(repr=False)
-    tokens: tuple[int, int] = field(repr=False)
-    _holder: Holder | None = field(repr=False)
+    record: PairRecord
+    legs: tuple[int, int]
+    tokens: tuple[int, int]
+    holder: Holder | None
     is_prefilling: bool = True
 
     @property
@@ -60,9 +61,9 @@ class Reservation:
 
         Optional, but without it a long answer counts as prefill work until it ends.
         """
-        if self._holder is not None and self.is_prefilling:
-            self._holder.prefill_finished(self)
+        if self.holder is not None and self.is_prefilling:
             self.is_prefilling = False
+            self.holder.prefill_finished(self)
 
     def release(
         self, *, prefill_ok: bool | None, decode_ok: bool | None, error: str | WorkerError = ""
@@ -78,6 +79,6 @@ class Reservation:
                 one of ``breaker_failures`` in a row and has the worker pinged, but for a
                 503 of its own, which says that it is full.
         """
-        holder, self._holder = self._holder, None
+        holder, self.holder = self.holder, None
         if holder is not None:
             holder.released(self, prefill_ok, decode_ok, error)

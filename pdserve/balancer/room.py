@@ -71,3 +71,24 @@ def easy_tokens(worker: Worker) -> int:
 def is_tight(worker: Worker, prefill_queue_s: float) -> bool:
     """True if some request of at most ``easy_tokens`` might not fit."""
     return free_tokens(worker, prefill_queue_s) < easy_tokens(worker)
+
+
+def set_calm(worker: Worker, prefill_queue_s: float) -> None:
+    """State as plain numbers what a worker may hold without being tight: compared at each dispatch."""
+    view, capacity = worker.view, worker.view.kv_capacity
+    worker.calm_tokens = capacity - easy_tokens(worker) if capacity > 0 else ENDLESS
+    is_prefill = worker.role is Role.PREFILL
+    worker.calm_reqs = ENDLESS if is_prefill else view.max_running_requests or ENDLESS
+    rate = view.prefill_tokens_s * view.info.dp_size
+    worker.calm_queue = prefill_queue_s * rate if is_prefill else ENDLESS
+
+
+def is_calm(worker: Worker) -> bool:
+    """True if by these numbers the worker is not tight."""
+    view = worker.view
+    return (
+        view.kv_tokens + worker.reserved_tokens <= worker.calm_tokens
+        and worker.promised_tokens <= worker.calm_tokens
+        and view.num_reqs < worker.calm_reqs
+        and view.queued_tokens <= worker.calm_queue
+    )

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdserve.balancer.member import PairKey, PairRecord, PairState, Worker, WorkerState
-from pdserve.balancer.room import committed_tokens, is_tight
-from pdserve.config import BalancerConfig
+from pdserve.balancer.room import committed_tokens
 from pdserve.types import Role
 
 NUM_NAMED = 4
 """Full workers described one by one; of more, the client learns only how many there are."""
 
 
-def explain_fullness(usable: Sequence[PairRecord], config: BalancerConfig, num_open: int) -> str:
-    """Why a request has to wait although there are pairs that take traffic."""
-    if 0 < config.max_concurrent_requests <= num_open:
+def explain_fullness(
+    usable: Sequence[PairRecord], lacks_room: Callable[[Worker], bool], num_open: int, max_open: int
+) -> str:
+    """Why a request has to wait although there are pairs that take traffic.
+
+    ``lacks_room`` tells it of one worker; ``max_open`` bounds the requests under way, 0: nothing does.
+    """
+    if 0 < max_open <= num_open:
         return f"{num_open} requests are under way, which is the limit (max_concurrent_requests)"
     for role, row in (
         (Role.DECODE, dict.fromkeys(record.decode for record in usable)),
         (Role.PREFILL, dict.fromkeys(record.prefill for record in usable)),
     ):
-        full = [worker for worker in row if is_tight(worker, config.prefill_queue_s)]
+        full = [worker for worker in row if lacks_room(worker)]
         if len(full) == len(row):
             named = "; ".join(_fullness(worker) for worker in full[:NUM_NAMED])
             return f"all {len(full)} usable {role} servers are full: {named}"
-    return "no usable pair has room for a request of this size, or others are first in line"
+    return "others are first in line"
 
 
 def _fullness(worker: Worker) -> str:

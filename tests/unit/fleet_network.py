@@ -132,6 +132,16 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.002)
 
 
+def loads(**figures: object) -> Answer:
+    """An answer of ``/v1/loads`` with one DP rank."""
+    return Answer(200, json.dumps({"loads": [figures]}).encode())
+
+
+async def sampled(fleet: Fleet) -> None:
+    """Wait until every member's load is known."""
+    await until(lambda: all(fleet.table.load(member.instance_id) for member in fleet.workers()))
+
+
 def pair_states(fleet: Fleet) -> dict[str, str]:
     """Label → state of every pair."""
     return {record.label: str(record.state) for record in fleet.pairs()}
