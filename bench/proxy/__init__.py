@@ -1,0 +1,1 @@
+"""Parts of bench/balancer.py: mock workers, load, the balancers under test, and what was measured of them."""

@@ -1,0 +1,103 @@
+"""Processes the bench starts: each on its core, its output in a file, ended by its pid whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from proxy.cores import process_tree
+
+STOP_S = 5.0
+
+
+def raise_open_files() -> int:
+    """Let this process and its children open as many files as allowed; returns how many."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _settle(core: int) -> None:
+    """In a new process: its core, and our priority for its session, which Linux weighs as one (sched(7))."""
+    os.sched_setaffinity(0, {core})
+    priority = os.nice(0)
+    if priority:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(priority))
+
+
+class Child:
+    """One process and what it starts in turn. ``with`` ends them all."""
+
+    def __init__(self, command: Sequence[str], core: int, log: Path, *, reads_stdout: bool = False) -> None:
+        self.log = log
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if reads_stdout else output,
+                stderr=output,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the bench, which then ends its children
+                preexec_fn=lambda: _settle(core),
+            )
+
+    @property
+    def pid(self) -> int:
+        """Of the process that was started."""
+        return self.process.pid
+
+    @property
+    def pids(self) -> list[int]:
+        """It and its descendants."""
+        return process_tree(self.pid)
+
+    @property
+    def last_words(self) -> str:
+        """The end of its output."""
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        return lines[-1][-200:] if lines else "no output"
+
+    def read_line(self) -> str:
+        """The next line of its stdout; raises RuntimeError if there is none."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}: {self.last_words}")
+        return line.strip()
+
+    def stop(self) -> None:
+        """Ask it to end, then kill what is left of its tree."""
+        pids = self.pids
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            pass
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                # A pid that has been given to another process since is in another session.
+                if os.getsid(pid) == self.pid:
+                    os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
