@@ -153,6 +153,9 @@ class Pair:
     prefill: WorkerInfo
     decode: WorkerInfo
 
+    def __str__(self) -> str:
+        return self.label
+
     @property
     def label(self) -> str:
         """``prefill-0>decode-1``: short form for logs and the state document."""

@@ -11,8 +11,8 @@ import logging
 
 import msgspec
 
-from pdserve.balancer.http_errors import JSON_TYPE, Headers
 from pdserve.balancer.rooms import RequestIds
+from pdserve.balancer.tracing import JSON_LINE
 from pdserve.balancer.upstream import UpstreamPool
 from pdserve.errors import WorkerError
 from pdserve.types import Pair
@@ -31,13 +31,13 @@ class AbortDesk:
 
     def __init__(self, pool: UpstreamPool, key: str = "") -> None:
         self._pool = pool
-        self._headers = (JSON_TYPE, (b"authorization", b"Bearer " + key.encode())) if key else ()
+        self._lines = JSON_LINE + b"authorization: Bearer %b\r\n" % key.encode() if key else b""
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def abort(self, pair: Pair, ids: RequestIds, headers: Headers) -> None:
-        """Have both workers drop every rid; returns at once."""
+    def abort(self, pair: Pair, ids: RequestIds, lines: bytes) -> None:
+        """Have both workers drop every rid; ``lines`` are the client's headers. Returns at once."""
         for worker in (pair.prefill, pair.decode):
-            task = asyncio.create_task(self._tell(worker.url, ids, self._headers or headers))
+            task = asyncio.create_task(self._tell(worker.url, ids, self._lines or lines))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -45,13 +45,13 @@ class AbortDesk:
         """Wait for the aborts under way; at most ``ABORT_S``."""
         await asyncio.gather(*self._tasks)
 
-    async def _tell(self, url: str, ids: RequestIds, headers: Headers) -> None:
+    async def _tell(self, url: str, ids: RequestIds, lines: bytes) -> None:
         try:
             async with asyncio.timeout(ABORT_S):
                 for rid in ids.rids:
                     body = msgspec.json.encode({"rid": rid})
                     await self._pool.fetch(
-                        url, "POST", "/abort_request", body, headers=headers, timeout_s=ABORT_S
+                        url, "POST", "/abort_request", body, headers=lines, timeout_s=ABORT_S
                     )
         except (WorkerError, TimeoutError) as exc:
             logger.info("could not abort rid=%s worker=%s: %s", ids.rids[0], url, exc or "timed out")

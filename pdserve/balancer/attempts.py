@@ -17,7 +17,6 @@ import msgspec
 from pdserve.balancer.abort import AbortDesk
 from pdserve.balancer.budget import RetryBudget
 from pdserve.balancer.fleet import Fleet
-from pdserve.balancer.http_errors import Headers
 from pdserve.balancer.ledger import RequestLedger, RequestRecord
 from pdserve.balancer.member import PairKey, PairState
 from pdserve.balancer.outlet import Outlet, renaming_of
@@ -37,13 +36,13 @@ MAX_STALE = 2
 
 
 class Run(msgspec.Struct, eq=False):
-    """One request on its way. ``ids`` and ``key`` are the present attempt's.
+    """One request on its way. ``ids`` and ``key`` are the present attempt's, ``lines`` its headers.
 
     ``exclude`` holds pairs it must not get (again). ``on_prefilled`` is called when the prompt is computed.
     """
 
     request: ParsedRequest
-    headers: Headers
+    lines: bytes
     outlet: Outlet
     record: RequestRecord
     exclude: set[PairKey] = msgspec.field(default_factory=set)
@@ -131,8 +130,8 @@ class Attempts:
         ids = run.ids = self.rooms.take(request.num_prompts, request.route.rid_prefix)
         run.key = reservation.key
         run.outlet.identify(ids.rids[0])
-        record.rid, record.room, record.pair = ids.rids[0], ids.rooms[0], pair.label
-        record.reason = getattr(reservation, "why", None) or reservation.reason
+        record.rid, record.room, record.pair = ids.rids[0], ids.rooms[0], pair
+        record.reason = reservation.why
         record.timeline.paired_s = time.monotonic()
         is_over = False
         try:
@@ -142,7 +141,7 @@ class Attempts:
                 self._pool, reservation, request, record.timeline, renaming=renaming,
                 silence_s=self._config.request_s, on_prefilled=run.on_prefilled,
             )  # fmt: skip
-            relayed = await relay.run(body, run.headers, run.outlet)
+            relayed = await relay.run(body, run.lines, run.outlet)
             _release_ended(reservation, relayed, record)
             is_over = relayed.prefill_error is None
             return relayed
@@ -153,7 +152,7 @@ class Attempts:
             reservation.release(prefill_ok=None, decode_ok=None)
             self.rooms.give_back(ids)
             if not is_over and request.route.rid_field:
-                self.aborts.abort(pair, ids, run.headers)
+                self.aborts.abort(pair, ids, run.lines)
 
 
 def _release_ended(reservation: Reservation, relayed: Relayed, record: RequestRecord) -> None:

@@ -135,9 +135,7 @@ class PairDispatcher:
         try:
             if self._is_closing:
                 raise NoWorkerError("the balancer is stopping")
-            request = parse_request(
-                route, body, wants_prompt=getattr(self._fleet.policy, "needs_prompt", False)
-            )
+            request = parse_request(route, body, wants_prompt=self._fleet.policy.needs_prompt)
             await self._run(request, call)
         except RequestRefused as exc:
             record.error = str(exc)
@@ -159,11 +157,11 @@ class PairDispatcher:
         record.prompt_tokens = request.shape.prompt_tokens
         call.client_rid = request.client_rid
         self._attempts.budget.deposit()
-        headers = forwarded_headers(client.headers, client.request_id, self._config.worker_api_key)
+        lines = forwarded_headers(client.headers, client.request_id, self._config.worker_api_key)
         if request.num_requests > 1:
-            relayed = await run_samples(self._attempts, request, headers, client, record, call.runs)
+            relayed = await run_samples(self._attempts, request, lines, client, record, call.runs)
         else:
-            run = Run(request, headers, client, record)
+            run = Run(request, lines, client, record)
             call.runs.append(run)
             relayed = await self._attempts.run(run)
         self._completed(call, relayed)
@@ -227,4 +225,8 @@ class PairDispatcher:
         await call.client.answer(answer)
 
     def _request_id(self, client: Client) -> bytes:
-        return next((value for name in self._id_headers if (value := client.headers.get(name))), b"")
+        headers = client.headers
+        for name in self._id_headers:
+            if name in headers:
+                return headers[name]
+        return b""

@@ -29,7 +29,7 @@ DONE = b"data: [DONE]\n\n"
 async def run_samples(
     attempts: Attempts,
     request: ParsedRequest,
-    headers: Headers,
+    lines: bytes,
     client: Client,
     record: RequestRecord,
     runs: list[Run],
@@ -47,7 +47,7 @@ async def run_samples(
     for outlet in outlets:
         timeline = structs.replace(record.timeline)
         part = record if outlet.index == 0 else structs.replace(record, timeline=timeline)
-        runs.append(Run(single, headers, outlet, part))
+        runs.append(Run(single, lines, outlet, part))
     try:
         async with asyncio.TaskGroup() as samples:
             computed = asyncio.get_running_loop().create_future()

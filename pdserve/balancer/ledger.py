@@ -14,6 +14,7 @@ import msgspec
 
 from pdserve.balancer.request import Route
 from pdserve.telemetry import RequestTimeline
+from pdserve.types import Pair
 
 NUM_RECENT = 64
 
@@ -37,7 +38,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     route: Route
     timeline: RequestTimeline
     rid: str = ""
-    pair: str = ""
+    pair: Pair | None = None
     room: int = 0
     is_stream: bool = False
     status: int = 0
@@ -51,7 +52,7 @@ class RequestRecord(msgspec.Struct, eq=False):
         timeline = self.timeline
         return {
             "rid": self.rid,
-            "pair": self.pair,
+            "pair": self.pair.label if self.pair else "",
             "room": self.room,
             "route": str(self.route),
             "stream": self.is_stream,

@@ -26,7 +26,7 @@ from pdserve.balancer.outlet import Chain, Outlet, Renaming, Transform
 from pdserve.balancer.request import ParsedRequest
 from pdserve.balancer.reservation import Reservation
 from pdserve.balancer.stream import StreamTally, Usage, stream_failure, usage_of_body
-from pdserve.balancer.upstream import UpstreamPool, render_headers
+from pdserve.balancer.upstream import UpstreamPool
 from pdserve.errors import PdserveError, WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
 from pdserve.telemetry import RequestTimeline
 from pdserve.types import Role
@@ -195,17 +195,17 @@ class PairRelay:
         self._is_opening = False
         self._bug: Exception | None = None
 
-    async def run(self, body: bytes, headers: Headers, outlet: Outlet) -> Relayed:
-        """Send ``body`` to both workers and decode's answer to ``outlet``, all but its end.
+    async def run(self, body: bytes, lines: bytes, outlet: Outlet) -> Relayed:
+        """Send ``body`` under header ``lines`` to both workers, and decode's answer to ``outlet``.
 
-        The end is the caller's to send, by ``Relayed.finish``, once its books are
+        All but its end: that is the caller's to send, by ``Relayed.finish``, once its books are
         closed; it is out already if prefill lags behind decode.
 
         Raises:
             LegFailed: ``outlet.has_begun`` tells whether the client has bytes already.
         """
         pair, path, limits = self._reservation.pair, self._request.route.value, self._limits
-        lines, start = render_headers(headers), self._pool.start
+        start = self._pool.start
         sent = start(
             pair.prefill.url, "POST", path, body, headers=lines, limits=limits, wakeup=self, can_resend=False
         )

@@ -24,7 +24,8 @@ MAX_PROMPTS = 65536
 """Copies of a prompt in one request; beyond it a small body would fill the memory."""
 
 _PROMPTS = ("text", "input_ids", "input_embeds")
-_PER_PROMPT: tuple[str, ...] = (*_PROMPTS, "image_data", "video_data", "audio_data", "lora_path", "sampling_params")
+_PER_PROMPT: tuple[str, ...] = (*_PROMPTS, "image_data", "video_data", "audio_data", "lora_path")
+_PER_PROMPT += ("sampling_params",)
 _PER_PROMPT += ("extra_key", "cache_salt", "kv_hints", "session_params", "custom_logit_processor")
 _PER_PROMPT += ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_hidden_states")
 """Fields of GenerateReqInput that a batch may give as one value per prompt."""

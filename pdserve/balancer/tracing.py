@@ -7,22 +7,21 @@ allows it would take rooms and hosts from it, past our own.
 
 from __future__ import annotations
 
-from pdserve.balancer.http_errors import JSON_TYPE, Headers
-
+JSON_LINE = b"content-type: application/json\r\n"
 _NAMES = frozenset((b"authorization", b"traceparent", b"tracestate", b"baggage", b"b3"))
 _NOT = (b"x-override-", b"x-forwarded-", b"x-stainless-", b"x-request-id", b"x-real-ip", b"x-api-key")
 
 
-def forwarded_headers(headers: dict[bytes, bytes], request_id: str, worker_key: str) -> Headers:
-    """What both legs are sent besides the body; ``worker_key`` takes the place of the client's own."""
-    kept = [JSON_TYPE]
-    for item in headers.items():
-        name = item[0]
+def forwarded_headers(headers: dict[bytes, bytes], request_id: str, worker_key: str) -> bytes:
+    """Header lines that both legs are sent; ``worker_key`` takes the place of the client's own."""
+    lines = JSON_LINE
+    for name, value in headers.items():
         if name in _NAMES or (name[:2] == b"x-" and not name.startswith(_NOT)):
-            kept.append(item)
+            if worker_key and name == b"authorization":
+                continue
+            lines += b"%b: %b\r\n" % (name, value)
     if worker_key:
-        kept = [item for item in kept if item[0] != b"authorization"]
-        kept.append((b"authorization", b"Bearer " + worker_key.encode()))
+        lines += b"authorization: Bearer %b\r\n" % worker_key.encode()
     if request_id:
-        kept.append((b"x-request-id", request_id.encode("latin-1")))
-    return tuple(kept)
+        lines += b"x-request-id: %b\r\n" % request_id.encode("latin-1")
+    return lines

@@ -151,7 +151,7 @@ class UpstreamPool:
         path: str,
         body: bytes = b"",
         *,
-        headers: Iterable[tuple[bytes, bytes]] = (),
+        headers: Iterable[tuple[bytes, bytes]] | bytes = (),
         first_byte_s: float,
         silence_s: float,
     ) -> UpstreamResponse:
@@ -176,7 +176,7 @@ class UpstreamPool:
         path: str,
         body: bytes = b"",
         *,
-        headers: Iterable[tuple[bytes, bytes]] = (),
+        headers: Iterable[tuple[bytes, bytes]] | bytes = (),
         timeout_s: float,
     ) -> FetchedResponse:
         """One exchange, body read to the end; any status is an answer.

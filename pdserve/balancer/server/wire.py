@@ -24,9 +24,15 @@ def render_head(status: int, headers: Headers, *, rest: bytes) -> bytes:
 
 def render_answer(answer: Answer, more: Headers, *, rest: bytes, has_body: bool = True) -> bytes:
     """A whole response; without its body, but with its length, for HEAD."""
-    length = b"content-length: %d\r\n%b" % (len(answer.body), rest)
-    head = render_head(answer.status, (*answer.headers, *more), rest=length)
-    return head + answer.body if has_body else head
+    body = answer.body
+    line = _STATUS_LINES.get(answer.status) or b"HTTP/1.1 %d \r\n" % answer.status
+    lines = b""
+    for header in answer.headers:
+        lines += b"%b: %b\r\n" % header
+    for header in more:
+        lines += b"%b: %b\r\n" % header
+    sent = body if has_body else b""
+    return b"%b%bcontent-length: %d\r\n%b\r\n%b" % (line, lines, len(body), rest, sent)
 
 
 def render_chunk(data: bytes) -> bytes:
