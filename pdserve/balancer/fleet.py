@@ -19,13 +19,15 @@ from typing import Protocol
 
 from pdserve.balancer.admission import Admission
 from pdserve.balancer.breaker import Breaker
+from pdserve.balancer.channel_keeper import ChannelKeeper
 from pdserve.balancer.events import EventLog, FleetEvent
 from pdserve.balancer.keeper import WorkerKeeper
 from pdserve.balancer.load import LoadTable
+from pdserve.balancer.load_channel import LoadChannels
 from pdserve.balancer.member import PairKey, PairRecord, PairState, Worker, WorkerState
 from pdserve.balancer.pair_keeper import PairKeeper, ProbeGate
 from pdserve.balancer.policy import policy_of
-from pdserve.balancer.probe import WorkerPool
+from pdserve.balancer.probe import WorkerKeys, WorkerPool
 from pdserve.balancer.reservation import Reservation
 from pdserve.balancer.roster import Roster
 from pdserve.balancer.shortage import explain_fullness, explain_shortage
@@ -79,6 +81,7 @@ class Fleet:
         self._static = static_workers(config)
         self._pool = pool
         self._gate = ProbeGate()
+        self._channels = LoadChannels()
         self._roster = Roster()
         self._log = EventLog()
         self._judge = Judge(self._roster, self.table, self._log, pool)
@@ -106,6 +109,7 @@ class Fleet:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._channels.close()
 
     # -- what others read --------------------------------------------------------------------
 
@@ -268,6 +272,11 @@ class Fleet:
             worker.answers.set()  # it registered after its server was up
         keeper = WorkerKeeper(worker, self.config, self._pool, self._judge)
         worker.tasks.append(self._spawn(keeper.run(), f"keep-{worker.worker_id}"))
+        if self.config.load_channel:
+            listener = ChannelKeeper(
+                worker, self._pool, self._channels, WorkerKeys.of(self.config).plain, self._judge
+            )
+            worker.tasks.append(self._spawn(listener.run(), f"keep-load-{worker.worker_id}"))
         for record in records:
             self._keep(record)
         return worker

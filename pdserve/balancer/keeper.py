@@ -120,7 +120,8 @@ class WorkerKeeper:
             self._silence.unanswered(asked_s, heard)
             now_s, heard = time.monotonic(), self._pool.num_heard(worker.url)
             if self._silence.is_over(exc, now_s, heard) and worker.num_inflight:
-                self._verdicts.worker_hung(worker, f"{exc}; silent for {self._silence.restart(now_s):.0f} s")
+                why = str(exc).removeprefix(f"{worker.url}: ")
+                self._verdicts.worker_hung(worker, f"{why}; silent for {self._silence.restart(now_s):.0f} s")
             raise
         self._silence.answered()
         return answer

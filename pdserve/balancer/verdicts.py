@@ -19,7 +19,7 @@ from pdserve.balancer.load import LoadTable
 from pdserve.balancer.member import PairRecord, PairState, Worker, WorkerState
 from pdserve.balancer.probe import ProbePassed, ProbeResult, WorkerPool
 from pdserve.balancer.roster import Roster
-from pdserve.balancer.sample import Sample
+from pdserve.balancer.sample import PartialLoad, Sample
 from pdserve.errors import WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
 from pdserve.types import Role, WorkerInfo
 
@@ -98,6 +98,11 @@ class Judge:
             worker.breaker.trip()
             self.suspect(worker, why)
 
+    def worker_updated(self, worker: Worker, partial: PartialLoad) -> None:
+        """Channel keeper: the worker's load changed between two polls."""
+        self._table.update(worker.instance_id, partial)
+        self.on_sample(worker)
+
     def worker_hung(self, worker: Worker, why: str) -> None:
         """Keeper: the worker has work and shows no sign of life; what is in flight there ends now.
 
@@ -106,7 +111,7 @@ class Judge:
         if worker not in self._roster:
             return
         worker.num_wedged += 1
-        self.worker_silent(worker, why)
+        self.worker_silent(worker, f"{worker.url}: {why}")
         num_failed = self._pool.fail_worker(worker.url, lambda: WorkerTimeout(worker.url, why))
         if num_failed:
             self._log.note("wedged", worker, f"{why}; {num_failed} exchanges ended")
@@ -115,7 +120,7 @@ class Judge:
         """Keeper: the worker answers, but its scheduler gets nowhere. That is no wedge while it was told to
         stop, or to load other weights."""
         if not self.is_paused and not self._pool.is_instructed(worker.url):
-            self.worker_hung(worker, f"{worker.url}: {why}")
+            self.worker_hung(worker, why)
 
     def worker_answers(self, worker: Worker) -> None:
         """Keeper: the worker answers again (or, static, for the first time): let its pairs be probed."""
