@@ -40,9 +40,12 @@ class Server:
     ping: Answer = Answer(200)
     loads: Answer = Answer(200, b'{"loads":[{}]}')
     model_info: Answer = Answer(404)
+    server_info: Answer = Answer(200)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     calls: Counter[str] = field(default_factory=Counter)
     bodies: list[dict[str, object]] = field(default_factory=list)
+    authorizations: dict[str, bytes] = field(default_factory=dict)
+    """Path → the last authorization it was asked with; empty without one."""
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -71,14 +74,21 @@ class Network:
         server = self.servers.setdefault(url, Server())
         path = path.partition("?")[0]
         server.calls[path] += 1
+        server.authorizations[path] = dict(headers).get(b"authorization", b"")
         await asyncio.sleep(0)
         if path == "/generate":
             server.bodies.append(json.loads(body))
             await server.gate.wait()
         if server.is_down:
             raise WorkerUnreachable(url, "connection refused")
-        answers = {"/generate": server.generate, "/ping": server.ping, "/v1/loads": server.loads}
-        return answers.get(path, server.model_info if path == "/model_info" else Answer(200))
+        answers = {
+            "/generate": server.generate,
+            "/ping": server.ping,
+            "/v1/loads": server.loads,
+            "/model_info": server.model_info,
+            "/server_info": server.server_info,
+        }
+        return answers.get(path, Answer(200))
 
     def num_heard(self, url: str) -> int:
         """The seam: no client's request goes through here."""

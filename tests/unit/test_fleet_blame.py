@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from pdserve.errors import WorkerTimeout, WorkerUnreachable
+import pytest
+
+from pdserve.balancer import keeper
+from pdserve.balancer.breaker import Breaker, BreakerState, Failure
+from pdserve.errors import WorkerRejected, WorkerTimeout, WorkerUnreachable
 from tests.unit.fleet_network import (
     D0,
     D1,
@@ -118,3 +122,88 @@ async def test_an_idle_worker_is_polled_slowly_and_at_once_when_a_request_comes(
         await fleet.reserve(SHAPE, timeout_s=1)
         assert fleet.workers()[0].wake.is_set()
         await until(lambda: network[P0].calls["/v1/loads"] > polls)
+
+
+@pytest.mark.parametrize("limit", [1, 5])
+async def test_as_many_failures_as_configured_take_a_worker_out(limit: int) -> None:
+    async with running_fleet(Network(), breaker_failures=limit, load_poll_s=60.0) as fleet:
+        fleet.apply([P0, D0])
+        await all_ready(fleet)
+        for number in range(1, limit + 1):
+            reservation = await fleet.reserve(SHAPE, timeout_s=1)
+            reservation.release(prefill_ok=None, decode_ok=False, error=WorkerRejected(D0.url, 500))
+            assert worker_states(fleet)["decode-0"] == ("suspect" if number == limit else "ready")
+
+
+async def test_of_two_silent_legs_the_one_known_to_be_suspect_is_blamed() -> None:
+    async with running_fleet(Network(), load_poll_s=60.0) as fleet:
+        fleet.apply([P0, D0])
+        await all_ready(fleet)
+        held = [await fleet.reserve(SHAPE, timeout_s=1) for _ in range(5)]
+        network_of_d0_is_gone = WorkerUnreachable(D0.url, "reset")
+        held.pop().release(prefill_ok=None, decode_ok=False, error=network_of_d0_is_gone)
+        for reservation in held:
+            reservation.release(prefill_ok=False, decode_ok=False, error="both silent")
+        prefill, decode = fleet.workers()
+        assert (prefill.breaker.errors, str(prefill.state)) == (0, "ready")
+        assert decode.breaker.errors == 5
+
+
+async def test_a_503_of_the_other_leg_is_a_failure_like_any_other() -> None:
+    """Told by the url: only a worker's own "I am full" is no failure."""
+    async with running_fleet(Network(), breaker_failures=1, load_poll_s=60.0) as fleet:
+        fleet.apply([P0, D0])
+        await all_ready(fleet)
+        reservation = await fleet.reserve(SHAPE, timeout_s=1)
+        reservation.release(prefill_ok=False, decode_ok=None, error=WorkerRejected(D0.url, 503))
+        assert worker_states(fleet)["prefill-0"] == "suspect"
+
+
+def test_a_breaker_counts_overloads_only_from_the_limit_on() -> None:
+    breaker = Breaker(limit=3)
+    assert [breaker.fail(Failure.OVERLOAD) for _ in range(2)] == [False, False]
+    assert breaker.consecutive == 0
+    breaker.succeed()
+    outcomes = [breaker.fail(Failure.OVERLOAD) for _ in range(5)]
+    assert outcomes == [False, False, False, False, True]
+    breaker.half_open()
+    assert breaker.state is BreakerState.HALF_OPEN
+    breaker.succeed()
+    assert not breaker.is_closed
+    breaker.close()
+    assert (breaker.is_closed, breaker.consecutive, breaker.overloads) == (True, 0, 0)
+
+
+async def test_a_worker_that_fails_again_and_again_after_its_probe_is_left_alone_for_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keeper, "MAX_CALM_S", 60.0)
+    monkeypatch.setattr(keeper, "FREE_REVIVALS", 2)
+    network = Network()
+    async with running_fleet(network, load_poll_s=60.0) as fleet:
+        fleet.apply([P0, D0])
+        for _ in range(3):
+            await all_ready(fleet)
+            reservation = await fleet.reserve(SHAPE, timeout_s=1)
+            reservation.release(
+                prefill_ok=None, decode_ok=False, error=WorkerUnreachable(D0.url, "connection reset")
+            )
+        pings = network[D0].calls["/ping"]
+        await until(lambda: network[D0].calls["/ping"] > pings)
+        assert worker_states(fleet)["decode-0"] == "suspect"
+        assert pair_states(fleet)["prefill-0>decode-0"] == "untested"
+
+
+async def test_a_worker_that_is_gone_is_not_judged() -> None:
+    async with running_fleet(Network()) as fleet:
+        fleet.apply([P0, D0, D1])
+        await all_ready(fleet)
+        held = [await fleet.reserve(SHAPE, timeout_s=1) for _ in range(2)]
+        fleet.apply([P0, D1])
+        for reservation in held:
+            decode = reservation.pair.decode
+            is_ok = False if decode == D0 else None
+            reservation.release(
+                prefill_ok=None, decode_ok=is_ok, error=WorkerUnreachable(decode.url, "reset")
+            )
+        assert worker_states(fleet) == {"prefill-0": "ready", "decode-1": "ready"}
