@@ -19,6 +19,7 @@ import msgspec
 
 from pdserve.balancer.merge_native import NativeRules
 from pdserve.balancer.merge_openai import OpenAIRules
+from pdserve.balancer.merge_parts import split_event
 from pdserve.balancer.request import ParsedRequest, Route
 
 logger = logging.getLogger(__name__)
@@ -117,11 +118,11 @@ class StreamMerger:
         return tail
 
     def _event(self, event: bytes) -> bytes:
-        head, mark, payload = event.rpartition(b"data: ")
-        if not mark or not payload.startswith(b"{"):
+        head, payload = split_event(event)
+        if not payload:
             return event
         try:
-            return head + mark + self._rules.merge_event(payload)
+            return head + self._rules.merge_event(payload)
         except _BROKEN as exc:
             logger.warning("event not merged: %s", exc)
             return event

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,13 +36,19 @@ LEFT_OUT = {
 }
 """Fields that may even be absent, and why."""
 
+CLOCK = re.compile(r"\[\d\d:\d\d:\d\d\] ")
+"""Log prefixes that grammar compilers put into their messages."""
+
 EVENT_STREAM = "text/event-stream"
 ID_FIELDS = frozenset(("id", "rid", "item_id", "request_id", "response_id"))
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One request. ``first`` is sent before it, to fill the prefix cache; its answer is not looked at."""
+    """One request. ``first`` is sent before it, to fill the prefix cache; its answer is not looked at.
+
+    An empty header is not sent.
+    """
 
     name: str
     path: str
@@ -77,6 +84,7 @@ def _exchange(url: str, case: Case, body: Any, timeout_s: float) -> Reply:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
     payload = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", **case.headers}
+    headers = {name: value for name, value in headers.items() if value}
     try:
         connection.request(case.method, case.path, payload, headers)
         response = connection.getresponse()
@@ -152,6 +160,8 @@ def canonical(document: Any, names: _Names | None = None) -> Any:
         }
     if isinstance(document, list):
         return [canonical(item, names) for item in document]
+    if isinstance(document, str):
+        return CLOCK.sub("", document)
     return document
 
 

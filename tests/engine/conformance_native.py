@@ -235,6 +235,8 @@ ERRORS = [
     _raw("a lone surrogate", b'{"text": "\\ud800 abc", "sampling_params": {"top_k": 1}}'),
     _raw("the same key twice", b'{"text": "a", "text": "bcd", "sampling_params": {"top_k": 1}}'),
     _raw("as text", {"text": "abc", "sampling_params": GREEDY}, headers={"Content-Type": "text/plain"}),
+    _raw("without content type", {"text": "abc", "sampling_params": GREEDY}, headers={"Content-Type": ""}),
+    _raw("+json", {"text": "a", "sampling_params": GREEDY}, headers={"Content-Type": "application/x+json"}),
     _raw("by GET", None, method="GET"),
     _raw("by DELETE", None, method="DELETE"),
 ]  # fmt: skip

@@ -127,6 +127,7 @@ COMPLETION_ERRORS = [
     _raw("completion by GET", "/v1/completions", None, method="GET"),
     _raw("completion by PUT", "/v1/completions", {"prompt": "abc"}, method="PUT"),
     _raw("completion as text", "/v1/completions", {"prompt": "abc"}, headers={"Content-Type": "text/plain"}),
+    _raw("completion without content type", "/v1/completions", {"prompt": "a"}, headers={"Content-Type": ""}),
     _raw(
         "completion with a charset", "/v1/completions",
         {"model": MODEL, "prompt": words("charset"), "temperature": 0},
