@@ -77,6 +77,7 @@ class Admission:
         self._tight: set[Worker] = set()
         self._easy_tokens = ENDLESS
         self._largest_tokens = ENDLESS
+        self._least_waiting = (0, 0)  # nobody in line needs less; on prefill, on decode
         self._favoured: Waiter | None = None
         self._held: PairRecord | None = None
 
@@ -117,9 +118,9 @@ class Admission:
     def serve(self) -> None:
         """Give every waiter that can have one a pair, in order. The pair is held from here on."""
         front: Waiter | None = None
-        free = self._most_free()
+        free, least = self._most_free(), (ENDLESS, ENDLESS)
         for waiter in self.line:
-            if self.num_open >= self._max_open or (CLOSED in free and self._favoured is None):
+            if self._fits_nobody(free):
                 return
             if waiter.future.done():
                 continue
@@ -130,6 +131,7 @@ class Admission:
             if reservation is None:
                 if front is None and len(self.rotation.without(waiter.exclude)):
                     front = waiter
+                least = min(least[0], tokens[0]), min(least[1], tokens[1])
                 continue
             self.line.leave(waiter)
             waiter.future.set_result(reservation)
@@ -138,6 +140,13 @@ class Admission:
             if front is not None:
                 self._overtaken(front)
             free = self._most_free()
+        self._least_waiting = least
+
+    def _fits_nobody(self, free: tuple[int, int]) -> bool:
+        if self.num_open >= self._max_open:
+            return True
+        least = self._least_waiting
+        return self._favoured is None and (free[0] < least[0] or free[1] < least[1])
 
     def stop(self) -> None:
         """End every wait."""
@@ -287,6 +296,7 @@ class Admission:
         for worker in workers:
             set_calm(worker, self._prefill_queue_s)
         self._easy_tokens = min((easy_tokens(worker) for worker in workers), default=ENDLESS)
+        self._least_waiting = (0, 0)
         self._largest_tokens = min(
             max((worker.view.kv_capacity or ENDLESS for worker in row), default=ENDLESS)
             for row in (self.rotation.prefills, self.rotation.decodes)
@@ -313,6 +323,8 @@ class Admission:
             why = self._explain(displaced.exclude, displaced.shape)
             why = f"{len(self.line)} requests of no less priority wait: {why}"
             displaced.future.set_exception(self._refusal("displaced", why))
+        least, tokens = self._least_waiting, self._tokens_needed(shape)
+        self._least_waiting = min(least[0], tokens[0]), min(least[1], tokens[1])
         return waiter
 
     def _refusal(self, reason: str, message: str) -> NoWorkerError:
