@@ -121,17 +121,42 @@ class UpstreamConnection(asyncio.Protocol):
         if response is None:
             self.drop()  # bytes nobody asked for: the connection cannot be trusted
             return
+        if not response.can_resend:
+            self._home.num_heard += 1
         if not self._has_bytes:
             self._has_bytes = True
             response.body = b""  # it will not be sent again: a long answer must not hold a long prompt
-        if not response.can_resend:
-            self._home.num_heard += 1
+            if self._take_whole(response, data):
+                return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             response.fail(WorkerUnreachable(response.url, f"answered with something that is not HTTP: {exc}"))
             return
         response.on_progress()
+
+    def _take_whole(self, response: UpstreamResponse, data: bytes) -> bool:
+        """Take a response that came in one piece with its length, as most do, without the parser.
+
+        Anything unusual (other names' spelling, codings, closing, further bytes) is the parser's.
+        """
+        end = data.find(b"\r\n\r\n")
+        at = data.find(b"\r\ncontent-length: ", 12, end)
+        if end < 0 or at < 0 or not data.startswith(b"HTTP/1.1 "):
+            return False
+        size, status = data[at + 18 : data.find(b"\r\n", at + 18)], data[9:12]
+        if not (size.isdigit() and status.isdigit()) or len(data) != end + 4 + int(size):
+            return False
+        head = data[:end]
+        if status < b"200" or b"onnection:" in head or b"ransfer-" in head or head.count(b"ontent-") != 2:
+            return False
+        self._response, self._keep_alive = None, True
+        self.num_served += 1
+        response.on_whole(int(status), head, data[end + 4 :])
+        response.on_complete()
+        self._home.put_back(self)
+        response.on_progress()
+        return True
 
     # -- httptools ---------------------------------------------------------------------------
 
@@ -143,8 +168,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Called by the parser."""
         status = self._parser.get_status_code()
         if status >= 200 and self._response is not None:
-            self._response.status = status
-            self._response.headers = self._headers
+            self._response.on_head(status, self._headers)
             self._keep_alive = self._parser.should_keep_alive()
         self._headers = []
 

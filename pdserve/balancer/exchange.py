@@ -92,35 +92,28 @@ class UpstreamResponse:
     not fed, nor the worker read, until ``release``.
 
     ``status`` is 0 until the head is there. ``error`` is set when the exchange
-    failed; iteration raises it after the chunks that had arrived. ``ended_s``
-    (loop clock) is when it completed or failed.
+    failed; iteration raises it after the chunks that had arrived. ``turn`` grows
+    with every exchange that ends: the smaller one ended first.
     """
 
-    __slots__ = (
-        "_buffered",
-        "_chunks",
-        "_deadlines",
-        "_is_paused",
-        "attempts",
-        "body",
-        "can_resend",
-        "connecting",
-        "connection",
-        "deadline_s",
-        "ended_s",
-        "error",
-        "first_byte_s",
-        "head",
-        "headers",
-        "is_closed",
-        "is_complete",
-        "sent_s",
-        "silence_s",
-        "sink",
-        "status",
-        "url",
-        "wakeup",
-    )
+    # Class attributes in place of most of ``__init__``: two of these are made for every request.
+    status = 0
+    error: WorkerError | None = None
+    is_complete = False
+    is_closed = False
+    can_resend = True
+    attempts = 0
+    sent_s = 0.0
+    turn = 0
+    deadline_s = NEVER
+    sink: Callable[[bytes], bool] | None = None
+    wakeup: Alarm = NOBODY
+    connection: Connection | None = None
+    connecting: asyncio.Task[None] | None = None
+    _headers: Headers | None = None
+    _raw_head = b""
+    _buffered = 0
+    _is_paused = False
 
     def __init__(
         self, url: str, head: bytes, body: bytes, limits: tuple[float, float], deadlines: Deadlines
@@ -128,23 +121,7 @@ class UpstreamResponse:
         self.url = url
         self.head, self.body = head, body
         self.first_byte_s, self.silence_s = limits
-        self.status = 0
-        self.headers: Headers = []
-        self.error: WorkerError | None = None
-        self.is_complete = False
-        self.is_closed = False
-        self.can_resend = True
-        self.attempts = 0
-        self.sent_s = 0.0
-        self.ended_s = 0.0
-        self.deadline_s = NEVER
-        self.sink: Callable[[bytes], bool] | None = None
-        self.wakeup: Alarm = NOBODY
-        self.connection: Connection | None = None
-        self.connecting: asyncio.Task[None] | None = None
         self._chunks: list[bytes] = []
-        self._buffered = 0
-        self._is_paused = False
         self._deadlines = deadlines
 
     # -- for the consumer --------------------------------------------------------------------
@@ -153,6 +130,16 @@ class UpstreamResponse:
     def has_ended(self) -> bool:
         """True when nothing more will come: complete, failed or closed by us."""
         return self.is_complete or self.error is not None or self.is_closed
+
+    @property
+    def headers(self) -> Headers:
+        """The response's headers, in order; empty before they are there."""
+        if self._headers is None:
+            lines = self._raw_head.split(b"\r\n")[1:]
+            self._headers = [
+                (name, value.lstrip(b" \t")) for name, _, value in (x.partition(b":") for x in lines)
+            ]
+        return self._headers
 
     @property
     def has_chunks(self) -> bool:
@@ -240,6 +227,17 @@ class UpstreamResponse:
         self.deadline_s = now_s + self.first_byte_s
         self._deadlines.add(self)
 
+    def on_head(self, status: int, headers: Headers) -> None:
+        """Status and headers have been parsed."""
+        self.status, self._headers = status, headers
+
+    def on_whole(self, status: int, head: bytes, body: bytes) -> None:
+        """The whole response came in one piece; its head is parsed when somebody looks at it."""
+        self.status, self._raw_head = status, head
+        if body:
+            self._chunks.append(body)
+            self._buffered += len(body)
+
     def on_chunk(self, data: bytes) -> None:
         """Body bytes."""
         self._chunks.append(data)
@@ -301,8 +299,7 @@ class UpstreamResponse:
             self.connection.resume()
 
     def _end(self) -> None:
-        self.ended_s = self._deadlines.now()
-        self._deadlines.discard(self)
+        self.turn = self._deadlines.discard(self)
 
 
 class Deadlines:
@@ -316,6 +313,7 @@ class Deadlines:
         self._open: set[UpstreamResponse] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = NEVER
+        self._num_ended = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def now(self) -> float:
@@ -337,9 +335,11 @@ class Deadlines:
         if response.deadline_s < self._due_s:
             self._arm(response.deadline_s)
 
-    def discard(self, response: UpstreamResponse) -> None:
-        """It has ended."""
+    def discard(self, response: UpstreamResponse) -> int:
+        """It has ended; returns how many had before, itself included."""
         self._open.discard(response)
+        self._num_ended += 1
+        return self._num_ended
 
     def open(self) -> list[UpstreamResponse]:
         """Exchanges that were sent and have not ended."""

@@ -352,7 +352,7 @@ def _first_failure(prefill: _Leg, decode: _Leg) -> LegFailed:
     so if one ran out of time while the other was silent too, or reports that the KV did not
     travel, either may be the cause."""
     failed = [leg for leg in (prefill, decode) if leg.error is not None]
-    first = min(failed, key=lambda leg: leg.response.ended_s)
+    first = min(failed, key=lambda leg: leg.response.turn)
     assert first.error is not None
     other = decode if first is prefill else prefill
     is_unclear = isinstance(first.error, WorkerTimeout) and not other.response.status

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from pdserve.balancer.upstream import MAX_IDLE, UpstreamPool
-from pdserve.errors import ConfigError, WorkerUnreachable
+from pdserve.errors import ConfigError, WorkerError, WorkerUnreachable
 from tests.fakes import FakeSGLang, until
 from tests.unit.test_upstream import LIMITS, raw_server
 
@@ -75,3 +75,42 @@ async def test_closing_the_pool_ends_exchanges_that_still_connect(pool: Upstream
         with pytest.raises(WorkerUnreachable, match="stopping"):
             await asyncio.wait_for(response.wait_head(), 1)
         assert worker.requests == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\ndate: x\r\nserver: y\r\ncontent-length: 2\r\ncontent-type: text/html\r\n\r\n{}",
+        b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\ncontent-type: text/plain\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: a\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\ncontent-type: a\r\nx-odd:  spaced value \r\ncontent-length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-type: a\r\nconnection: close\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\ncontent-type: a\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 2\r\ncontent-type: a\r\n\r\n{}",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-type: a\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\ncontent-length: -2\r\ncontent-type: a\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2x\r\ncontent-type: a\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 30\r\ncontent-type: a\r\n\r\n{}",
+        b"HTTP/9.1 200 OK\r\ncontent-length: 2\r\ncontent-type: a\r\n\r\n{}",
+    ],
+)
+async def test_an_answer_means_the_same_in_one_piece_and_in_many(pool: UpstreamPool, answer: bytes) -> None:
+    """The quick way of reading a whole answer must not read anything that the parser reads otherwise."""
+
+    async def fetch(*pieces: bytes) -> object:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            for piece in pieces:
+                writer.write(piece)
+                await asyncio.sleep(0.001)  # a piece of its own for the reader
+            writer.close()
+
+        async with raw_server(serve) as url:
+            try:
+                got = await pool.fetch(url, "GET", "/", timeout_s=5)
+            except WorkerError as exc:
+                return type(exc)
+            return got.status, got.headers, got.body
+
+    cut = answer.index(b"\r\n\r\n") + 2
+    assert await fetch(answer) == await fetch(answer[:cut], answer[cut:])
