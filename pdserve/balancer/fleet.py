@@ -133,7 +133,7 @@ class Fleet:
     @property
     def has_ready_pair(self) -> bool:
         """True if some pair takes traffic; it may be full."""
-        return len(self.admission.rotation) > 0
+        return len(self.admission.placement.rotation) > 0
 
     @property
     def num_waiting(self) -> int:
@@ -153,10 +153,10 @@ class Fleet:
         """Why no pair can be reserved now (by this request), in one sentence for client and operator."""
         if self._is_stopping:
             return "the balancer is stopping"
-        if usable := list(self.admission.rotation.without(exclude).records.values()):
-            admission, max_open = self.admission, self.config.max_concurrent_requests
+        if usable := list(self.admission.placement.rotation.without(exclude).records.values()):
+            placement, limit = self.admission.placement, self.config.max_concurrent_requests
             return explain_fullness(
-                usable, lambda worker: admission.lacks_room(worker, shape), admission.num_open, max_open
+                usable, lambda worker: placement.lacks_room(worker, shape), placement.num_open, limit
             )
         return explain_shortage(self.workers(), self.pairs(), exclude, self._how_to_join())
 

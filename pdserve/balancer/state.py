@@ -85,7 +85,7 @@ def _queue(fleet: Fleet) -> dict[str, object]:
         "size": admission.line.size,
         "oldest_wait_s": 0.0 if oldest_s is None else now_s - oldest_s,
         "shed": dict(admission.shed),
-        "dispatched": admission.num_open,
+        "dispatched": admission.placement.num_open,
         "max_dispatched": fleet.config.max_concurrent_requests,
         "completed_per_s": admission.completions.per_s(now_s),
     }

@@ -318,7 +318,7 @@ async def test_any_mixture_of_ends_leaves_nothing_promised() -> None:
                 await asyncio.sleep(0)
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert fleet.num_waiting == fleet.admission.num_open == 0
+        assert fleet.num_waiting == fleet.admission.placement.num_open == 0
         for member in fleet.workers():
             assert (member.num_inflight, member.promised_tokens, member.reserved_tokens) == (0, 0, 0)
             assert member.held_for is None

@@ -198,7 +198,7 @@ async def test_requests_in_flight_at_a_hung_process_are_served_elsewhere(
         assert {str(w.state) for w in others} == {"ready"}
         assert {w.breaker.errors for w in others} == {0}
         assert [e.event for e in site.balancer.fleet.events].count("wedged") == 1
-        assert site.balancer.fleet.admission.num_open == 0
+        assert site.balancer.fleet.admission.placement.num_open == 0
 
 
 @pytest.mark.usefixtures("quick")

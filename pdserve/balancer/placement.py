@@ -1,0 +1,206 @@
+"""Where a request fits: slots and KV tokens promised, the policy asked only about workers with room.
+
+    place ─► every worker calm? ─ yes ─► policy over the whole rotation ─► promise both legs
+                    └─ no ─► only the workers with room ─┘
+
+A worker is *tight* when some request of ordinary size might not fit it. While none is, a
+decision looks at nobody's room; the few that are get looked at again at each decision.
+Everything here happens between two awaits, so what was promised is never promised twice.
+"""
+
+from __future__ import annotations
+
+import time
+
+from pdserve.balancer.load import LoadTable
+from pdserve.balancer.member import PairKey, PairRecord, Worker
+from pdserve.balancer.policy import Candidates, Choice, Policy
+from pdserve.balancer.reservation import Holder, Reservation
+from pdserve.balancer.room import (
+    CLOSED,
+    DECODE_RESERVE_TOKENS,
+    ENDLESS,
+    easy_tokens,
+    free_tokens,
+    has_room,
+    is_calm,
+    is_tight,
+    set_calm,
+)
+from pdserve.balancer.rotation import Rotation
+from pdserve.types import RequestShape, Role
+
+
+class Placement:
+    """Promises pairs, and takes the promises back. ``num_open`` counts requests that hold one."""
+
+    def __init__(self, table: LoadTable, policy: Policy, prefill_queue_s: float) -> None:
+        self.rotation = Rotation()
+        self.num_open = 0
+        self._table = table
+        self._policy = policy
+        self._prefill_queue_s = prefill_queue_s
+        self._tight: set[Worker] = set()
+        self._easy_tokens = ENDLESS
+        self._largest_tokens = ENDLESS
+        self._kept: PairRecord | None = None
+
+    # -- what changes the room ---------------------------------------------------------------
+
+    def readiness_changed(self, records: list[PairRecord]) -> None:
+        """Only the ready ones of ``records`` take traffic from now on; no pair is kept for anybody."""
+        self.keep_pair(None)
+        self.rotation = Rotation.of(records)
+        self._tight = {worker for record in records for worker in (record.prefill, record.decode)}
+        self._measure()
+
+    def sampled(self, worker: Worker) -> bool:
+        """A sample of that worker has come; True if it told another capacity than before."""
+        size = worker.calm_tokens
+        set_calm(worker, self._prefill_queue_s)
+        self._tight.add(worker)
+        if worker.calm_tokens == size:
+            return False
+        self._measure()
+        return True
+
+    def doubt(self, record: PairRecord) -> None:
+        """Its workers may have less room than their figures tell: look at them before the next decision."""
+        self._tight |= {record.prefill, record.decode}
+
+    def end_prefill(self, reservation: Reservation) -> Worker:
+        """The prefill leg is over; returns its worker."""
+        prefill = reservation.record.prefill
+        self._table.finish(prefill.info.instance_id, reservation.legs[0])
+        prefill.promised_tokens -= reservation.tokens[0]
+        prefill.num_inflight -= 1
+        return prefill
+
+    def end_decode(self, reservation: Reservation) -> Worker:
+        """The decode leg is over, and with it the request; returns its worker."""
+        decode, tokens = reservation.record.decode, reservation.tokens
+        self.num_open -= 1
+        self._table.finish(decode.info.instance_id, reservation.legs[1])
+        decode.promised_tokens -= tokens[1]
+        decode.reserved_tokens -= tokens[1] - tokens[0]
+        decode.num_inflight -= 1
+        return decode
+
+    def keep_pair(
+        self,
+        waiter: object | None,
+        shape: RequestShape | None = None,
+        exclude: frozenset[PairKey] = frozenset(),
+    ) -> None:
+        """Keep the pair that lacks least for ``shape`` for that waiter alone; None: keep none any more."""
+        if self._kept is not None:
+            self._kept.prefill.held_for = self._kept.decode.held_for = None
+            self._kept = None
+        if waiter is None or shape is None:
+            return
+        tokens, limit_s = self.tokens_needed(shape), self._prefill_queue_s
+
+        def lack(record: PairRecord) -> int:
+            free = free_tokens(record.prefill, limit_s), free_tokens(record.decode, limit_s)
+            return max(0, tokens[0] - free[0]) + max(0, tokens[1] - free[1])
+
+        record = self._kept = min(self.rotation.without(exclude).records.values(), key=lack)
+        record.prefill.held_for = record.decode.held_for = waiter
+
+    # -- decisions ---------------------------------------------------------------------------
+
+    def place(
+        self, shape: RequestShape, exclude: frozenset[PairKey], holder: Holder, waiter: object | None = None
+    ) -> Reservation | None:
+        """Hold the pair the policy picks among those with room; None if there is none.
+
+        ``holder`` takes it back. ``waiter`` may have a pair that was kept for it.
+        """
+        rotation = self.rotation.without(exclude) if exclude else self.rotation
+        if not rotation.records:
+            return None
+        tokens = self.tokens_needed(shape)
+        candidates: Candidates | None = rotation.candidates
+        if waiter is not None or not self._is_easy(tokens[1]):
+            candidates = self._with_room(rotation, tokens, waiter)
+        if candidates is None:
+            return None
+        choice = self._policy.choose(shape, candidates)
+        return self._hold(shape, tokens, choice, holder)
+
+    def tokens_needed(self, shape: RequestShape) -> tuple[int, int]:
+        """KV on prefill and decode; nothing if no worker is large enough: SGLang will refuse it at once."""
+        prompt_tokens = shape.prompt_tokens
+        if prompt_tokens > self._largest_tokens:
+            return 0, 0
+        return prompt_tokens, prompt_tokens + min(shape.max_new_tokens, DECODE_RESERVE_TOKENS)
+
+    def _is_easy(self, tokens: int) -> bool:
+        """True if such a request fits anywhere."""
+        if self._tight:
+            self._tight = {worker for worker in self._tight if is_tight(worker, self._prefill_queue_s)}
+        return not self._tight and tokens <= self._easy_tokens
+
+    def _with_room(
+        self, rotation: Rotation, tokens: tuple[int, int], waiter: object | None
+    ) -> Candidates | None:
+        return rotation.where(lambda worker: self._fits(worker, tokens, waiter))
+
+    def _fits(self, worker: Worker, tokens: tuple[int, int], waiter: object | None) -> bool:
+        if worker.held_for is not None and worker.held_for is not waiter:
+            return False
+        needed = tokens[worker.role is Role.DECODE]
+        return has_room(worker, needed, tokens[0], self._prefill_queue_s)
+
+    def _hold(
+        self, shape: RequestShape, tokens: tuple[int, int], choice: Choice, holder: Holder
+    ) -> Reservation:
+        prefill_id = choice.pair.prefill.info.instance_id
+        decode_id = choice.pair.decode.info.instance_id
+        record = self.rotation.records[prefill_id, decode_id]
+        record.requests += 1
+        self.num_open += 1
+        prefill, decode, prompt_tokens = record.prefill, record.decode, shape.prompt_tokens
+        now_s = time.monotonic()
+        legs = (
+            self._table.dispatch(prefill_id, prompt_tokens, now_s, choice.cached_tokens),
+            self._table.dispatch(decode_id, prompt_tokens, now_s),
+        )
+        prefill.promised_tokens += tokens[0]
+        decode.promised_tokens += tokens[1]
+        decode.reserved_tokens += tokens[1] - tokens[0]
+        prefill.num_inflight += 1
+        decode.num_inflight += 1
+        if prefill.is_dozing or decode.is_dozing:
+            prefill.wake.set()
+            decode.wake.set()
+        if not is_calm(prefill):
+            self._tight.add(prefill)
+        if not is_calm(decode):
+            self._tight.add(decode)
+        return Reservation(record.pair, choice.why, record, legs, tokens, holder)
+
+    def _measure(self) -> None:
+        workers = (*self.rotation.prefills, *self.rotation.decodes)
+        for worker in workers:
+            set_calm(worker, self._prefill_queue_s)
+        self._easy_tokens = min((easy_tokens(worker) for worker in workers), default=ENDLESS)
+        self._largest_tokens = min(
+            max((worker.view.kv_capacity or ENDLESS for worker in row), default=ENDLESS)
+            for row in (self.rotation.prefills, self.rotation.decodes)
+        )
+
+    def most_free(self) -> tuple[int, int]:
+        """The most that any worker, not held for somebody, could still be promised: prefill, decode."""
+        limit_s = self._prefill_queue_s
+        prefill, decode = (
+            max((free_tokens(w, limit_s) for w in row if w.held_for is None), default=CLOSED)
+            for row in (self.rotation.prefills, self.rotation.decodes)
+        )
+        return prefill, decode
+
+    def lacks_room(self, worker: Worker, shape: RequestShape | None = None) -> bool:
+        """True if a worker in the rotation has no room for such a request; None: for any at all."""
+        if shape is None:
+            return free_tokens(worker, self._prefill_queue_s) <= 0
+        return not self._fits(worker, self.tokens_needed(shape), None)
