@@ -90,6 +90,7 @@ class Client:
         "query",
         "refusal",
         "request_id",
+        "task",
     )
 
     def __init__(
@@ -105,6 +106,7 @@ class Client:
         self.extra: Headers = ()
         self.request_id = ""
         self.lines = b""
+        self.task: Any = None
         self.endpoint: Any = None
         self.refusal: Answer | None = None
         self.keep_alive = keep_alive and not is_http_1_0

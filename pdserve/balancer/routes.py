@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 
 from pdserve.balancer.auth import Access, KeyRing
 from pdserve.balancer.http_errors import Answer
@@ -37,12 +37,17 @@ class App:
         """An error of HTTP itself."""
         return route_error(path, status, message)
 
-    async def serve(self, client: Client) -> None:
+    def serve(self, client: Client) -> Awaitable[object]:
         """Answer one request."""
         endpoint: Endpoint = client.endpoint
-        answer = await endpoint.handle(client, client.body)
-        if answer is not None:
-            await client.answer(answer)
+        handling = endpoint.handle(client, client.body)
+        return handling if endpoint.answers else _answered(client, handling)
+
+
+async def _answered(client: Client, handling: Awaitable[Answer | None]) -> None:
+    answer = await handling
+    if answer is not None:
+        await client.answer(answer)
 
 
 def _cross_origin(client: Client, methods: Mapping[str, Endpoint]) -> Answer | None:

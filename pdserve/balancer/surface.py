@@ -42,6 +42,8 @@ class Endpoint:
 
     handle: Handler
     access: Access
+    answers: bool = False
+    """True if the handler always answers by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,11 @@ class Surface:
         self._paths: dict[str, dict[str, Endpoint]] = {}
         self._patterns: list[_Pattern] = []
 
-    def add(self, path: str, methods: Iterable[str], handle: Handler, access: Access) -> None:
+    def add(
+        self, path: str, methods: Iterable[str], handle: Handler, access: Access, *, answers: bool = False
+    ) -> None:
         """Serve a path. ``{id}`` in it stands for one part, ``{id:path}`` for any number of them."""
-        endpoints = {method: Endpoint(handle, access) for method in methods}
+        endpoints = {method: Endpoint(handle, access, answers) for method in methods}
         if path in self._paths:
             self._paths[path].update(endpoints)
             return
@@ -130,7 +134,7 @@ def build_surface(
 def _add_prompts(surface: Surface, dispatcher: Dispatcher) -> None:
     for route in Route:
         methods = ("POST", "PUT") if route is Route.GENERATE else POST
-        surface.add(route, methods, partial(_prompt, dispatcher, route), Access.CLIENT)
+        surface.add(route, methods, _prompt(dispatcher, route), Access.CLIENT, answers=True)
 
 
 def _add_health(table: _Table, health: HealthControl) -> None:
@@ -208,8 +212,9 @@ def _add_workers(table: _Table, workers: WorkersControl) -> None:
     admin(GET, workers.list_urls, "/list_workers")
 
 
-async def _prompt(dispatcher: Dispatcher, route: Route, client: Client, body: bytes) -> None:
-    await dispatcher.dispatch(route, body, client)
+def _prompt(dispatcher: Dispatcher, route: Route) -> Handler:
+    dispatch = dispatcher.dispatch  # the dispatcher's own coroutine: no other around it on the busiest path
+    return lambda client, body: dispatch(route, body, client)
 
 
 async def _guarded(handle: Handler, client: Client, body: bytes) -> Answer | None:

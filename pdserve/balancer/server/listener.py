@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 import ssl
+from collections.abc import Awaitable
 from email.utils import formatdate
 from typing import Protocol
 
@@ -37,8 +38,8 @@ class Application(Protocol):
         """An error of HTTP itself, as clients of ``path`` (empty: unknown) expect it."""
         ...
 
-    async def serve(self, client: Client) -> None:
-        """Called with the whole request; must answer, unless the client leaves."""
+    def serve(self, client: Client) -> Awaitable[object]:
+        """Called with the whole request; what is returned must answer, unless the client leaves."""
         ...
 
 
@@ -100,6 +101,7 @@ class HttpServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks.clear()  # those cancelled before their first step
         if self._sweeper is not None:
             self._sweeper.cancel()
 
@@ -119,9 +121,8 @@ class HttpServer:
 
     def serve(self, client: Client) -> None:
         """Run the application for one request, in a task owned here."""
-        task = self._loop.create_task(self._serve(client))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        client.task = self._loop.create_task(self._serve(client))
+        self._tasks.add(client.task)
 
     async def _serve(self, client: Client) -> None:
         try:
@@ -134,6 +135,7 @@ class HttpServer:
             if not client.has_begun:
                 await client.answer(self.application.error(client.path, 500, INTERNAL))
         finally:
+            self._tasks.discard(client.task)
             if not client.has_finished:
                 client.break_off()
 
