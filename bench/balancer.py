@@ -15,6 +15,7 @@ sglang-router and smg are installed into an environment of their own at first us
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import signal
 import sys
@@ -56,6 +57,7 @@ def main() -> None:
     cache = cache_dir() / "bench"
     tools = prepare_tools(cache, use_python=options.python_tools)
     with ExitStack() as stack:
+        _take_turn(stack, cache)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdserve-bench-")))
         fleet = MockFleet.start(
             tools.mock, options.prefills, options.decodes, cores.load, folder / "mock.log"
@@ -69,6 +71,17 @@ def main() -> None:
         result = _measure(options.parts.split(","), plan, bench, started, fleet)
         result["mock"] = fleet.stats()
     print_result({"bench": "balancer", "setup": setup, "missing": missing, **result})
+
+
+def _take_turn(stack: ExitStack, cache: Path) -> None:
+    """Two runs at once would measure each other."""
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = stack.enter_context((cache / "lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("another run is going on: waiting for its end", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _parse() -> argparse.Namespace:

@@ -97,12 +97,16 @@ def _threads(pid: int) -> Iterator[tuple[int, tuple[int, int]]]:
             yield int(folder.name), (int(running), int(waiting))
 
 
+def session_members(session: int) -> list[int]:
+    """Processes of a session that still run; what waits to be reaped does not."""
+    return [pid for pid, fields in _processes() if int(fields[3]) == session and fields[0] not in "ZX"]
+
+
 def process_tree(root: int) -> list[int]:
     """``root`` and all its descendants that are alive."""
     children: dict[int, list[int]] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and (fields := _stat(int(folder.name))):
-            children.setdefault(int(fields[1]), []).append(int(folder.name))
+    for pid, fields in _processes():
+        children.setdefault(int(fields[1]), []).append(pid)
     found = [root]
     for pid in found:
         found.extend(children.get(pid, ()))
@@ -138,6 +142,12 @@ def parse_core_busy(text: str) -> dict[int, float]:
             ticks = [int(field) for field in rest.split()]
             busy[int(name[3:])] = (sum(ticks[:8]) - ticks[3] - ticks[4]) / TICKS_PER_S
     return busy
+
+
+def _processes() -> Iterator[tuple[int, list[str]]]:
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and (fields := _stat(int(folder.name))):
+            yield int(folder.name), fields
 
 
 def _stat(pid: int) -> list[str]:

@@ -8,10 +8,11 @@ import resource
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from proxy.cores import process_tree
+from proxy.cores import process_tree, session_members
 
 STOP_S = 5.0
 
@@ -80,19 +81,19 @@ class Child:
         return line.strip()
 
     def stop(self) -> None:
-        """Ask it to end, then kill what is left of its tree."""
-        pids = self.pids
+        """Ask it to end, kill what is left of its session, and wait until nothing is."""
         self.process.terminate()
         try:
             self.process.wait(STOP_S)
         except subprocess.TimeoutExpired:
-            pass
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                # A pid that has been given to another process since is in another session.
-                if os.getsid(pid) == self.pid:
+            self.process.kill()
+            self.process.wait()
+        # The session's number is not given away while it has members.
+        while left := session_members(self.pid):
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+            time.sleep(0.01)
         if self.process.stdout is not None:
             self.process.stdout.close()
 

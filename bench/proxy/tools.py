@@ -1,7 +1,7 @@
 """The programs that make the load and answer it: C++ built at first use, Python where there is no compiler.
 
 Both must cost far less than what is measured. The Python ones speak the same
-protocol at about a fifth of the speed; the reader is told which ones ran.
+protocol at less than half the speed; the reader is told which ones ran.
 """
 
 from __future__ import annotations
