@@ -293,7 +293,11 @@ class Fleet:
         doomed = self._roster.remove(worker)
         self.table.remove(worker.instance_id)
         self.policy.forget(worker.instance_id)
-        for task in [*worker.tasks, *(task for record in doomed for task in record.tasks)]:
+        worker.has_left = True
+        worker.wake.set()
+        # The first task is its keeper's, which sees to what is still in flight there.
+        needless = worker.tasks[1:] if worker.num_inflight else worker.tasks
+        for task in [*needless, *(task for record in doomed for task in record.tasks)]:
             task.cancel()
         self._log.note("gone", worker, why)
         self._readiness_changed()

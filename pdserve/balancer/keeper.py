@@ -91,9 +91,12 @@ class WorkerKeeper:
         self._backoff = Backoff(config.load_poll_s, max(config.load_poll_s, POLL_BACKOFF_S))
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled, or the worker has left and nothing of ours is in flight there any more.
+
+        A worker whose lease ran out may hang: who else would end its requests.
+        """
         worker = self._worker
-        while True:
+        while not worker.is_over:
             worker.wake.clear()
             if not worker.answers.is_set():
                 await self._revive()
@@ -129,6 +132,8 @@ class WorkerKeeper:
     async def _revive(self) -> None:
         backoff = Backoff(*REVIVE_BACKOFF_S)
         while why := await self._ping() or await self._introduce():
+            if self._worker.is_over:
+                return
             self._worker.last_error = why
             await asyncio.sleep(backoff.next_s())
         await asyncio.sleep(self._calm_s())

@@ -62,6 +62,8 @@ class Worker:
     while it is not draining; probes of its pairs wait for both. ``wake`` makes its
     keeper look at once. ``num_inflight`` counts legs of ours that have not ended.
 
+    ``is_leaving``: it goes when it is drained; ``has_left``: it is no member any more.
+
     ``promised_tokens`` is KV that our legs may need here, ``reserved_tokens`` the part
     of it for tokens still to be generated. ``view`` is the load table's.
     ``is_overloaded``: it said so itself, and no sample has come since. ``calm_*``: beyond them some
@@ -77,6 +79,7 @@ class Worker:
     needs_ping: bool = False
     is_dozing: bool = False
     is_leaving: bool = False
+    has_left: bool = False
     num_probes: int = 0
     num_inflight: int = 0
     promised_tokens: int = 0
@@ -102,6 +105,11 @@ class Worker:
     def is_draining(self) -> bool:
         """True while it takes no new request by an operator's wish."""
         return self.state is WorkerState.DRAINING
+
+    @property
+    def is_over(self) -> bool:
+        """True once it has left the fleet and nothing of ours is in flight there."""
+        return self.has_left and not self.num_inflight
 
     @property
     def worker_id(self) -> WorkerId:

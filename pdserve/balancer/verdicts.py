@@ -86,6 +86,8 @@ class Judge:
 
     def worker_sampled(self, worker: Worker, sample: Sample) -> None:
         """Keeper: a load sample arrived."""
+        if worker not in self._roster:
+            return
         self._table.record(worker.instance_id, sample)
         worker.is_overloaded = False
         self.on_sample(worker)
@@ -104,12 +106,11 @@ class Judge:
         self.on_sample(worker)
 
     def worker_hung(self, worker: Worker, why: str) -> None:
-        """Keeper: the worker has work and shows no sign of life; what is in flight there ends now.
+        """Keeper: the worker, which may have left the fleet, has work and shows no sign of life; what is in
+        flight there ends now.
 
         Its requests are failed after it is suspect, so that their retries go elsewhere.
         """
-        if worker not in self._roster:
-            return
         worker.num_wedged += 1
         self.worker_silent(worker, f"{worker.url}: {why}")
         num_failed = self._pool.fail_worker(worker.url, lambda: WorkerTimeout(worker.url, why))

@@ -167,8 +167,9 @@ def freeze(fake: FakeSGLang, paths: tuple[str, ...] = ()) -> asyncio.Event:
 
 
 async def hold_first(site: Site, role: Role, body: dict[str, Any]) -> tuple[FakeSGLang, asyncio.Task[Any]]:
-    """A request held on both legs, and the worker of that role it lies at. Later requests are not held."""
-    for fake in site.fakes:
+    """A request held by its decode leg, for prefill by both, and the worker of that role it lies at.
+    Later requests are not held."""
+    for fake in site.decodes if role is Role.DECODE else site.fakes:
         fake.behaviour.gate = asyncio.Event()
     task = asyncio.create_task(site.generate(body))
     await until(lambda: sum(len(fake.requests) for fake in site.fakes) == 2, "request in flight")
@@ -276,6 +277,33 @@ async def test_standing_still_is_no_wedge_if_nobody_wants_progress(why: str) -> 
         assert holder.behaviour.gate is not None
         holder.behaviour.gate.set()
         assert (await task).status == 200
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_hung_process_that_lost_its_membership_keeps_no_request() -> None:
+    """Its lease runs out before it is known to hang: that must not hide what is in flight there."""
+    async with running_site(decode=2, load_poll_s=0.02) as site:
+        fleet = site.balancer.fleet
+        hung, task = await hold_first(site, Role.DECODE, PLAIN)
+        thaw = freeze(hung)
+        worker = next(w for w in fleet.workers() if w.url == hung.url)
+        fleet._remove(worker, "left the fleet")
+        assert (await asyncio.wait_for(task, 5)).status == 200
+        assert len(fleet.workers()) == 2
+        thaw.set()
+        await until(lambda: worker.tasks[0].done(), "its keeper ended")
+
+
+async def test_a_worker_that_left_finishes_what_it_has() -> None:
+    async with running_site(load_poll_s=0.02) as site:
+        fleet = site.balancer.fleet
+        holder, task = await hold_first(site, Role.DECODE, PLAIN)
+        worker = fleet.workers()[1]
+        fleet._remove(worker, "left the fleet")
+        assert holder.behaviour.gate is not None
+        holder.behaviour.gate.set()
+        assert (await task).status == 200
+        await until(lambda: worker.tasks[0].done(), "its keeper ended")
 
 
 @pytest.mark.usefixtures("quick")
