@@ -28,11 +28,11 @@ from typing import Any
 
 from common import describe_setup, print_result, print_setup
 from proxy.contenders import PACKAGES, Contender, Started, Unavailable, prepare_environment, running
-from proxy.cores import Cores, cpu_s
+from proxy.cores import Cores, ProcessTimes
 from proxy.mock_fleet import MockFleet
 from proxy.parts import Plan, compare, hold_memory, hold_streams
 from proxy.processes import raise_open_files
-from proxy.rounds import Bench, Row
+from proxy.rounds import Bench, RoundFailed, Row
 from proxy.tables import LEGEND, format_memory, format_rows, format_streams
 from proxy.targets import Verdict, judge, judge_memory, judge_streams
 from proxy.tools import Tools, prepare_tools
@@ -63,13 +63,12 @@ def main() -> None:
             tools.mock, options.prefills, options.decodes, cores.load, folder / "mock.log"
         )
         stack.enter_context(fleet.child)
-        bench = Bench(cores, tools.load, fleet.child.pid, folder)
+        bench = Bench(cores, tools.load, fleet, folder)
         contenders = [Contender.parse(name) for name in options.against.split(",")]
         started, missing = _start(stack, contenders, Path(options.env or cache / "env"), fleet, cores, folder)
         setup = {**_setup(plan, tools, fleet, cores, started, missing), "cores": num_cores}
         print_setup(setup)
         result = _measure(options.parts.split(","), plan, bench, started, fleet)
-        result["mock"] = fleet.stats()
     print_result({"bench": "balancer", "setup": setup, "missing": missing, **result})
 
 
@@ -161,22 +160,33 @@ def _start(
 def _setup(
     plan: Plan, tools: Tools, fleet: MockFleet, cores: Cores, started: list[Started], missing: dict[str, str]
 ) -> dict[str, object]:
-    before = {one.contender.label: cpu_s(one.child.pids) for one in started}
+    before = [ProcessTimes.now(one.child.pids) for one in started]
     time.sleep(IDLE_S)
-    idle = {
-        one.contender.label: f"{(cpu_s(one.child.pids) - before[one.contender.label]) / IDLE_S:.1%}"
-        for one in started
-    }
-    same = "  THE SAME: figures mean nothing" if cores.are_shared else ""
+    idle = [
+        f"{one.contender.label} {then.cpu_s_until(ProcessTimes.now(one.child.pids)) / IDLE_S:.2%}"
+        for one, then in zip(started, before, strict=True)
+    ]
     return describe_setup(
-        pinned=f"balancers on core {cores.balancer}, load and workers on core {cores.load}{same}",
+        pinned=cores.description,
         tools=tools.description,
         workers=f"{len(fleet.prefill)} prefill, {len(fleet.decode)} decode, answering at once",
         plan=f"{plan.rounds} rounds of {plan.seconds:g} s",
         others=" ".join(PACKAGES[:2]),
-        idle_cpu=", ".join(f"{label} {share}" for label, share in idle.items()),
+        idle_cpu=", ".join(idle),
         not_measured="; ".join(f"{label}: {why}" for label, why in missing.items()) or "none",
     )
+
+
+def _alone(
+    part: str, plan: Plan, bench: Bench, pdserve: Started, fleet: MockFleet
+) -> tuple[Verdict, dict[str, Any]]:
+    if part == "memory":
+        memory = hold_memory(bench, pdserve, plan.memory_requests)
+        print(format_memory(memory) + "\n", flush=True)
+        return judge_memory(memory), asdict(memory)
+    streams = hold_streams(bench, pdserve, fleet, plan)
+    print(format_streams(streams) + "\n", flush=True)
+    return judge_streams(streams), asdict(streams)
 
 
 def _measure(
@@ -192,16 +202,14 @@ def _measure(
             print(format_rows(title, tables[title]) + "\n", flush=True)
     verdicts += judge(tables)
     pdserve = next((one for one in started if one.contender.name == "pdserve"), None)
-    if pdserve is not None and "memory" in parts:
-        memory = hold_memory(bench, pdserve, plan.memory_requests)
-        print(format_memory(memory) + "\n", flush=True)
-        verdicts.append(judge_memory(memory))
-        result["memory"] = asdict(memory)
-    if pdserve is not None and "streams" in parts:
-        streams = hold_streams(bench, pdserve, fleet, plan)
-        print(format_streams(streams) + "\n", flush=True)
-        verdicts.append(judge_streams(streams))
-        result["streams"] = asdict(streams)
+    for part in (part for part in ALONE if part in parts):
+        if pdserve is None:
+            break
+        try:
+            verdict, result[part] = _alone(part, plan, bench, pdserve, fleet)
+        except RoundFailed as exc:
+            verdict = Verdict(part, str(exc), False)
+        verdicts.append(verdict)
     print("== targets\n" + "\n".join(verdict.format() for verdict in verdicts) + "\n", flush=True)
     result["rows"] = {title: [row.as_dict() for row in rows] for title, rows in tables.items()}
     result["checks"] = [asdict(verdict) for verdict in verdicts]

@@ -20,7 +20,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """The balancer has one core to itself, everything else another."""
+    """The balancer has one core to itself, everything else another, not its hyperthread if that can be."""
 
     balancer: int
     load: int
@@ -29,12 +29,18 @@ class Cores:
     def choose(cls) -> Cores:
         """The first and the last core this process may use; the same one if there is only one."""
         allowed = sorted(os.sched_getaffinity(0))
-        return cls(balancer=allowed[-1], load=allowed[0])
+        balancer = allowed[-1]
+        twins = _siblings(balancer)
+        others = [core for core in allowed if core not in twins] or allowed
+        return cls(balancer=balancer, load=others[0])
 
     @property
-    def are_shared(self) -> bool:
-        """True if one core has to do it all: no figure then means anything."""
-        return self.balancer == self.load
+    def description(self) -> str:
+        """For the set-up."""
+        where = f"balancers on core {self.balancer}, load and workers on core {self.load}"
+        if self.balancer == self.load:
+            return f"{where}: THE SAME, figures mean nothing"
+        return f"{where}{': two threads of one core' if self.load in _siblings(self.balancer) else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,17 @@ def _threads(pid: int) -> Iterator[tuple[int, tuple[int, int]]]:
         for folder in Path(f"/proc/{pid}/task").iterdir():
             running, waiting, _ = (folder / "schedstat").read_text().split()
             yield int(folder.name), (int(running), int(waiting))
+
+
+def _siblings(core: int) -> set[int]:
+    """Hardware threads of the same core, itself too."""
+    found = {core}
+    with contextlib.suppress(OSError):
+        text = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text()
+        for part in text.strip().split(","):
+            first, _, last = part.partition("-")
+            found.update(range(int(first), int(last or first) + 1))
+    return found
 
 
 def session_members(session: int) -> list[int]:

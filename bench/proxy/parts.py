@@ -18,7 +18,7 @@ from proxy.contenders import Started
 from proxy.cores import cpu_s, rss_bytes
 from proxy.mock_fleet import MockFleet
 from proxy.prompts import Prompt
-from proxy.rounds import Bench, Offer, Round, Row
+from proxy.rounds import Bench, Offer, Round, RoundFailed, Row
 
 DIRECT = "direct"
 """Label of the rows without a balancer: straight to the decode workers."""
@@ -77,7 +77,11 @@ def compare(
             seeded = replace(offer, seed=offer.seed + turn)
             found[DIRECT].rounds.append(bench.run(seeded, fleet.decode, ()))
             for one in _rotated(started, turn):
-                found[one.contender.label].rounds.append(bench.run(seeded, (one.port,), one.child.pids))
+                row = found[one.contender.label]
+                try:
+                    row.rounds.append(bench.run(seeded, (one.port,), one.child.pids))
+                except RoundFailed as exc:
+                    row.failure = f"{exc}; its own last words: {one.child.last_words}"
         rows.extend(found.values())
     return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import signal
@@ -15,6 +16,8 @@ from pathlib import Path
 from proxy.cores import process_tree, session_members
 
 STOP_S = 5.0
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 
 
 def raise_open_files() -> int:
@@ -31,8 +34,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class ChildEnded(Exception):
+    """It ended before it said what was asked; the message has its last words."""
+
+
 def _settle(core: int) -> None:
-    """In a new process: its core, and our priority for its session, which Linux weighs as one (sched(7))."""
+    """In a new process: its core, and our priority for its session, which Linux weighs as one (sched(7)).
+
+    It ends with us even if we are killed: nothing of a bench may stay on its cores.
+    """
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.sched_setaffinity(0, {core})
     priority = os.nice(0)
     if priority:
@@ -44,7 +55,7 @@ class Child:
     """One process and what it starts in turn. ``with`` ends them all."""
 
     def __init__(self, command: Sequence[str], core: int, log: Path, *, reads_stdout: bool = False) -> None:
-        self.log = log
+        self.log, self.name = log, Path(command[0]).name
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 command,
@@ -73,11 +84,11 @@ class Child:
         return lines[-1][-200:] if lines else "no output"
 
     def read_line(self) -> str:
-        """The next line of its stdout; raises RuntimeError if there is none."""
+        """The next line of its stdout; raises ChildEnded if there is none."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}: {self.last_words}")
+            raise ChildEnded(f"{self.name} ended with {self.process.wait()}: {self.last_words}")
         return line.strip()
 
     def stop(self) -> None:

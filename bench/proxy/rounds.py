@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from proxy.cores import Cores, Usage
-from proxy.processes import Child
+from proxy.mock_fleet import MockFleet
+from proxy.processes import Child, ChildEnded
 from proxy.prompts import Prompt
 
 SATURATED = 0.9
@@ -20,6 +21,10 @@ DISTURBED = 0.05
 """Share of the time that the balancer was ready but others had its core, from which a round is marked."""
 CROWDED = 0.2
 """Share of the load core used by others, from which a round is marked."""
+
+
+class RoundFailed(Exception):
+    """The balancer is gone, or the load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +110,13 @@ class Row:
     label: str
     connections: int
     rounds: list[Round] = field(default_factory=list)
+    failure: str = ""
 
     def middle(self, name: str, figure: str = "") -> float:
         """Median over the rounds of a field, or of one figure of a field."""
         values = [getattr(one, name) for one in self.rounds]
-        return median(value[figure] if figure else value for value in values)
+        found: float = median(value[figure] if figure else value for value in values)
+        return found
 
     @property
     def num_wrong(self) -> int:
@@ -127,6 +134,8 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """For the result line."""
+        if not self.rounds:
+            return {"balancer": self.label, "connections": self.connections, "failure": self.failure}
         plain = (
             "requests_s", "events_s", "cpu_us_request", "cpu_us_event",
             "balancer_share", "balancer_core_share", "load_core_share", "ours_share", "wait_share",
@@ -139,7 +148,7 @@ class Row:
         spread = [round(one.requests_s, 1) for one in self.rounds]
         return {
             "balancer": self.label, "connections": self.connections,
-            "marks": self.marks, "wrong": self.num_wrong,
+            "marks": self.marks, "wrong": self.num_wrong, "failure": self.failure,
             **{name: round(self.middle(name), 3) for name in plain}, **figures, "requests_s_rounds": spread,
         }  # fmt: skip
 
@@ -150,26 +159,30 @@ class Bench:
 
     cores: Cores
     load: tuple[str, ...]
-    mock_pid: int
+    fleet: MockFleet
     folder: Path
 
     def run(self, offer: Offer, ports: Sequence[int], balancer: Sequence[int]) -> Round:
-        """One round against ``ports``; ``balancer`` are the pids whose CPU time counts."""
+        """One round against ``ports``; ``balancer``: whose CPU time counts (pids). Raises RoundFailed."""
+        self.fleet.stats(reset=True)
+        try:
+            found = self._run_load(offer, ports, balancer)
+        except ChildEnded as exc:
+            raise RoundFailed(f"{exc}") from exc
+        counted = self.fleet.stats()
+        # A room that only one of two workers has seen would never be answered by real ones.
+        return replace(found, num_wrong=found.num_wrong + counted["mismatched"] + counted["lonely"])
+
+    def _run_load(self, offer: Offer, ports: Sequence[int], balancer: Sequence[int]) -> Round:
         request = self.folder / "request.http"
         request.write_bytes(offer.prompt.render())
         command = [*self.load, "--ports", ",".join(map(str, ports)), "--connections", str(offer.connections)]
         command += ["--request", str(request), "--seed", str(offer.seed), "--rate", str(offer.rate)]
         command += ["--events", str(offer.prompt.num_events), "--expect", offer.prompt.expected]
-        command += [
-            "--warmup",
-            str(offer.warmup_s),
-            "--seconds",
-            str(offer.seconds),
-            "--requests",
-            str(offer.requests),
-        ]
+        command += ["--warmup", str(offer.warmup_s), "--seconds", str(offer.seconds)]
+        command += ["--requests", str(offer.requests)]
         with Child(command, self.cores.load, self.folder / "load.log", reads_stdout=True) as load:
-            ours = (load.pid, self.mock_pid, os.getpid())
+            ours = (load.pid, self.fleet.child.pid, os.getpid())
             moments = []
             for line in ("begin", "end"):
                 found = load.read_line()

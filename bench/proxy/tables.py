@@ -20,12 +20,14 @@ def format_rows(title: str, rows: list[Row]) -> str:
     is_stream = not title.startswith(("throughput", "latency"))
     lines = [f"== {title}", _heading(is_stream)]
     last = 0
-    for row in rows:
-        here = {other.label: other for other in rows if other.connections == row.connections}
+    measured = [row for row in rows if row.rounds]
+    for row in measured:
+        here = {other.label: other for other in measured if other.connections == row.connections}
         if last and row.connections != last:
             lines.append("")
         last = row.connections
         lines.append(_line(row, here, is_stream))
+    lines += [f"  {r.label} at {r.connections} failed: {r.failure}" for r in rows if r.failure]
     lines += [f"  wrong answers of {r.label} at {r.connections}: {_example(r)}" for r in rows if r.num_wrong]
     return "\n".join(lines)
 
@@ -73,7 +75,9 @@ def _stream_columns(row: Row, is_direct: bool) -> str:
 
 def _example(row: Row) -> str:
     examples = [one.example for one in row.rounds if one.example]
-    return f"{row.num_wrong}, such as {examples[0] if examples else 'a broken connection'}"
+    return (
+        f"{row.num_wrong}, {examples[0] if examples else 'rooms one side never saw, or broken connections'}"
+    )
 
 
 def format_memory(report: MemoryReport) -> str:

@@ -1,7 +1,7 @@
 """What pdserve is to reach, and whether it did: pure, from rows to verdicts.
 
-Against smg, the faster of the variants that ran, at each number of connections;
-where the load core was saturated pdserve might have done more, never less.
+Against each gateway, the faster of its variants that ran, at each number of
+connections; where the load core was saturated pdserve might have done more.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from proxy.parts import DIRECT, MemoryReport, StreamsReport
 from proxy.rounds import Row
 
-RIVAL = "smg"
+RIVALS = ("smg", "sglang-router")
 REQUESTS_FACTOR = 2.0
 CPU_FACTOR = 0.5
 ADDED_MS = 0.5
@@ -41,7 +41,7 @@ def judge(parts: Mapping[str, list[Row]]) -> list[Verdict]:
     for title, rows in parts.items():
         part = title.split(" ")[0]
         for connections in sorted({row.connections for row in rows}):
-            here = {row.label: row for row in rows if row.connections == connections}
+            here = {row.label: row for row in rows if row.connections == connections and row.rounds}
             if ours := here.get("pdserve"):
                 verdicts += _judge_one(part, f"{title} at {connections}", ours, here)
     return verdicts
@@ -54,22 +54,26 @@ def _judge_one(part: str, where: str, ours: Row, here: Mapping[str, Row]) -> Ite
         added_ms = added(ours, here[DIRECT], "p50") / 1e3
         yield Verdict(f"{where}: added p50 <= {ADDED_MS} ms", f"{added_ms:.3f} ms", added_ms <= ADDED_MS)
         return
-    rivals = [row for label, row in here.items() if label.partition(":")[0] == RIVAL and not row.num_wrong]
-    if not rivals:
-        return
+    for rival in RIVALS:
+        rows = [row for label, row in here.items() if label.partition(":")[0] == rival and not row.num_wrong]
+        if rows:
+            yield from _judge_against(part, f"{where}: ", ours, rival, rows)
+
+
+def _judge_against(part: str, where: str, ours: Row, rival: str, rows: list[Row]) -> Iterable[Verdict]:
     if part == "throughput":
-        best = max(row.middle("requests_s") for row in rivals)
+        best = max(row.middle("requests_s") for row in rows)
         factor = ours.middle("requests_s") / best
         yield Verdict(
-            f"{where}: >= {REQUESTS_FACTOR:g} x {RIVAL}'s requests/s",
+            f"{where}>= {REQUESTS_FACTOR:g} x {rival}'s requests/s",
             f"{factor:.2f} x",
             factor >= REQUESTS_FACTOR,
         )
     field = "cpu_us_request" if part == "throughput" else "cpu_us_event"
-    least = min(row.middle(field) for row in rivals)
+    least = min(row.middle(field) for row in rows)
     share = ours.middle(field) / least if least else float("inf")
     unit = "a request" if part == "throughput" else "an event"
-    yield Verdict(f"{where}: <= {CPU_FACTOR:g} x {RIVAL}'s CPU {unit}", f"{share:.2f} x", share <= CPU_FACTOR)
+    yield Verdict(f"{where}<= {CPU_FACTOR:g} x {rival}'s CPU {unit}", f"{share:.2f} x", share <= CPU_FACTOR)
 
 
 def added(row: Row, direct: Row, figure: str) -> float:

@@ -24,9 +24,10 @@ from proxy import cores, py_load
 from proxy.contenders import Contender
 from proxy.mock_fleet import MockFleet, ask
 from proxy.parts import DIRECT, MemoryReport, Plan
-from proxy.processes import Child
+from proxy.processes import Child, free_port
 from proxy.prompts import Prompt
-from proxy.rounds import Bench, Offer, Round, Row, summarize
+from proxy.rounds import Bench, Offer, Round, RoundFailed, Row, summarize
+from proxy.tables import format_rows
 from proxy.targets import judge, judge_memory
 from proxy.tools import Tools, prepare_tools
 
@@ -53,7 +54,7 @@ def fleet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MockFleet]
 
 @pytest.fixture(params=["C++", "Python"])
 def bench(request: pytest.FixtureRequest, fleet: MockFleet, tmp_path: Path) -> Bench:
-    return Bench(cores.Cores(CORE, CORE), tools_of(request.param).load, fleet.child.pid, tmp_path)
+    return Bench(cores.Cores(CORE, CORE), tools_of(request.param).load, fleet, tmp_path)
 
 
 def stats_once(fleet: MockFleet, counted: str) -> dict[str, int]:
@@ -168,6 +169,19 @@ def test_wrong_answers_are_counted_and_shown(bench: Bench, fleet: MockFleet) -> 
     found = bench.run(Offer(Prompt(tokens=2), connections=2, requests=6), fleet.prefill, (fleet.child.pid,))
     assert found.num_wrong == 6  # prefill gives one token
     assert found.example.startswith("200")
+
+
+def test_a_balancer_that_is_gone_fails_its_round_and_no_more(bench: Bench, fleet: MockFleet) -> None:
+    with pytest.raises(RoundFailed):
+        bench.run(Offer(Prompt(), connections=2, requests=6), (free_port(),), (fleet.child.pid,))
+    assert bench.run(Offer(Prompt(), connections=2, requests=6), fleet.decode, ()).num_wrong == 0
+    row = Row("smg", 2, failure="gone")
+    assert row.as_dict()["failure"] == "gone"
+    text = format_rows(
+        "throughput generate", [Row(DIRECT, 2, [round_of()]), Row("pdserve", 2, [round_of()]), row]
+    )
+    assert "smg at 2 failed: gone" in text
+    assert judge({"throughput generate": [row]}) == []
 
 
 # -- arithmetic --------------------------------------------------------------------------------------
