@@ -39,6 +39,7 @@ LEFT_OUT = {
 CLOCK = re.compile(r"\[\d\d:\d\d:\d\d\] ")
 """Log prefixes that grammar compilers put into their messages."""
 
+SERVED = "the served model"
 EVENT_STREAM = "text/event-stream"
 ID_FIELDS = frozenset(("id", "rid", "item_id", "request_id", "response_id"))
 
@@ -47,7 +48,7 @@ ID_FIELDS = frozenset(("id", "rid", "item_id", "request_id", "response_id"))
 class Case:
     """One request. ``first`` is sent before it, to fill the prefix cache; its answer is not looked at.
 
-    An empty header is not sent.
+    An empty header is not sent. A body's model ``SERVED`` stands for the served one's name.
     """
 
     name: str
@@ -73,11 +74,14 @@ class Reply:
         return self.content_type == EVENT_STREAM
 
 
-def send(url: str, case: Case, timeout_s: float = 60.0) -> Reply:
-    """The answer of the server at ``url``."""
+def send(url: str, case: Case, model: str, timeout_s: float = 90.0) -> Reply:
+    """The answer of the server at ``url``, which serves ``model``."""
+    body = case.body
+    if isinstance(body, dict) and body.get("model") == SERVED:
+        body = {**body, "model": model}
     if case.first is not None:
         _exchange(url, case, case.first, timeout_s)
-    return _exchange(url, case, case.body, timeout_s)
+    return _exchange(url, case, body, timeout_s)
 
 
 def _exchange(url: str, case: Case, body: Any, timeout_s: float) -> Reply:
@@ -246,15 +250,27 @@ def join(first: Any, second: Any) -> Any:
 def _join_native(first: dict[str, Any], second: dict[str, Any]) -> Any:
     if first.keys() != second.keys():
         return None
+    for key, value in first["meta_info"].items():
+        if key.startswith("input_") and value != second["meta_info"].get(key):
+            return None  # every event has the prompt's
+    if second["meta_info"]["completion_tokens"] > len(second["output_ids"]):
+        return _join_increments(first, second)
     if not second["text"].startswith(first["text"]):
         return None  # a cumulative stream only grows
     if second["output_ids"][: len(first["output_ids"])] != first["output_ids"]:
         return None
     # Lists may run ahead of their event: SGLang goes on filling the very list it is sending.
-    for key, value in first["meta_info"].items():
-        if key.startswith("input_") and value != second["meta_info"].get(key):
-            return None
     return second
+
+
+def _join_increments(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Events of a server with ``--incremental-streaming-output``."""
+    meta = dict(second["meta_info"])
+    for key, value in meta.items():
+        if key.startswith("output_") and isinstance(value, list):
+            meta[key] = first["meta_info"][key] + value
+    joined = {key: first[key] + second[key] for key in ("text", "output_ids")}
+    return {**second, **joined, "meta_info": meta}
 
 
 def _join_choices(first: dict[str, Any], second: dict[str, Any]) -> Any:

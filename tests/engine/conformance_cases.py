@@ -25,6 +25,7 @@ LEGITIMATE: tuple[tuple[str, str, str], ...] = (
         "*of no token*", "*.output_token_logprobs*",
         "a plain server lists the token nobody asked for unless its whole batch asks for none",
     ),
+    ("generate return_sampling_mask", "*", "a pair has it with SGLANG_ENABLE_DISAGG_SAMPLING_MASK=1 only"),
     *((f"* {kind}", "*.message: *", _WORDS) for kind in _UNREADABLE),
     *((name, "content-type: *", _TOLD) for name in _SILENT),
     *((name, ': "" != *', _TOLD) for name in _SILENT),

@@ -66,6 +66,7 @@ PLAIN = [
     _text("stream false", stream=False),
     _text("custom labels", custom_labels={"a": "b"}),
     _text("no_logs", no_logs=True),
+    _text("return_sampling_mask", return_sampling_mask=True),
     _raw(
         "a prompt that is cached",
         {"input_ids": ids("cached", 80) + ids("cached tail", 9), "sampling_params": GREEDY},

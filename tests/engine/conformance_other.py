@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.engine.conformance import Case
+from tests.engine.conformance import SERVED, Case
 from tests.engine.conformance_native import words
 from tests.engine.conformance_openai import MODEL
 
@@ -12,7 +12,7 @@ _TALK = [{"role": "user", "content": "abc"}]
 
 
 def _response(name: str, **fields: Any) -> Case:
-    body = {"model": MODEL, "input": words(f"r {name}"), "temperature": 0, "max_output_tokens": 8, **fields}
+    body = {"model": SERVED, "input": words(f"r {name}"), "temperature": 0, "max_output_tokens": 8, **fields}
     return Case(f"response {name}", "/v1/responses", body)
 
 
@@ -27,6 +27,7 @@ RESPONSES = [
     _response("logprobs, streamed", top_logprobs=1, include=["message.output_text.logprobs"], stream=True),
     _response("stop", stop=["a", "e", "o", "Q"], max_output_tokens=30),
     _response("request_id", request_id="resp_of_mine"),
+    _response("another model", model="no-such-model"),
     _response("empty input", input=""),
     _response("input is a number", input=5),
     _response("max_output_tokens is a word", max_output_tokens="many"),

@@ -18,17 +18,17 @@ CONCURRENCY = 8
 Answers = dict[str, tuple[Reply, Reply]]
 
 
-def _ask_all(url: str) -> Iterator[Reply]:
+def _ask_all(url: str, model: Path) -> Iterator[Reply]:
     with ThreadPoolExecutor(CONCURRENCY) as threads:
-        yield from list(threads.map(lambda case: send(url, case), CASES))
+        yield from list(threads.map(lambda case: send(url, case, str(model)), CASES))
 
 
 @pytest.fixture(scope="module")
 def answers(fleet: Fleet, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """Every request's answers: a plain server's, then ours."""
     with Reference(tiny_model, tmp_path_factory.mktemp("plain")) as plain:
-        theirs = list(_ask_all(plain.url))
-    ours = list(_ask_all(fleet.url))
+        theirs = list(_ask_all(plain.url, tiny_model))
+    ours = list(_ask_all(fleet.url, tiny_model))
     return {case.name: pair for case, *pair in zip(CASES, theirs, ours, strict=True)}
 
 
