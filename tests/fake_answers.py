@@ -29,6 +29,11 @@ def rids_of(path: str, request: dict[str, Any]) -> list[str]:
     return [str(rid) for rid in found] if isinstance(found, list) else [str(found)] if found else []
 
 
+def is_list_of_prompts(path: str, request: dict[str, Any]) -> bool:
+    """True for a batch, also of one."""
+    return isinstance(options_of(path, request).get("bootstrap_room"), list)
+
+
 def rooms_of(path: str, request: dict[str, Any]) -> list[int]:
     """The rooms of all its prompts."""
     found = options_of(path, request).get("bootstrap_room")
@@ -55,13 +60,9 @@ def body_of(
     finish: dict[str, Any], padding_bytes: int, is_prefill: bool,
 ) -> Any:  # fmt: skip
     """The whole answer to a request; to a batch a list, or one document with a choice per prompt."""
-    options = options_of(path, request)
-    rids = options.get("rid", "")
-    is_batch = isinstance(rids, list)
-    answers = [
-        event_of(path, rid, tokens, finish=finish, padding_bytes=padding_bytes)
-        for rid in (rids if is_batch else [rids])
-    ]
+    rids = rids_of(path, request) or [""]
+    is_batch = is_list_of_prompts(path, request)
+    answers = [event_of(path, rid, tokens, finish=finish, padding_bytes=padding_bytes) for rid in rids]
     if request.get("return_logprob") and path == "/generate":
         for answer in answers:
             answer["meta_info"] |= _logprobs(tokens, is_prefill)

@@ -40,6 +40,10 @@ class Worker(Protocol):
         """True if the connection must break at this request, before any answer."""
         ...
 
+    def called(self, method: str, target: bytes, headers: dict[str, str]) -> None:
+        """A request has come, whatever it is for."""
+        ...
+
     async def answer(self, connection: FakeConnection, method: str, path: str, body: bytes) -> None:
         """Serve one request."""
         ...
@@ -119,6 +123,7 @@ class FakeConnection(asyncio.Protocol):
         method = self._parser.get_method().decode()
         path = self._url.decode("latin-1").partition("?")[0]
         work = self._worker.answer(self, method, path, bytes(self._body))
+        self._worker.called(method, self._url, self.headers)
         self.task = asyncio.get_running_loop().create_task(work, name="fake-answer")
 
     # -- answering ---------------------------------------------------------------------------

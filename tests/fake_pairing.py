@@ -114,6 +114,11 @@ class Rendezvous:
             found.append(meeting)
         return found
 
+    def forget(self) -> None:
+        """Nothing is on its way: rooms may be forgotten."""
+        self._meetings.clear()
+        self._seen.clear()
+
     async def send(self, meetings: list[Meeting]) -> bool:
         """Prefill's part: wait for decode, send; False if decode went away first."""
         for meeting in meetings:

@@ -161,7 +161,7 @@ class Run:
     async def _stream(self) -> None:
         does, connection = self._does, self._connection
         connection.begin_stream()
-        rids = self.rids if isinstance(self._request.get("rid"), list) else [connection.rid]
+        rids = self.rids or [""]
         for step in range(1 if self._worker.role is Role.PREFILL else does.tokens):
             if does.reset_after == step:
                 connection.fin()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from tests.fake_run import Behaviour, Run
 
 DEADLINE_S = 5.0
 DEATH_NOTICE_S = 0.02
+MAX_CALLS = 4096
 
 
 class FakeSGLang:
@@ -45,6 +47,8 @@ class FakeSGLang:
         self.behaviour = behaviour or Behaviour()
         self.rendezvous = rendezvous
         self.holds: list[Hold] = []
+        self.calls: deque[tuple[str, bytes, dict[str, str]]] = deque(maxlen=MAX_CALLS)
+        """Method, target and headers of every request of any kind, the last ones."""
         self.requests: list[dict[str, Any]] = []
         self.bodies: list[bytes] = []
         self.paths: list[str] = []
@@ -173,6 +177,10 @@ class FakeSGLang:
         if self.behaviour.close_after_answer:
             connection.close()
 
+    def called(self, method: str, target: bytes, headers: dict[str, str]) -> None:
+        """Remember what was asked."""
+        self.calls.append((method, target, headers))
+
     async def answer(self, connection: FakeConnection, method: str, path: str, body: bytes) -> None:
         """Serve one request."""
         if path in GENERATE_PATHS:
@@ -217,9 +225,9 @@ class FakeSGLang:
         self.requests.append(request)
         self.paths.append(path)
         self.headers.append(connection.headers)
-        connection.rid = str(request.get("rid", ""))
         run = Run(self, connection, path, request)
         rids = run.rids
+        connection.rid = rids[0] if len(rids) == 1 else str(rids) if rids else ""
         self._kv.update(rids)
         self._runs.update(dict.fromkeys(rids, run))
         try:

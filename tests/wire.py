@@ -113,11 +113,16 @@ class Wire:
         self._task = asyncio.create_task(self._read(), name="wire")
 
     @classmethod
+    async def connect(cls, url: str) -> Wire:
+        """Connect; ``close`` it."""
+        parts = urlsplit(url)
+        return cls(*await asyncio.open_connection(parts.hostname, parts.port))
+
+    @classmethod
     @asynccontextmanager
     async def open(cls, url: str) -> AsyncIterator[Wire]:
         """Connect; closed at the end."""
-        parts = urlsplit(url)
-        wire = cls(*await asyncio.open_connection(parts.hostname, parts.port))
+        wire = await cls.connect(url)
         try:
             yield wire
         finally:
@@ -132,6 +137,18 @@ class Wire:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         head = f"{method} {path} HTTP/1.1\r\nhost: t\r\n{headers}content-length: {len(content)}\r\n\r\n"
         self.send(head.encode() + content)
+
+    def pause(self) -> None:
+        """Read nothing from now on."""
+        self._writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+    def resume(self) -> None:
+        """Read on."""
+        self._writer.transport.resume_reading()  # type: ignore[attr-defined]
+
+    def forget(self) -> None:
+        """What has come is done with; the next ``reply`` is to another request."""
+        self.seen = b""
 
     def end(self) -> None:
         """Send nothing more; still read."""

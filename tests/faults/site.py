@@ -64,12 +64,19 @@ class ErrorLog(logging.Handler):
 class Site:
     """Balancer, workers, and the books to check."""
 
-    def __init__(self, balancer: Balancer, fakes: list[FakeSGLang], members: Members, log: ErrorLog) -> None:
+    def __init__(
+        self,
+        balancer: Balancer,
+        fakes: list[FakeSGLang],
+        members: Members,
+        log: ErrorLog,
+        rendezvous: Rendezvous,
+    ) -> None:
         self.balancer = balancer
         self.fakes = fakes
         self.members = members
         self.log = log
-        self.rendezvous = fakes[0].rendezvous
+        self.rendezvous = rendezvous
         self._tasks = _task_names()
 
     @property
@@ -150,7 +157,7 @@ class Site:
         await until(lambda: not _task_names() - self._tasks, f"no task left: {_task_names() - self._tasks}")
         counts = self.counts
         assert counts["total"] == sum(counts[name] for name in ("completed", "failed", "aborted", "shed"))
-        assert self.rendezvous is None or not self.rendezvous.reused, "a room was used twice on one worker"
+        assert not self.rendezvous.reused, "a room was used twice on one worker"
         assert not self.log.bugs, "\n".join(self.log.bugs)
 
     async def check_blame(self, allowed: list[dict[str, int]]) -> None:
@@ -189,12 +196,12 @@ async def running_site(prefill: int = 1, decode: int = 1, **settings: Any) -> As
     try:
         await balancer.start()
         members.set([fake.info for fake in fakes])
-        site = Site(balancer, fakes, members, log)
+        site = Site(balancer, fakes, members, log, rendezvous)
         await site.until_pairs(prefill * decode)
         for fake in fakes:
             await until(lambda fake=fake: not fake.held, "probes over")
-            fake.requests.clear()
-            fake.bodies.clear()
+            for seen in (fake.requests, fake.bodies, fake.paths, fake.headers, fake.calls):
+                seen.clear()
         yield site
     finally:
         await balancer.stop()
