@@ -226,9 +226,7 @@ class WorkerKeeper:
         if wedge_s <= 0 or stalled_s < patience_s(worker.view, wedge_s):
             return
         self._progress.reset()
-        self._verdicts.worker_stalled(
-            worker, f"{worker.url}: answers, but has not moved for {stalled_s:.0f} s"
-        )
+        self._verdicts.worker_stalled(worker, f"answers, but has not moved for {stalled_s:.0f} s")
 
     def _unusable(self, why: str) -> float:
         """A worker without usable load figures still serves; balanced by in-flight requests alone."""

@@ -26,6 +26,7 @@ IDLE_S = 4.0
 """SGLang's uvicorn closes a kept connection after 5 s without a request; be first."""
 MAX_IDLE = 512
 """Kept connections per worker."""
+_HEAD = b"%b %b HTTP/1.1\r\nhost: %b\r\n%bcontent-length: %d\r\n\r\n"
 _BRIEF = (b"POST /generate ", b"POST /abort_request ")
 """Posted by the balancer itself; neither stops a scheduler."""
 
@@ -126,13 +127,7 @@ class UpstreamPool:
         if target is None:
             target = self._targets[url] = _Target(url, self)
         lines = headers if isinstance(headers, bytes) else render_headers(headers)
-        head = b"%b %b HTTP/1.1\r\nhost: %b\r\n%bcontent-length: %d\r\n\r\n" % (
-            method.encode(),
-            path.encode(),
-            target.authority,
-            lines,
-            len(body),
-        )
+        head = _HEAD % (method.encode(), path.encode(), target.authority, lines, len(body))
         response = UpstreamResponse(url, head, body, limits, self.deadlines)
         response.wakeup = Wakeup() if wakeup is None else wakeup
         response.can_resend = can_resend

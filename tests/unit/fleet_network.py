@@ -14,12 +14,16 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from pdserve.balancer.fleet import Fleet, Membership
+from pdserve.balancer.reservation import Reservation
 from pdserve.config import BalancerConfig
-from pdserve.errors import WorkerError, WorkerUnreachable
+from pdserve.errors import NoWorkerError, WorkerError, WorkerUnreachable
 from pdserve.types import InstanceId, RequestShape, Role, WorkerId, WorkerInfo
 
 SHAPE = RequestShape(prompt_tokens=100, max_new_tokens=16)
+LARGE = RequestShape(prompt_tokens=800, max_new_tokens=16)
 DEADLINE_S = 5.0
+SOON_S = 0.01
+"""Longest wait of a request that should not have to wait, or that cannot be served."""
 GENERATED = b'{"text":" ok","output_ids":[1,2],"meta_info":{"finish_reason":{"type":"length"}}}'
 
 
@@ -165,3 +169,54 @@ def worker_states(fleet: Fleet) -> dict[str, str]:
 async def all_ready(fleet: Fleet) -> None:
     """Wait until every pair is ready."""
     await until(lambda: fleet.pairs() and set(pair_states(fleet).values()) == {"ready"})
+
+
+@asynccontextmanager
+async def known_fleet(network: Network, *members: WorkerInfo, **settings: object) -> AsyncIterator[Fleet]:
+    """A fleet whose members are ready and have told their load; polls go on, quickly."""
+    async with running_fleet(network, **settings) as fleet:
+        fleet.apply(members)
+        await all_ready(fleet)
+        await sampled(fleet)
+        yield fleet
+
+
+async def take(fleet: Fleet, shape: RequestShape = SHAPE) -> Reservation:
+    """Reserve what should be had at once."""
+    return await fleet.reserve(shape, timeout_s=SOON_S)
+
+
+def give(reservation: Reservation) -> None:
+    """End a request well."""
+    reservation.release(prefill_ok=True, decode_ok=True)
+
+
+class Line:
+    """Clients that wait; ``served`` has their names in the order in which they got a pair,
+    ``refused`` what the others were told."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.served: list[str] = []
+        self.refused: dict[str, str] = {}
+        self.held: dict[str, Reservation] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def join(self, name: str, shape: RequestShape = SHAPE, **how: object) -> None:
+        """Stand in line; returns when the client does."""
+        length = self.fleet.num_waiting
+        self.tasks[name] = asyncio.create_task(self._client(name, shape, how))
+        await until(lambda: self.fleet.num_waiting == length + 1 or name in self.served)
+
+    async def _client(self, name: str, shape: RequestShape, how: dict[str, object]) -> None:
+        try:
+            self.held[name] = await self.fleet.reserve(shape, **{"timeout_s": 5, **how})  # type: ignore[arg-type]
+        except NoWorkerError as exc:
+            self.refused[name] = str(exc)
+        else:
+            self.served.append(name)
+
+    async def until_served(self, *names: str) -> None:
+        """Wait until these, and in this order, have been served; nobody else."""
+        await until(lambda: len(self.served) >= len(names))
+        assert self.served == list(names)
