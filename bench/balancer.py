@@ -7,9 +7,10 @@ a reader sees who was the bottleneck. Rounds interleave the balancers; figures a
 medians. What a request costs in CPU comes from /proc, over the balancer's processes.
 
     python bench/balancer.py [--quick] [--parts throughput,latency,streaming,paced,memory,streams]
-                             [--against pdserve,sglang-router,smg,mini_lb,smg:default] [--env DIR]
+                             [--against pdserve,sglang-router,smg,mini_lb,smg:default,floor] [--env DIR]
 
-sglang-router and smg are installed into an environment of their own at first use.
+sglang-router and smg are installed into an environment of their own at first use;
+``floor`` is the least that any balancer has to do on this machine (proxy/floor.cpp).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common import describe_setup, print_result, print_setup
-from proxy.contenders import PACKAGES, Contender, Started, Unavailable, prepare_environment, running
+from proxy.contenders import PACKAGES, Contender, Programs, Started, Unavailable, prepare_environment, running
 from proxy.cores import Cores, ProcessTimes
 from proxy.mock_fleet import MockFleet
 from proxy.parts import Plan, compare, hold_memory, hold_streams
@@ -41,7 +42,7 @@ from pdserve.config import cache_dir
 
 COMPARED = ("throughput", "latency", "streaming", "paced")
 ALONE = ("memory", "streams")
-AGAINST = "pdserve,sglang-router,smg,mini_lb,sglang-router:default,smg:default"
+AGAINST = "pdserve,sglang-router,smg,mini_lb,sglang-router:default,smg:default,floor"
 IDLE_S = 2.0
 
 
@@ -65,7 +66,8 @@ def main() -> None:
         stack.enter_context(fleet.child)
         bench = Bench(cores, tools.load, fleet, folder)
         contenders = [Contender.parse(name) for name in options.against.split(",")]
-        started, missing = _start(stack, contenders, Path(options.env or cache / "env"), fleet, cores, folder)
+        programs = _programs(contenders, Path(options.env or cache / "env"), tools)
+        started, missing = _start(stack, contenders, programs, fleet, bench)
         setup = {**_setup(plan, tools, fleet, cores, started, missing), "cores": num_cores}
         print_setup(setup)
         result = _measure(options.parts.split(","), plan, bench, started, fleet)
@@ -135,23 +137,26 @@ def _plan(options: argparse.Namespace) -> Plan:
     )  # fmt: skip
 
 
+def _programs(contenders: list[Contender], env: Path, tools: Tools) -> Programs:
+    if all(one.name in ("pdserve", "floor") for one in contenders):
+        return Programs(env, "not asked for", tools.floor)
+    try:
+        return Programs(prepare_environment(env), "", tools.floor)
+    except Unavailable as exc:
+        return Programs(env, str(exc), tools.floor)
+
+
 def _start(
-    stack: ExitStack, contenders: list[Contender], env: Path, fleet: MockFleet, cores: Cores, folder: Path
+    stack: ExitStack, contenders: list[Contender], programs: Programs, fleet: MockFleet, bench: Bench
 ) -> tuple[list[Started], dict[str, str]]:
     """Those that serve, and why the others do not."""
     started: list[Started] = []
     missing: dict[str, str] = {}
-    python, no_python = Path(sys.executable), ""
-    if any(one.name != "pdserve" for one in contenders):
-        try:
-            python = prepare_environment(env)
-        except Unavailable as exc:
-            no_python = str(exc)
     for one in contenders:
         try:
-            if no_python and one.name != "pdserve":
-                raise Unavailable(no_python)
-            started.append(stack.enter_context(running(one, python, fleet, cores.balancer, folder)))
+            started.append(
+                stack.enter_context(running(one, programs, fleet, bench.cores.balancer, bench.folder))
+            )
         except Unavailable as exc:
             missing[one.label] = str(exc)
     return started, missing

@@ -1,11 +1,13 @@
 """The balancers under test: how each is installed, started and known to serve.
 
-    NAME[:POLICY]     pdserve, sglang-router, smg, mini_lb; POLICY of the gateways is
+    NAME[:POLICY]     pdserve, sglang-router, smg, mini_lb, floor; POLICY of the gateways is
                       round_robin unless said, "default" is what they do by themselves
 
 pdserve runs from this checkout with its default settings, everything on. The
 others run from an environment of their own, quiet, and otherwise as their
-documentation starts them.
+documentation starts them. ``floor`` is no balancer but the least that one can
+do (floor.cpp): what is paid to the kernel whatever the language. Only where events
+come faster than they are passed on can a balancer be below it: they go in fewer writes.
 """
 
 from __future__ import annotations
@@ -43,6 +45,27 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Programs:
+    """What runs the balancers: their interpreter, or why there is none, and the floor if it was built."""
+
+    python: Path
+    why_not: str
+    floor: str
+
+    def find(self, name: str) -> list[str]:
+        """The beginning of a balancer's command line. Raises Unavailable."""
+        if name == "pdserve":
+            return [sys.executable, "-m"]
+        if name == "floor":
+            if not self.floor:
+                raise Unavailable("no C++ compiler")
+            return [self.floor]
+        if self.why_not:
+            raise Unavailable(self.why_not)
+        return [str(self.python), "-m"]
+
+
+@dataclass(frozen=True, slots=True)
 class Contender:
     """A balancer to start."""
 
@@ -62,9 +85,10 @@ class Contender:
         """As in the tables."""
         return f"{self.name}:{self.policy}" if self.policy else self.name
 
-    def command(self, python: Path, fleet: MockFleet, port: int) -> list[str]:
-        """Its command line."""
-        command = [*COMMANDS[self.name], "--host", "127.0.0.1", "--port", str(port)]
+    def command(self, programs: Programs, fleet: MockFleet, port: int) -> list[str]:
+        """Its command line. Raises Unavailable."""
+        program = programs.find(self.name)
+        command = [*program, *COMMANDS[self.name], "--host", "127.0.0.1", "--port", str(port)]
         for index, prefill in enumerate(fleet.prefill):
             command += ["--prefill", f"http://127.0.0.1:{prefill}", str(9000 + index)]
         for decode in fleet.decode:
@@ -73,10 +97,11 @@ class Contender:
             command += ["--prometheus-port", str(free_port()), "--worker-startup-check-interval", "1"]
         if self.policy and self.policy != "default":
             command += ["--policy", self.policy]
-        return [sys.executable if self.name == "pdserve" else str(python), "-m", *command]
+        return command
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "floor": (),
     "pdserve": ("pdserve", "balance", "--log-level", "warning"),
     "sglang-router": ("sglang_router.launch_router", "--pd-disaggregation", "--log-level", "warn"),
     "smg": ("smg", "launch", "--pd-disaggregation", "--log-level", "warn"),
@@ -123,12 +148,14 @@ def _run(command: list[str]) -> None:
 
 
 @contextmanager
-def running(contender: Contender, python: Path, fleet: MockFleet, core: int, logs: Path) -> Iterator[Started]:
+def running(
+    contender: Contender, programs: Programs, fleet: MockFleet, core: int, logs: Path
+) -> Iterator[Started]:
     """Start it on ``core`` and wait until a request comes through. Raises Unavailable."""
     port = free_port()
     log = logs / f"{contender.label.replace(':', '-')}.log"
     started_s = time.monotonic()
-    with Child(contender.command(python, fleet, port), core, log) as child:
+    with Child(contender.command(programs, fleet, port), core, log) as child:
         _wait_serving(child, port, started_s)
         yield Started(contender, child, port, time.monotonic() - started_s)
 

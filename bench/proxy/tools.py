@@ -25,6 +25,8 @@ class Tools:
     mock: tuple[str, ...]
     load: tuple[str, ...]
     description: str
+    floor: str = ""
+    """The balancer that does the least possible (floor.cpp); empty without a compiler."""
 
 
 def prepare_tools(cache: Path, *, use_python: bool = False) -> Tools:
@@ -32,11 +34,8 @@ def prepare_tools(cache: Path, *, use_python: bool = False) -> Tools:
     compiler = None if use_python else shutil.which("g++") or shutil.which("clang++")
     if compiler is not None:
         try:
-            return Tools(
-                (str(_build(compiler, "mock", cache)),),
-                (str(_build(compiler, "load", cache)),),
-                "C++, one thread each",
-            )
+            mock, load, floor = (str(_build(compiler, name, cache)) for name in ("mock", "load", "floor"))
+            return Tools((mock,), (load,), "C++, one thread each", floor)
         except subprocess.CalledProcessError as exc:
             print(f"{compiler} failed, Python instead:\n{exc.stderr}", file=sys.stderr)
     python = sys.executable

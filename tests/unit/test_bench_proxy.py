@@ -21,7 +21,7 @@ from pdserve.config import cache_dir
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 from proxy import cores, py_load
-from proxy.contenders import Contender
+from proxy.contenders import Contender, Programs, Unavailable
 from proxy.mock_fleet import MockFleet, ask
 from proxy.parts import DIRECT, MemoryReport, Plan
 from proxy.processes import Child, free_port
@@ -31,6 +31,7 @@ from proxy.tables import format_rows
 from proxy.targets import judge, judge_memory
 from proxy.tools import Tools, prepare_tools
 
+PROGRAMS = Programs(Path("python"), "", "")
 CORE = min(os.sched_getaffinity(0))
 STAMP = re.compile(r"@\d{16}")
 
@@ -315,11 +316,13 @@ def test_names_of_balancers() -> None:
 
 
 def test_command_lines_name_every_worker(fleet: MockFleet) -> None:
-    command = Contender.parse("sglang-router:default").command(Path("python"), fleet, 30000)
+    command = Contender.parse("sglang-router:default").command(PROGRAMS, fleet, 30000)
     assert "--policy" not in command
     assert command.count("--prefill") == 1
     assert command.count("--decode") == 2
-    assert "random" in Contender.parse("mini_lb").command(Path("python"), fleet, 30000)
+    with pytest.raises(Unavailable, match="no C"):
+        Contender.parse("floor").command(PROGRAMS, fleet, 30000)
+    assert "random" in Contender.parse("mini_lb").command(PROGRAMS, fleet, 30000)
 
 
 def test_stopping_a_child_ends_what_it_has_started(tmp_path: Path) -> None:
