@@ -31,11 +31,12 @@ lint: setup  ## ruff and mypy --strict
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: setup  ## measure start-up, idle cost, transfers and page allocation; each prints a table, then one JSON line
+bench: setup  ## measure start-up, idle cost, transfers, page allocation and the balancer; each prints a table, then one JSON line
 	$(PY) bench/startup.py
 	$(PY) bench/churn.py
 	$(PY) bench/transfer.py
 	$(PY) bench/transfer_e2e.py
+	$(PY) bench/balancer.py
 
 cuda: setup  ## compile the CUDA kernels for sm_80, sm_90 and sm_100 into build/cuda (needs nvcc, no GPU)
 	$(PY) -m pdserve.kv.kernels --out build/cuda --archs 80,90,100

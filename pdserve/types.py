@@ -138,12 +138,14 @@ class RequestShape(msgspec.Struct, frozen=True):
 
     ``prompt`` is the prompt's text or ids as they stand in the request, enough to
     tell common prefixes; empty if nobody asked for it. Higher ``priority`` goes first.
+    In a batch ``prompt_tokens`` is the sum, ``max_new_tokens`` is each prompt's.
     """
 
     prompt_tokens: int
     max_new_tokens: int
     prompt: bytes = b""
     priority: int = 0
+    num_prompts: int = 1
 
 
 @dataclass(frozen=True, slots=True)

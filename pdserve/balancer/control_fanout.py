@@ -78,15 +78,15 @@ class FanOutControl:
         return await self._fan_out(client, body, WORK_S + min(max(0.0, wait_s), self._request_s))
 
     async def pause(self, client: Client, body: bytes) -> Answer:
-        """Stop generation everywhere; ``/ready`` is 503 until it goes on."""
+        """Stop generation everywhere; ``/ready`` is 503 until it goes on, and nobody counts as stuck."""
         answer = await self._fan_out(client, body, self._request_s)
         if answer.status == 200 and not _named(client):
-            self._health.is_paused = True
+            self._health.is_paused = self._asker.fleet.is_paused = True
         return answer
 
     async def go_on(self, client: Client, body: bytes) -> Answer:
         """End a pause."""
-        self._health.is_paused = False
+        self._health.is_paused = self._asker.fleet.is_paused = False
         return await self._fan_out(client, body, WORK_S)
 
     async def abort_request(self, client: Client, body: bytes) -> Answer:

@@ -133,7 +133,8 @@ class Placement:
         prompt_tokens = shape.prompt_tokens
         if prompt_tokens > self._largest_tokens:
             return 0, 0
-        return prompt_tokens, prompt_tokens + min(shape.max_new_tokens, DECODE_RESERVE_TOKENS)
+        answers = shape.num_prompts * min(shape.max_new_tokens, DECODE_RESERVE_TOKENS)
+        return prompt_tokens, prompt_tokens + answers
 
     def _is_easy(self, tokens: int) -> bool:
         """True if such a request fits anywhere."""

@@ -51,14 +51,16 @@ def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
         options = fields["parameters"]
     _refuse_poison(options, _texts(fields))
     sampling = _sampling(options) if route in (Route.GENERATE, Route.VERTEX) else []
+    samples = _num_samples(options, sampling, route)
+    prompt_tokens = _prompt_tokens(fields)
+    fields, num_prompts = _with_samples(route, fields, samples)
     shape = RequestShape(
-        prompt_tokens=_prompt_tokens(prompts),
+        prompt_tokens=prompt_tokens * (1 if num_prompts is None else samples),
         max_new_tokens=_new_tokens(options, sampling),
         prompt=_prompt_bytes(prompts) if wants_prompt else b"",
         priority=_priority(options),
+        num_prompts=num_prompts or 1,
     )
-    samples = _num_samples(options, sampling, route)
-    fields, num_prompts = _with_samples(route, fields, samples)
     return ParsedRequest(
         route=route,
         shape=shape,

@@ -223,6 +223,13 @@ def test_priority_and_limits_are_read() -> None:
     )
 
 
+def test_every_copy_of_a_prompt_needs_room() -> None:
+    plain = parse_request(Route.GENERATE, b'{"input_ids":[1,2,3,4]}').shape
+    batch = parse_request(Route.GENERATE, b'{"input_ids":[[1,2],[3,4]],"sampling_params":{"n":3}}').shape
+    assert (plain.prompt_tokens, plain.num_prompts) == (4, 1)
+    assert (batch.prompt_tokens, batch.num_prompts) == (12, 6)
+
+
 def test_prompt_is_given_to_policies_that_ask() -> None:
     body = b'{"messages":[{"role":"user","content":"hi"}],"stream":true}'
     assert parse_request(Route.CHAT, body).shape.prompt == b""
