@@ -121,7 +121,7 @@ def test_openai_responses(client: openai.OpenAI) -> None:
     model = client.models.list().data[0].id
     fields = {"model": model, "input": "Respond!", "temperature": 0, "max_output_tokens": 8}
     whole = client.responses.create(**fields)  # type: ignore[call-overload]
-    assert len(whole.output_text) == 8
+    assert len(whole.output_text) == whole.usage.output_tokens > 2
     events = list(client.responses.create(**fields, stream=True))  # type: ignore[call-overload]
     text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     assert text == whole.output_text
