@@ -43,6 +43,8 @@ class Way(enum.Enum):
     GARBAGE = "garbage"
     SILENCE = "silence"
     ERROR_EVENT = "error-event"
+    ABORTED = "aborted"
+    """Somebody has told this server to drop the request."""
     KILLED = "killed"
 
 

@@ -69,6 +69,7 @@ class Run:
         self._is_probe = request.get("input_ids") == PROBE_IDS
         self._meetings: list[Meeting] = []
         self._is_aborted = False
+        self._has_transferred = worker.rendezvous is None
         self._task = asyncio.current_task()
         if worker.rendezvous is not None:
             self._meetings = worker.rendezvous.arrive(worker.name, worker.role, rooms_of(path, request))
@@ -97,15 +98,10 @@ class Run:
         except asyncio.CancelledError:
             if not self._is_aborted or self._connection.is_answered:
                 raise
-            self.is_over = True
-            event = abort_event(self._path, self._connection.rid)
-            if not self._is_stream:
-                self._connection.respond(200, json.dumps(event).encode())
-            else:
-                if not self._connection.is_streaming:
-                    self._connection.begin_stream()
-                self._send_event(event)
-                self._end_stream()
+            if self._has_transferred:
+                self._end_aborted()
+            else:  # as SGLang does for what is in its bootstrap, prealloc and transfer queues
+                self._respond(500, b'{"error":{"message":"KV transfer failed for request rank=0"}}')
 
     async def _serve(self) -> None:
         does, connection = self._does, self._connection
@@ -133,10 +129,12 @@ class Run:
             return True
         if self._worker.role is Role.DECODE:
             await rendezvous.receive(self._meetings)
+            self._has_transferred = True
             return not await self._point(Point.RECEIVED)
         if not await rendezvous.send(self._meetings):
             self._respond(500, b'{"error":{"message":"KVTransferError: decode is gone"}}')
             return False
+        self._has_transferred = True
         return not await self._point(Point.ANSWERING)
 
     async def _complete(self) -> None:
@@ -219,6 +217,8 @@ class Run:
                 connection.begin_stream()
                 self._send_event(error_event(self._path, connection.rid))
                 self._end_stream()
+            case Way.ABORTED:
+                self._end_aborted()
             case Way.RESET_MID_BODY | Way.FIN_MID_BODY:
                 self._begin_badly()
                 connection.reset() if way is Way.RESET_MID_BODY else connection.fin()
@@ -233,6 +233,19 @@ class Run:
                 await asyncio.Event().wait()
             case Way.KILLED:
                 self._worker.kill()
+
+    def _end_aborted(self) -> None:
+        """As SGLang answers whoever still listens: status 200, finish reason abort, no status code."""
+        self.is_over = True
+        self.lose()
+        event = abort_event(self._path, self._connection.rid)
+        if not self._is_stream:
+            self._connection.respond(200, json.dumps(event).encode())
+            return
+        if not self._connection.is_streaming:
+            self._connection.begin_stream()
+        self._send_event(event)
+        self._end_stream()
 
     def _begin_badly(self) -> None:
         """Part of an answer, unless part of it is out already: half an event, half a body."""

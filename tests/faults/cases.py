@@ -6,7 +6,7 @@ and who may be blamed, from the rules of the design:
     no event at the client yet  another pair is tried; without one 502, silence 504
     events at the client        the stream ends with an error event
     decode has the KV           a prefill that fails later is blamed, the answer goes on
-    4xx                         goes to the client, nobody is blamed, nothing is tried again
+    4xx, or an abort asked for  goes to the client, nobody is blamed, nothing is tried again
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Ending(enum.Enum):
     KILLED = "killed"
     REMOVED = "removed"
     ERROR_EVENT = "error-event"
+    ABORTED = "aborted"
     CLIENT_GONE = "client-gone"
 
     @property
@@ -112,6 +113,8 @@ def impossible(case: Case) -> str:
     ended = {Stage.PREFILLED: Role.PREFILL, Stage.DECODED: Role.DECODE}.get(stage)
     if case.leg is ended and ending not in _FROM_OUTSIDE:
         return "this leg's answer has ended already"
+    if ending is Ending.ABORTED and stage is Stage.STREAMING and not case.stream:
+        return "a body that is half out cannot say so"
     if stage is Stage.STREAMING and case.leg is Role.DECODE:
         if ending in _NEED_NO_HEAD:
             return "its head is out already"
@@ -127,6 +130,8 @@ def expected(case: Case) -> Expected:
         return Expected(("left",), "nobody")
     if stage is Stage.BEFORE:
         return _expected_before(case)
+    if ending is Ending.ABORTED:
+        return _expected_aborted(case)
     if ending is Ending.REMOVED:
         return Expected(("ok",), "nobody")  # what it was given, it may finish
     if (stage, case.leg) in ((Stage.PREFILLED, Role.PREFILL), (Stage.DECODED, Role.DECODE)):
@@ -146,6 +151,23 @@ def expected(case: Case) -> Expected:
     retried = "ok" if case.spare else "504" if ending is Ending.SILENCE else "502"
     outcomes = (retried, "503") if ending is Ending.HTTP_503 and not case.spare else (retried,)
     return Expected(outcomes, blame)
+
+
+def known_bug(case: Case) -> str:
+    """Why the balancer fails it at present, or an empty string."""
+    if case.ending is Ending.ABORTED and case.stage is Stage.ACCEPTED:
+        if case.leg is Role.PREFILL:
+            return "an aborted prefill is taken for one that is done"
+        return "decode's complete answer loses against prefill's error of the same turn"
+    return ""
+
+
+def _expected_aborted(case: Case) -> Expected:
+    """Somebody's wish, not a failure: nobody is blamed, and it is not tried again."""
+    is_answer_safe = case.stage is Stage.DECODED or (case.stage is Stage.STREAMING and case.stream)
+    if case.leg is Role.PREFILL and is_answer_safe:
+        return Expected(("ok",), "nobody")
+    return Expected(("aborted",), "nobody")
 
 
 def _expected_before(case: Case) -> Expected:

@@ -245,6 +245,24 @@ async def test_retries_are_bounded_by_the_budget() -> None:
         await site.check_clean()
 
 
+@pytest.mark.xfail(strict=True, reason="a retry revives it")
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_aborted_request_is_not_tried_again(stream: bool) -> None:
+    """Its servers report the transfer that was broken off as a failure of theirs."""
+    async with running_site(2, 2) as site:
+        holds = [site.hold(Role.PREFILL, Point.ADMITTED), site.hold(Role.DECODE, Point.ADMITTED)]
+        async with Wire.open(site.url) as wire:
+            wire.send_json("/generate", {**PLAIN, "stream": stream}, headers="x-request-id: mine\r\n")
+            await until(lambda: all(hold.is_reached for hold in holds), "both legs admitted")
+            assert (await ask(site, "/abort_request", {"rid": "mine"})).status == 200
+            reply = await wire.reply()
+        assert b" tok tok tok" not in reply.body
+        assert len(rooms_sent(site.prefill)) + len(rooms_sent(site.of(Role.PREFILL)[1])) == 1
+        await site.check_clean()
+        await site.check_blame([{}])
+        assert site.counts["retried"] == 0
+
+
 async def test_drained_worker_finishes_what_it_has_and_gets_nothing_new() -> None:
     async with running_site(1, 2) as site:
         hold = site.hold(Role.DECODE, Point.STREAMING)
