@@ -48,18 +48,25 @@ async def run_samples(
         timeline = structs.replace(record.timeline)
         part = record if outlet.index == 0 else structs.replace(record, timeline=timeline)
         runs.append(Run(single, lines, outlet, part))
+    loop = asyncio.get_running_loop()
+    computed: asyncio.Future[None] = loop.create_future()
+    runs[0].on_prefilled = lambda: None if computed.done() else computed.set_result(None)
+    samples = [loop.create_task(_one(attempts, runs[0], outlets[0]))]
     try:
-        async with asyncio.TaskGroup() as samples:
-            computed = asyncio.get_running_loop().create_future()
-            runs[0].on_prefilled = lambda: None if computed.done() else computed.set_result(None)
-            first = samples.create_task(_one(attempts, runs[0], outlets[0]))
-            await asyncio.wait({first, computed}, return_when=asyncio.FIRST_COMPLETED)
-            rest = [
-                samples.create_task(_one(attempts, *pair)) for pair in zip(runs[1:], outlets[1:], strict=True)
-            ]
-    except ExceptionGroup as group:
-        raise _worst(group) from None
-    relayed = [task.result() for task in (first, *rest)]
+        waiting: list[asyncio.Future[Any]] = [samples[0], computed]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not (samples[0].done() and samples[0].exception()):
+            rest = zip(runs[1:], outlets[1:], strict=True)
+            samples += [loop.create_task(_one(attempts, run, outlet)) for run, outlet in rest]
+        done, _ = await asyncio.wait(samples, return_when=asyncio.FIRST_EXCEPTION)
+        failures = [exc for task in done if (exc := task.exception()) is not None]
+        if failures:
+            raise _worst(failures)
+    finally:
+        for task in samples:
+            task.cancel()
+        await asyncio.gather(*samples, return_exceptions=True)
+    relayed = [task.result() for task in samples]
     usage = gathering.usage([item.usage for item in relayed])
     if not request.is_stream:
         return Relayed(200, usage, gathering.whole(relayed[0].status))
@@ -73,19 +80,10 @@ async def _one(attempts: Attempts, run: Run, outlet: SampleOutlet) -> Relayed:
     return relayed
 
 
-def _worst(group: ExceptionGroup[Exception]) -> BaseException:
-    """The failure to report: a worker's before a shortage, and anything unforeseen before both."""
-    failures = [exc for exc in _flat(group) if not isinstance(exc, LegFailed | NoWorkerError)]
-    failures += [exc for exc in _flat(group) if isinstance(exc, LegFailed)]
-    return (failures or list(_flat(group)))[0]
-
-
-def _flat(group: BaseExceptionGroup[Any]) -> list[BaseException]:
-    return [
-        leaf
-        for exc in group.exceptions
-        for leaf in (_flat(exc) if isinstance(exc, BaseExceptionGroup) else [exc])
-    ]
+def _worst(failures: list[BaseException]) -> BaseException:
+    """The failure to report: anything unforeseen first, a worker's before a shortage."""
+    order = (LegFailed, NoWorkerError)
+    return min(failures, key=lambda exc: order.index(type(exc)) if type(exc) in order else -1)
 
 
 class SampleOutlet:

@@ -179,20 +179,23 @@ async def _run_legs(
         answered.add(worker.role)
         return answer
 
+    # No TaskGroup: in Python 3.11 it forgets that it was cancelled itself when a child fails at the same
+    # moment, and the keeper that runs this would never end.
+    legs = [asyncio.create_task(leg(worker)) for worker in (pair.prefill, pair.decode)]
     try:
-        async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as twins:
-            twins.create_task(leg(pair.prefill))
-            decode = twins.create_task(leg(pair.decode))
-        _check_output(pair.decode, decode.result())
-    except ExceptionGroup as group:
-        matching, others = group.split(_LegFailed)
-        if matching is None or others is not None:
-            raise
-        return next(exc.failure for exc in matching.exceptions if isinstance(exc, _LegFailed))
+        done, missing = await asyncio.wait(legs, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        for task in legs:
+            if task in done:
+                task.result()
+        if missing:
+            return _silent(answered, timeout_s)
+        _check_output(pair.decode, legs[1].result())
     except _LegFailed as exc:
         return exc.failure
-    except TimeoutError:
-        return _silent(answered, timeout_s)
+    finally:
+        for task in legs:
+            task.cancel()
+        await asyncio.gather(*legs, return_exceptions=True)
     return ProbePassed(time.monotonic() - started_s)
 
 
