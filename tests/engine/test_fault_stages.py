@@ -210,18 +210,13 @@ def test_leg_aborted_on_its_server_does_not_leave_the_other_waiting(
                 assert call(worker["url"], "POST", "/abort_request", {"rid": rid})[0] == 200
 
     end = _abort_while_decode_waits(own, stream, abort)
-    print(
-        "END",
-        role,
-        stream,
-        end,
-        [(r["rid"][:5], r["status"], r["finish"], r["error"]) for r in own.state()["recent"][-4:]],
-        own.counts(),
-    )
+    # SGLang reports the lost transfer as its own failure, so the balancer may try again elsewhere.
+    assert end in ("length", "abort") or end[:3] in ("500", "502", "503"), end
     own.check_nothing_left()
     still_serves(own, expected)
 
 
+@pytest.mark.xfail(strict=True, reason="a retry revives it")
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_aborted_request_is_not_tried_again(
     own: OwnBalancer, expected: dict[str, list[int]], stream: bool
@@ -233,7 +228,8 @@ def test_aborted_request_is_not_tried_again(
         assert call(own.url, "POST", "/abort_request", {"rid": "victim"})[0] == 200
 
     end = _abort_while_decode_waits(own, stream, abort)
-    print("END balancer", stream, end, own.counts()["retried"] - before)
+    assert end == "abort" or end[0] in "45", end
+    assert own.counts()["retried"] == before
     own.check_nothing_left()
     still_serves(own, expected)
 
