@@ -32,10 +32,6 @@ class DataPlane(Protocol):
         """The workers' rids of the live request that its client calls ``name``."""
         ...
 
-    def response_owner(self, response_id: str) -> str | None:
-        """Base address of the worker that keeps that ``/v1/responses`` answer; None if unknown."""
-        ...
-
 
 class HealthControl:
     """Liveness, readiness and the state document."""

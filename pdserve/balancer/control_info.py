@@ -21,13 +21,12 @@ from pdserve.balancer.control_ask import (
     why_not,
 )
 from pdserve.balancer.control_health import DataPlane
-from pdserve.balancer.http_errors import Answer, json_answer, worker_error_status
+from pdserve.balancer.http_errors import Answer, json_answer
 from pdserve.balancer.member import Worker
 from pdserve.balancer.prometheus_text import merge_expositions
 from pdserve.balancer.proxy import Client
 from pdserve.balancer.route_errors import route_error
 from pdserve.balancer.upstream import FetchedResponse
-from pdserve.errors import WorkerError
 from pdserve.types import Role
 
 SERVER_INFO = "/server_info"
@@ -63,18 +62,6 @@ class InfoControl:
                 status = reply.status  # SGLang has 500 for some wrong questions too
             why = why_not(worker, reply)
         return route_error(client.path, status, f"no worker answers {client.path}: {why}")
-
-    async def response(self, client: Client, body: bytes) -> Answer:
-        """A stored response, or its cancellation: it lies on the decode server that made it."""
-        response_id = client.path.removeprefix(RESPONSES).removesuffix(CANCEL)
-        url = self._data_plane.response_owner(response_id)
-        if url is None:
-            message = f"Response with id '{response_id}' not found."
-            return route_error(client.path, 404, message, param="response_id")
-        reply = await self._asker.ask_url(Question.of(client, body), url)
-        if isinstance(reply, WorkerError):
-            return route_error(client.path, worker_error_status(reply), str(reply))
-        return passed_on(reply)
 
     # -- all workers -------------------------------------------------------------------------
 

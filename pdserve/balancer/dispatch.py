@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from typing import Any
 
 import msgspec
@@ -22,11 +21,12 @@ from pdserve.balancer.http_errors import (
     worker_error_status,
 )
 from pdserve.balancer.ledger import Outcome, RequestLedger, RequestRecord
-from pdserve.balancer.parse import parse_request
+from pdserve.balancer.parse import check_content_type, parse_request
 from pdserve.balancer.proxy import Client, ClientLeft, Interrupted, Presence
 from pdserve.balancer.relay import LegFailed, Rejected, Relayed
 from pdserve.balancer.request import ParsedRequest, RequestRefused, Route
-from pdserve.balancer.route_errors import route_error
+from pdserve.balancer.route_errors import route_error, unreadable_error
+from pdserve.balancer.scrub import scrubbed
 from pdserve.balancer.tracing import forwarded_headers
 from pdserve.balancer.upstream import UpstreamPool
 from pdserve.config import BalancerConfig
@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
 """nginx's status for a client that closed its connection; only in the state document."""
-NUM_RESPONSES = 4096
-"""Stored responses whose server is remembered; SGLang itself forgets them with its process."""
 
 
 class _Call(msgspec.Struct, eq=False):
@@ -60,7 +58,6 @@ class PairDispatcher:
         self._ledger = RequestLedger()
         self._attempts = Attempts(config, fleet, pool, self._ledger)
         self._calls: set[_Call] = set()
-        self._responses: OrderedDict[str, str] = OrderedDict()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._is_closing = False
@@ -86,10 +83,6 @@ class PairDispatcher:
             for run in call.runs
         ]
         return [rid for run in runs if run.ids for rid in run.ids.rids]
-
-    def response_owner(self, response_id: str) -> str | None:
-        """URL of the decode server that keeps a stored response; None if it is not known here."""
-        return self._responses.get(response_id)
 
     async def close(self, drain_s: float = 0.0) -> None:
         """Give requests ``drain_s`` to end, then end the rest, and wait for their aborts."""
@@ -135,11 +128,13 @@ class PairDispatcher:
         try:
             if self._is_closing:
                 raise NoWorkerError("the balancer is stopping")
+            check_content_type(route, call.client.headers)
             request = parse_request(route, body, wants_prompt=self._fleet.policy.needs_prompt)
             await self._run(request, call)
         except RequestRefused as exc:
             record.error = str(exc)
-            await self._reply(call, route_error(route, exc.status, str(exc)), Outcome.FAILED)
+            answer = unreadable_error if exc.is_unreadable else route_error
+            await self._reply(call, answer(route, exc.status, str(exc)), Outcome.FAILED)
         except NoWorkerError as exc:
             record.error = str(exc)
             logger.warning("request shed route=%s: %s", route, exc)
@@ -165,8 +160,6 @@ class PairDispatcher:
             call.runs.append(run)
             relayed = await self._attempts.run(run)
         self._completed(call, relayed)
-        if request.route is Route.RESPONSES:
-            self._remember(call.runs[0])
         await relayed.finish(client)
 
     def _completed(self, call: _Call, relayed: Relayed) -> None:
@@ -176,17 +169,6 @@ class PairDispatcher:
         record.timeline.completion_tokens = usage.completion_tokens
         record.prompt_tokens = usage.prompt_tokens or record.prompt_tokens
         self._ledger.close(record, call.outcome)
-
-    def _remember(self, run: Run) -> None:
-        decode_id = run.key[1] if run.key else ""
-        worker = next((w for w in self._fleet.workers() if w.instance_id == decode_id), None)
-        if worker is None or run.ids is None:
-            return
-        for name in (run.ids.rids[0], run.request.client_rid):
-            if isinstance(name, str):
-                self._responses[name] = worker.url
-        while len(self._responses) > NUM_RESPONSES:
-            self._responses.popitem(last=False)
 
     # -- what the client is told ---------------------------------------------------------------
 
@@ -201,7 +183,8 @@ class PairDispatcher:
         call.record.error = str(failure)
         error = failure.error
         if failure.is_client_fault and isinstance(error, Rejected) and not call.client.has_begun:
-            await self._reply(call, Answer(error.status, error.body, error.headers), Outcome.FAILED)
+            answer = Answer(error.status, scrubbed(error.body), error.headers)
+            await self._reply(call, answer, Outcome.FAILED)
             return
         logger.error("request failed rid=%s pair=%s: %s", call.record.rid, call.record.pair, failure)
         await self._say_failed(call, worker_error_status(error), str(failure))

@@ -134,6 +134,7 @@ class _Gathering:
         self._rid = ""
         self._last_usage: dict[str, Any] | None = None
         self._usages: list[dict[str, Any]] = []
+        self._extras: dict[int, dict[str, Any]] = {}
 
     def identify(self, rid: str) -> None:
         self._rid = rid
@@ -161,6 +162,9 @@ class _Gathering:
             self._last_usage = document
             self._usages.append(document["usage"])
             return b""
+        if not document.get("choices") and document.get("sglext"):
+            self._extras[index] = document
+            return b""
         for choice in document.get("choices") or ():
             choice["index"] = index
         if "id" in document:
@@ -169,6 +173,10 @@ class _Gathering:
 
     def end(self, request: ParsedRequest) -> None:
         """The stream's end but for the connection's: the usage of all, and the mark."""
+        if self._extras:
+            extras = [self._extras[index]["sglext"] for index in sorted(self._extras)]
+            document = {**self._extras[min(self._extras)], "id": self._rid, "sglext": join_extras(extras)}
+            self._client.push(b"data: " + msgspec.json.encode(document) + b"\n\n")
         if self._last_usage is not None:
             document = {**self._last_usage, "id": self._rid, "usage": sum_usage(self._usages)}
             self._client.push(b"data: " + msgspec.json.encode(document) + b"\n\n")
@@ -184,6 +192,9 @@ class _Gathering:
             choice["index"] = index
         usages = [document["usage"] for document in documents if document.get("usage")]
         whole = {**documents[0], "choices": choices}
+        extras = [document["sglext"] for document in documents if isinstance(document.get("sglext"), dict)]
+        if extras:
+            whole["sglext"] = join_extras(extras)
         if usages:
             whole["usage"] = sum_usage(usages)
         return Answer(status, msgspec.json.encode(whole), answers[0].headers)
@@ -197,6 +208,14 @@ class _Gathering:
         for outlet in self._outlets:
             if outlet.on_writable is not None:
                 outlet.on_writable()
+
+
+def join_extras(extras: list[dict[str, Any]]) -> dict[str, Any]:
+    """SGLang's own additions for samples of one prompt: output ids of each, the rest once."""
+    whole = dict(extras[0])
+    if isinstance(whole.get("output_ids"), list):
+        whole["output_ids"] = [ids for extra in extras for ids in extra.get("output_ids") or ()]
+    return whole
 
 
 def sum_usage(usages: list[dict[str, Any]]) -> dict[str, Any]:

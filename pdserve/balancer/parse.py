@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 from pdserve.balancer.glance import glance
-from pdserve.balancer.request import ParsedRequest, Route
+from pdserve.balancer.request import ParsedRequest, RequestRefused, Route
 from pdserve.balancer.rewrite import rewrite
+
+
+def check_content_type(route: Route, headers: dict[bytes, bytes]) -> None:
+    """Refuse a body that says it is something other than JSON; one that says nothing is taken for it.
+
+    Raises:
+        RequestRefused: as SGLang words it.
+    """
+    kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
+    if kind == b"application/json":
+        return
+    if not route.startswith("/v1/") and kind.startswith(b"application/") and kind.endswith(b"+json"):
+        return
+    words = "Unsupported Media Type: Only 'application/json' is allowed"
+    if route is Route.MESSAGES:
+        raise RequestRefused(f"header.content-type: {words}", is_unreadable=True)
+    place = {"loc": ["header", "content-type"], "msg": words, "type": "value_error"}
+    raise RequestRefused(f"1 validation error:\n  {place}", is_unreadable=True)
 
 
 def parse_request(route: Route, body: bytes, *, wants_prompt: bool = False) -> ParsedRequest:

@@ -34,6 +34,8 @@ from pdserve.types import Role
 PREFILL_GRACE_S = 5.0
 """How long after decode's end prefill may take to end its own answer."""
 
+STUMBLED = b"Internal Server Error"
+"""starlette's whole body for an exception that no handler knows."""
 EVENT_END = b"\n\n"
 TRANSFER_FAILED = re.compile(rb"(transfer|bootstrap|handshake) failed for request|KVTransferError")
 """What SGLang's legs say of each other (disaggregation/prefill.py, decode.py, common/conn.py)."""
@@ -75,8 +77,13 @@ class LegFailed(PdserveError):
 
     @property
     def is_client_fault(self) -> bool:
-        """True if the worker refused the request itself: no other pair would take it either."""
-        return isinstance(self.error, WorkerRejected) and self.error.status < 500
+        """True if the worker refused the request itself: no other pair would take it either.
+
+        A 500 in the web framework's own words is that: its handler stumbled over the
+        request (an unknown parameter of /vertex_generate), the engine never saw it.
+        """
+        error = self.error
+        return isinstance(error, WorkerRejected) and (error.status < 500 or error.body == STUMBLED)
 
 
 class Relayed(msgspec.Struct, frozen=True):

@@ -58,11 +58,15 @@ _RID_FIELDS = {Route.RESPONSES: "request_id", Route.MESSAGES: ""}
 
 
 class RequestRefused(PdserveError):
-    """The client's request cannot be served as it is; ``status`` is 400 or 501."""
+    """The client's request cannot be served as it is; ``status`` is 400 or 501.
 
-    def __init__(self, message: str, status: int = 400) -> None:
+    ``is_unreadable``: it is not even JSON, which SGLang answers in another form.
+    """
+
+    def __init__(self, message: str, status: int = 400, *, is_unreadable: bool = False) -> None:
         super().__init__(message)
         self.status = status
+        self.is_unreadable = is_unreadable
 
 
 class ParsedRequest(msgspec.Struct, frozen=True):

@@ -29,6 +29,7 @@ _PER_PROMPT += ("sampling_params",)
 _PER_PROMPT += ("extra_key", "cache_salt", "kv_hints", "session_params", "custom_logit_processor")
 _PER_PROMPT += ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_hidden_states")
 """Fields of GenerateReqInput that a batch may give as one value per prompt."""
+_SINGLE_WITH_SAMPLES = ("return_logprob", "logprob_start_len", "top_logprobs_num", "custom_logit_processor")
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
@@ -49,10 +50,11 @@ def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
     if route is Route.VERTEX:
         fields = _vertex(fields)
         options = fields["parameters"]
-    _refuse_poison(options, _texts(fields))
+    _refuse_poison(route, options, _texts(fields))
     sampling = _sampling(options) if route in (Route.GENERATE, Route.VERTEX) else []
     samples = _num_samples(options, sampling, route)
     prompt_tokens = _prompt_tokens(fields)
+    _check_lists(route, options, samples, _num_prompts(fields) if route is Route.GENERATE else None)
     fields, num_prompts = _with_samples(route, fields, samples)
     shape = RequestShape(
         prompt_tokens=prompt_tokens * (1 if num_prompts is None else samples),
@@ -77,21 +79,27 @@ def _document(body: bytes) -> dict[str, Any]:
     try:
         fields = msgspec.json.decode(body)
     except RecursionError:
-        raise RequestRefused("the request body is nested too deeply") from None
+        raise RequestRefused("the request body is nested too deeply", is_unreadable=True) from None
     except (msgspec.MsgspecError, ValueError) as exc:
-        raise RequestRefused(f"the request body is not valid JSON: {exc}") from exc
+        raise RequestRefused(f"the request body is not valid JSON: {exc}", is_unreadable=True) from exc
     if not isinstance(fields, dict):
-        raise RequestRefused(f"the request body must be a JSON object, got {_json_name(fields)}")
+        message = f"the request body must be a JSON object, got {_json_name(fields)}"
+        raise RequestRefused(message, is_unreadable=True)
     return fields
 
 
 # -- what would kill a server ----------------------------------------------------------------------
 
 
-def _refuse_poison(options: dict[str, Any], texts: list[Any]) -> None:
+def _refuse_poison(route: Route, options: dict[str, Any], texts: list[Any]) -> None:
     """Refuse what ends SGLang's scheduler process, and with it every other request on that server."""
     if any(text == "" or text == [] for text in texts):
-        raise RequestRefused("the prompt is empty: it must have at least one token")
+        if route is Route.COMPLETIONS:
+            raise RequestRefused("Prompt cannot be empty")
+        is_ids = [] in texts and options.get("text") is None
+        raise RequestRefused(
+            "input_ids cannot be empty." if is_ids else "the prompt is empty: it needs a token"
+        )
     for name in ("top_logprobs_num", "top_logprobs", "logprobs"):
         value = options.get(name)
         for number in value if isinstance(value, list) else [value]:
@@ -143,6 +151,24 @@ def _count(value: Any) -> int:
 def _beams(sampling: dict[str, Any]) -> int:
     """Beam search makes its ``n`` sequences of one request by itself."""
     return _count(sampling.get("beam_width"))
+
+
+def _check_lists(route: Route, options: dict[str, Any], samples: int, size: int | None) -> None:
+    """What SGLang refuses of a batch before it looks at the prompts (io_struct.py), in its words."""
+    if route is not Route.GENERATE:
+        return
+    rid = options.get("rid")
+    if isinstance(rid, list) and size is not None:
+        if len(rid) != size:
+            raise RequestRefused(
+                "The specified rids length mismatch with the batch_size for batch processing."
+            )
+        twice = sorted({name for name in rid if isinstance(name, str) and rid.count(name) > 1})
+        if twice:
+            raise RequestRefused(f"Duplicate request IDs detected within the request: {twice}")
+    for name in _SINGLE_WITH_SAMPLES if samples > 1 else ():
+        if isinstance(options.get(name), list):
+            raise RequestRefused(f"Cannot use list {name} with parallel_sample_num > 1")
 
 
 def _with_samples(route: Route, fields: dict[str, Any], n: int) -> tuple[dict[str, Any], int | None]:

@@ -34,5 +34,15 @@ def route_error(path: str, status: int, message: str, *, param: str | None = Non
     return error_answer(status, message, is_openai=path.startswith("/v1/"))
 
 
+def unreadable_error(path: str, status: int, message: str) -> Answer:
+    """An error about a body that is no JSON object; SGLang has one form for it on nearly every route."""
+    if _is_under(path, "/v1/messages"):
+        return route_error(path, status, message)
+    error = {"message": message, "type": "Bad Request", "param": None, "code": status}
+    if _is_under(path, "/v1/responses"):
+        return json_answer({"error": error}, status)
+    return json_answer({"object": "error", **error}, status)
+
+
 def _is_under(path: str, root: str) -> bool:
     return path == root or path.startswith(root + "/")

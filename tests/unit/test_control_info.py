@@ -85,40 +85,6 @@ async def test_old_names_ask_for_the_new() -> None:
         assert (await site.ask("GET", "/get_model_info")).json == {"model_path": "m"}
 
 
-# -- stored responses --------------------------------------------------------------------------
-
-
-async def test_an_unknown_response_is_404_as_sglang_says_it() -> None:
-    async with control_site() as site:
-        for method, path in (("GET", "/v1/responses/resp_1"), ("POST", "/v1/responses/resp_1/cancel")):
-            reply = await site.ask(method, path)
-            assert reply.status == 404
-            assert reply.json == {
-                "error": {
-                    "message": "Response with id 'resp_1' not found.",
-                    "type": "invalid_request_error",
-                    "param": "response_id",
-                    "code": 404,
-                }
-            }
-        assert site.decodes[0].seen == []
-
-
-async def test_a_response_is_asked_of_the_server_that_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with control_site(decode=2) as site:
-        owners = {"resp_1": site.decodes[1].url}
-        monkeypatch.setattr(
-            type(site.balancer.dispatcher), "response_owner", lambda self, name: owners.get(name)
-        )
-        site.decodes[1].tell("/v1/responses/resp_1", {"id": "resp_1"})
-        assert (await site.ask("GET", "/v1/responses/resp_1")).json == {"id": "resp_1"}
-        assert (await site.ask("POST", "/v1/responses/resp_1/cancel")).status == 200
-        assert site.decodes[1].targets == ["GET /v1/responses/resp_1", "POST /v1/responses/resp_1/cancel"]
-        await site.decodes[1].stop()
-        reply = await site.ask("GET", "/v1/responses/resp_1")
-        assert (reply.status, reply.json["error"]["code"]) == (502, 502)
-
-
 # -- loads -------------------------------------------------------------------------------------
 
 
