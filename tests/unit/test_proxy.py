@@ -252,7 +252,7 @@ async def test_a_stumble_over_the_request_blames_nobody_and_is_not_retried() -> 
 async def test_a_refusal_that_repeats_the_request_does_not_repeat_our_fields() -> None:
     async with running_site() as site:
         said = b"{'loc': ['body'], 'input': {'model': 'm', 'bootstrap_host': '10.0.0.1', "
-        said += b"'bootstrap_port': 8998, 'bootstrap_room': 12345, 'rid': '0123456789abcdef0123456789abcdef'}}"
+        said += b"'bootstrap_port': 8998, 'bootstrap_room': 1, 'rid': '0123456789abcdef0123456789abcdef'}}"
         for fake in site.fakes:
             behave(fake, status=400, error_body=said)
         reply = await site.generate(PLAIN)
