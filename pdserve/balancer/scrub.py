@@ -13,6 +13,10 @@ _OURS = re.compile(
 )
 
 
+_LEFT_OVER = re.compile(rb"(?:, )?'parameters': \{\}|(?<=\{), ")
+"""A comma whose neighbour is gone, and the place for our fields in a Vertex request that had none."""
+
+
 def scrubbed(body: bytes) -> bytes:
     """The same without our fields; as it is if it has none."""
-    return _OURS.sub(b"", body) if b"'bootstrap_" in body else body
+    return _LEFT_OVER.sub(b"", _OURS.sub(b"", body)) if b"'bootstrap_" in body else body

@@ -16,6 +16,7 @@ _TOLD = "a plain server says nothing; the balancer tells its state, or what each
 _UNREADABLE = ("broken JSON", "not JSON", "no body", "NaN", "null", "an array", "array", "a string")
 _UNREADABLE += ("a lone surrogate", "invalid UTF-8", "as text", "without content type")
 _SILENT = ("ping", "health", "abort of an unknown request")
+_ROUTER = "404 and 405 have the error form of their route and say what the path takes"
 LEGITIMATE: tuple[tuple[str, str, str], ...] = (
     ("* n [23]*", "*cached_tokens*", _SAMPLES),
     ("* n [23]*", "shapes:*cached_tokens*", _SAMPLES),
@@ -27,6 +28,11 @@ LEGITIMATE: tuple[tuple[str, str, str], ...] = (
     ),
     ("generate return_sampling_mask", "*", "a pair has it with SGLANG_ENABLE_DISAGG_SAMPLING_MASK=1 only"),
     *((f"* {kind}", "*.message: *", _WORDS) for kind in _UNREADABLE),
+    *((f"* by {method}", "*", _ROUTER) for method in ("GET", "POST", "PUT", "DELETE")),
+    ("unknown path*", "*", _ROUTER),
+    ("known path with a slash", "*", "not redirected: the client's mistake is said"),
+    ("generate empty batch", "*", "a batch of nothing is refused, not answered with nothing"),
+    ("* without content type", "*", "a body that does not say what it is is taken for JSON"),
     *((name, "content-type: *", _TOLD) for name in _SILENT),
     *((name, ': "" != *', _TOLD) for name in _SILENT),
     ("*model info", ".disaggregation_mode: *", "the server that was asked is half of a pair"),
