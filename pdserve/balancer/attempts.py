@@ -21,7 +21,7 @@ from pdserve.balancer.ledger import RequestLedger, RequestRecord
 from pdserve.balancer.member import PairKey, PairState
 from pdserve.balancer.outlet import Outlet, renaming_of
 from pdserve.balancer.relay import LegFailed, PairRelay, Relayed
-from pdserve.balancer.request import ParsedRequest
+from pdserve.balancer.request import ParsedRequest, RequestRefused
 from pdserve.balancer.reservation import Reservation
 from pdserve.balancer.rooms import RequestIds, RoomBook
 from pdserve.balancer.upstream import UpstreamPool
@@ -31,6 +31,8 @@ from pdserve.types import Role
 
 logger = logging.getLogger(__name__)
 
+ABORTED_STATUS = 499
+"""nginx's for a request that its client ended; SGLang has none for one that ends before it ran."""
 MAX_STALE = 2
 """Attempts that may be lost to kept connections that were closed meanwhile, one of each leg."""
 
@@ -39,6 +41,7 @@ class Run(msgspec.Struct, eq=False):
     """One request on its way. ``ids`` and ``key`` are the present attempt's, ``lines`` its headers.
 
     ``exclude`` holds pairs it must not get (again). ``on_prefilled`` is called when the prompt is computed.
+    ``is_aborted``: its client, or an operator, has asked for its end.
     """
 
     request: ParsedRequest
@@ -49,6 +52,7 @@ class Run(msgspec.Struct, eq=False):
     ids: RequestIds | None = None
     key: PairKey | None = None
     on_prefilled: Callable[[], None] | None = None
+    is_aborted: bool = False
 
 
 class Attempts:
@@ -81,6 +85,8 @@ class Attempts:
             except LegFailed as exc:
                 if exc.is_client_fault or run.outlet.has_begun:
                     raise
+                if run.is_aborted:
+                    raise RequestRefused("the request was aborted", ABORTED_STATUS) from exc
                 failure = exc
             logger.warning("attempt failed rid=%s: %s", run.record.rid, failure)
             if failure.is_stale and num_stale < MAX_STALE:
@@ -143,9 +149,11 @@ class Attempts:
             )  # fmt: skip
             relayed = await relay.run(body, run.lines, run.outlet)
             _release_ended(reservation, relayed, record)
-            is_over = relayed.prefill_error is None
+            is_over = relayed.prefill_error is None and not relayed.is_aborted
             return relayed
         except LegFailed as exc:
+            if run.is_aborted:
+                reservation.release(prefill_ok=None, decode_ok=None)
             _release_failed(reservation, exc)
             raise
         finally:
@@ -156,6 +164,9 @@ class Attempts:
 
 
 def _release_ended(reservation: Reservation, relayed: Relayed, record: RequestRecord) -> None:
+    if relayed.is_aborted:
+        reservation.release(prefill_ok=None, decode_ok=None)
+        return
     if relayed.prefill_error is None:
         reservation.release(prefill_ok=True, decode_ok=True)
         return

@@ -73,15 +73,16 @@ class PairDispatcher:
         return self._ledger.snapshot()
 
     def rids_of(self, name: str) -> list[str]:
-        """The workers' rids of a live request that its client knows by ``name``."""
+        """The workers' rids of a live request that its client knows by ``name`` and wants aborted.
+
+        It is not tried again: workers report a transfer that was broken off as their failure.
+        """
         if not name:
             return []
-        runs = [
-            run
-            for call in self._calls
-            if name in (call.client_rid, call.client.request_id)
-            for run in call.runs
-        ]
+        calls = [call for call in self._calls if name in (call.client_rid, call.client.request_id)]
+        runs = [run for call in calls for run in call.runs]
+        for run in runs:
+            run.is_aborted = True
         return [rid for run in runs if run.ids for rid in run.ids.rids]
 
     async def close(self, drain_s: float = 0.0) -> None:
@@ -133,6 +134,9 @@ class PairDispatcher:
             await self._run(request, call)
         except RequestRefused as exc:
             record.error = str(exc)
+            if call.client.has_begun:  # a sample of a chat was aborted
+                await self._say_failed(call, exc.status, str(exc))
+                return
             answer = unreadable_error if exc.is_unreadable else route_error
             await self._reply(call, answer(route, exc.status, str(exc)), Outcome.FAILED)
         except NoWorkerError as exc:

@@ -36,6 +36,7 @@ PREFILL_GRACE_S = 5.0
 
 STUMBLED = b"Internal Server Error"
 """starlette's whole body for an exception that no handler knows."""
+ABORTED = re.compile(rb'"finish_reason":\s*(?:\{"type":\s*)?"abort"')
 EVENT_END = b"\n\n"
 TRANSFER_FAILED = re.compile(rb"(transfer|bootstrap|handshake) failed for request|KVTransferError")
 """What SGLang's legs say of each other (disaggregation/prefill.py, decode.py, common/conn.py)."""
@@ -89,13 +90,15 @@ class LegFailed(PdserveError):
 class Relayed(msgspec.Struct, frozen=True):
     """Decode has ended well and all its bytes are here: sent, or waiting in ``whole``.
 
-    ``prefill_error`` is None if the prefill leg ended well too.
+    ``prefill_error`` is None if the prefill leg ended well too. ``is_aborted``: somebody
+    had prefill drop the request; its answer says so, and decode is still to be told.
     """
 
     status: int
     usage: Usage
     whole: Answer | None
     prefill_error: WorkerError | None = None
+    is_aborted: bool = False
 
     async def finish(self, outlet: Outlet) -> None:
         """Send the end of the answer, unless it is out already."""
@@ -168,6 +171,7 @@ class PairRelay:
     __slots__ = (
         "_bug",
         "_decode",
+        "_is_aborted",
         "_is_opening",
         "_limits",
         "_on_prefilled",
@@ -200,6 +204,7 @@ class PairRelay:
         self._limits = (silence_s, silence_s)
         self._wakeup = Wakeup()
         self._is_opening = False
+        self._is_aborted = False
         self._bug: Exception | None = None
 
     async def run(self, body: bytes, lines: bytes, outlet: Outlet) -> Relayed:
@@ -223,6 +228,8 @@ class PairRelay:
         decode = self._decode = _Leg(Role.DECODE, sent)
         try:
             await self._opened(prefill, decode)
+            if self._is_aborted:
+                return self._aborted(prefill, outlet)
             whole: Answer | None = None
             if self._request.is_stream:
                 usage = await self._stream(prefill, decode, outlet)
@@ -271,7 +278,22 @@ class PairRelay:
                 decode.error = WorkerUnreachable(decode.response.url, "its stream ended without a byte")
         if decode.error is not None or (is_prefill_over and prefill.error is not None):
             return True
+        if is_prefill_over and not is_open and ABORTED.search(prefill.body()):
+            self._is_aborted = True
+            return True
         return is_open and (is_prefill_over or not request.needs_prefill_answer)
+
+    def _aborted(self, prefill: _Leg, outlet: Outlet) -> Relayed:
+        """Prefill's answer as the client's: SGLang's decode server would wait for KV that never comes."""
+        response, body = prefill.response, prefill.body()
+        if self._renaming is not None:
+            body = self._renaming.apply(body)
+        whole = Answer(response.status, body, relayed_headers(response))
+        if self._request.is_stream:
+            outlet.begin(response.status, whole.headers)
+            outlet.push(body)
+            return Relayed(response.status, Usage("abort"), None, is_aborted=True)
+        return Relayed(response.status, Usage("abort"), whole, is_aborted=True)
 
     async def _wait(self) -> None:
         await self._wakeup.wait()

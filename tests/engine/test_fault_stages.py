@@ -216,7 +216,6 @@ def test_leg_aborted_on_its_server_does_not_leave_the_other_waiting(
     still_serves(own, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a retry revives it")
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_aborted_request_is_not_tried_again(
     own: OwnBalancer, expected: dict[str, list[int]], stream: bool

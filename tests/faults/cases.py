@@ -153,15 +153,6 @@ def expected(case: Case) -> Expected:
     return Expected(outcomes, blame)
 
 
-def known_bug(case: Case) -> str:
-    """Why the balancer fails it at present, or an empty string."""
-    if case.ending is Ending.ABORTED and case.stage is Stage.ACCEPTED:
-        if case.leg is Role.PREFILL:
-            return "an aborted prefill is taken for one that is done"
-        return "decode's complete answer loses against prefill's error of the same turn"
-    return ""
-
-
 def _expected_aborted(case: Case) -> Expected:
     """Somebody's wish, not a failure: nobody is blamed, and it is not tried again."""
     is_answer_safe = case.stage is Stage.DECODED or (case.stage is Stage.STREAMING and case.stream)

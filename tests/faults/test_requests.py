@@ -245,7 +245,6 @@ async def test_retries_are_bounded_by_the_budget() -> None:
         await site.check_clean()
 
 
-@pytest.mark.xfail(strict=True, reason="a retry revives it")
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 async def test_aborted_request_is_not_tried_again(stream: bool) -> None:
     """Its servers report the transfer that was broken off as a failure of theirs."""

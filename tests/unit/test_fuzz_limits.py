@@ -18,7 +18,6 @@ CHUNKED = b"POST /generate HTTP/1.1\r\nhost: t\r\ntransfer-encoding: chunked\r\n
 CHUNKED += b"%x\r\n%b\r\n0\r\n" % (len(BODY), BODY)
 
 
-@pytest.mark.xfail(strict=True, reason="trailers are not counted")
 async def test_trailers_are_limited_as_headers_are() -> None:
     async with running_site(max_header_bytes=16_384) as site:
         before = rss_bytes()
@@ -36,7 +35,6 @@ async def test_trailers_are_limited_as_headers_are() -> None:
         assert rss_bytes() - before < 8 * 2**20
 
 
-@pytest.mark.xfail(strict=True, reason="trailers overwrite headers")
 async def test_trailers_cannot_change_what_the_head_said() -> None:
     """They come after the keys were checked."""
     async with running_site() as site, Wire.open(site.url) as wire:
@@ -50,7 +48,6 @@ async def test_trailers_cannot_change_what_the_head_said() -> None:
             assert "forged" not in json.dumps(fake.headers), fake.headers
 
 
-@pytest.mark.xfail(strict=True, reason="bytes of a body are counted as head")
 async def test_a_long_body_does_not_count_as_the_next_requests_head() -> None:
     async with running_site(max_header_bytes=16_384) as site, Wire.open(site.url) as wire:
         long = json.dumps({"text": "x" * 200_000}).encode()
@@ -72,7 +69,6 @@ async def test_an_offer_to_upgrade_is_ignored_and_the_body_read() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="resume_writing forgets the limit on idleness")
 @pytest.mark.parametrize("partial", [b"", b"GET /liveness HTTP/1.1\r\nhost"], ids=["idle", "half a head"])
 async def test_a_client_that_was_slow_to_read_once_is_not_kept_for_ever(
     partial: bytes, monkeypatch: pytest.MonkeyPatch

@@ -42,6 +42,8 @@ class ClientConnection(asyncio.Protocol):
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
         self._head_bytes = 0
+        self._read_bytes = 0
+        self._has_begun = False
         self._is_head_open = False
         self._reading: Client | None = None
         self._body: list[bytes] = []
@@ -153,17 +155,29 @@ class ClientConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """Called by the loop: the client has read."""
         self.is_write_paused = False
-        self.deadline_s = NEVER if not self._is_lingering else self.deadline_s
+        self._restore_deadline()
         if self._can_resume is not None and not self._can_resume.done():
             self._can_resume.set_result(None)
         if self._serving is not None:
             self._serving.can_take_more()
 
+    def _restore_deadline(self) -> None:
+        """What is waited for, now that it is not the client's reading."""
+        now_s, limits = self._server.now(), self._limits
+        if self._serving is not None:
+            self.deadline_s = NEVER
+        elif self._is_head_open:
+            self.deadline_s = now_s + limits.header_s
+        elif self._reading is not None:
+            self.deadline_s = now_s + limits.body_s
+        elif not self._is_lingering:
+            self.deadline_s = now_s + KEEP_ALIVE_S
+
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
         if self._is_deaf:
             return
-        self._head_bytes += len(data)
+        self._read_bytes, self._has_begun = len(data), False
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -171,9 +185,9 @@ class ClientConnection(asyncio.Protocol):
         except httptools.HttpParserError as exc:
             if not self._is_deaf:
                 self._refuse(self._error(400, f"this is not valid HTTP: {exc}"))
-        if not self._is_head_open:
-            self._head_bytes = 0
-        elif not self._is_deaf:
+        if self._is_head_open and not self._is_deaf:
+            # Of a read in which the head began, only a part is head.
+            self._head_bytes = self._measure_head() if self._has_begun else self._head_bytes + len(data)
             self._check_head(self._head_bytes)
 
     # -- httptools ---------------------------------------------------------------------------
@@ -181,6 +195,7 @@ class ClientConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """Called by the parser."""
         self._url, self._headers = b"", {}
+        self._head_bytes, self._has_begun = 0, True
         if self.is_idle:
             self.deadline_s = self._server.now() + self._limits.header_s
         self._is_head_open = True
@@ -190,8 +205,12 @@ class ClientConnection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Called by the parser."""
-        self._headers[name.lower()] = value
+        """Called by the parser, also for trailers: those are dropped, the keys have been checked."""
+        if self._is_head_open:
+            self._headers[name.lower()] = value
+        elif not self._is_deaf:
+            self._head_bytes += len(name) + len(value)
+            self._check_head(self._head_bytes)
 
     def on_headers_complete(self) -> None:
         """Called by the parser: refuse, or get ready for the body."""
@@ -199,8 +218,10 @@ class ClientConnection(asyncio.Protocol):
         if self._is_deaf:
             return
         parser, headers = self._parser, self._headers
-        if self._head_bytes > self._limits.max_header_bytes and not self._check_head(self._measure_head()):
+        may_be_long = self._head_bytes + self._read_bytes > self._limits.max_header_bytes
+        if may_be_long and not self._check_head(self._measure_head()):
             return
+        self._head_bytes = 0
         client = Client(
             self,
             parser.get_method().decode("latin-1"),
