@@ -93,7 +93,7 @@ class FanOutControl:
         """Every worker aborts the request; its client may name it by its own rid or X-Request-Id."""
         fields = fields_of(body)
         name = fields.get("rid")
-        rids: list[Any] = self._data_plane.rids_of(name) if isinstance(name, str) else []
+        rids: list[Any] = self._data_plane.give_up(name) if isinstance(name, str) else []
         workers = self._asker.fleet.workers()
         replies: Sequence[Reply] = []
         for rid in rids or [name]:

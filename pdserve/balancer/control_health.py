@@ -28,8 +28,8 @@ class DataPlane(Protocol):
         """``requests`` and ``recent``."""
         ...
 
-    def rids_of(self, name: str) -> list[str]:
-        """The workers' rids of the live request that its client calls ``name``."""
+    def give_up(self, name: str) -> list[str]:
+        """Never to try the live request again that its client calls ``name``; the workers' rids of it."""
         ...
 
 

@@ -73,17 +73,21 @@ class PairDispatcher:
         return self._ledger.snapshot()
 
     def rids_of(self, name: str) -> list[str]:
-        """The workers' rids of a live request that its client knows by ``name`` and wants aborted.
+        """The workers' rids of a live request that its client knows by ``name``."""
+        return [rid for run in self._runs_of(name) if run.ids for rid in run.ids.rids]
 
-        It is not tried again: workers report a transfer that was broken off as their failure.
+    def give_up(self, name: str) -> list[str]:
+        """Not to try that request again, for it is being aborted; its rids.
+
+        Workers report a transfer that was broken off as their failure.
         """
-        if not name:
-            return []
-        calls = [call for call in self._calls if name in (call.client_rid, call.client.request_id)]
-        runs = [run for call in calls for run in call.runs]
-        for run in runs:
+        for run in self._runs_of(name):
             run.is_aborted = True
-        return [rid for run in runs if run.ids for rid in run.ids.rids]
+        return self.rids_of(name)
+
+    def _runs_of(self, name: str) -> list[Run]:
+        calls = [call for call in self._calls if name and name in (call.client_rid, call.client.request_id)]
+        return [run for call in calls for run in call.runs]
 
     async def close(self, drain_s: float = 0.0) -> None:
         """Give requests ``drain_s`` to end, then end the rest, and wait for their aborts."""
