@@ -31,6 +31,20 @@ class BalancerConfig:
     """cache_aware: factor by which it may; beyond both, load decides."""
     max_tree_size: int = 2**26
     """cache_aware: prompt bytes remembered per worker."""
+    kv_events: bool = True
+    """pair_cost: learn what a worker has cached from its own KV events, where it publishes them."""
+    prefix_ttl_s: float = 600.0
+    """pair_cost: a prefix known only from our own dispatches is forgotten when nobody asked for it this long."""
+    slo_ttft_s: float = 0.0
+    """A request that can no longer get its first token within this is refused at once; 0: none is."""
+    slo_tpot_s: float = 0.0
+    """Decode workers are not filled beyond the batch that keeps this time per token; 0: no bound."""
+    queue_order: str = "auto"
+    """Who waits longest for a pair: fcfs, shortest (least expected work first, with aging), or auto:
+    shortest under overload, else fcfs. ``priority`` goes before either."""
+    predict_lengths: bool = True
+    """Expect answers as long as like ones were; else as long as ``max_tokens`` allows, at most 512 tokens."""
+
     load_poll_s: float = 0.25
     load_channel: bool = True
     """Listen to a worker's ZMQ load channel where it publishes one, besides polling it."""

@@ -133,12 +133,27 @@ class WorkerLoad:
         return self.num_waiting_reqs + self.prefill_inflight_queue_reqs
 
 
+class Forecast(msgspec.Struct, frozen=True):
+    """How long an answer will be, in tokens, told before it begins (balancer/lengths.py).
+
+    ``low`` and ``high`` enclose four of five answers like it; ``is_learned``: told by finished
+    requests, not by the limit alone.
+    """
+
+    mean: float
+    low: float
+    high: float
+    is_learned: bool = False
+
+
 class RequestShape(msgspec.Struct, frozen=True):
     """What a policy may know of a request before it runs.
 
     ``prompt`` is the prompt's text or ids as they stand in the request, enough to
     tell common prefixes; empty if nobody asked for it. Higher ``priority`` goes first.
-    In a batch ``prompt_tokens`` is the sum, ``max_new_tokens`` is each prompt's.
+    In a batch ``prompt_tokens`` is the sum, ``max_new_tokens`` and ``forecast`` are each prompt's.
+    ``forecast`` is None until the balancer has made one. ``route`` and ``user`` (the body's field of
+    that name) are what answers of like requests are remembered by.
     """
 
     prompt_tokens: int
@@ -146,6 +161,9 @@ class RequestShape(msgspec.Struct, frozen=True):
     prompt: bytes = b""
     priority: int = 0
     num_prompts: int = 1
+    route: str = ""
+    user: str = ""
+    forecast: Forecast | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Protocol
 
 from pdserve.balancer.completions import CompletionRate
 from pdserve.balancer.load import LoadTable
@@ -21,8 +22,7 @@ from pdserve.balancer.placement import Placement
 from pdserve.balancer.policy import Policy
 from pdserve.balancer.reservation import Reservation
 from pdserve.balancer.room import ENDLESS
-from pdserve.balancer.verdicts import Judge
-from pdserve.balancer.wait_line import LineFull, Waiter, WaitLine
+from pdserve.balancer.wait_line import Grant, LineFull, Waiter, WaitLine
 from pdserve.config import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerError
 from pdserve.types import RequestShape
@@ -34,12 +34,27 @@ too early stands half empty; too late and a burst of small requests keeps a larg
 Explain = Callable[[frozenset[PairKey], RequestShape], str]
 
 
+class PairJudge(Protocol):
+    """Who blames a worker for a leg that ended badly; ``verdicts.Judge`` is the one in production."""
+
+    def pair_ended(
+        self,
+        record: PairRecord,
+        prefill_ok: bool | None,
+        decode_ok: bool | None,
+        error: str | WorkerError,
+    ) -> None:
+        """A request on that pair came to another than a normal end."""
+        ...
+
+
 class Admission:
     """Hands out reservations and takes them back.
 
     Args:
         explain: why no pair can be had, for the client.
         on_drained: called when the last leg on a draining worker has ended.
+        clock: seconds that never go back; a simulator brings its own.
     """
 
     def __init__(
@@ -47,16 +62,18 @@ class Admission:
         config: BalancerConfig,
         table: LoadTable,
         policy: Policy,
-        judge: Judge,
+        judge: PairJudge,
         explain: Explain,
         on_drained: Callable[[Worker], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.placement = Placement(table, policy, config.prefill_queue_s)
+        self.placement = Placement(table, policy, config.prefill_queue_s, clock)
         self.line = WaitLine(config.queue_size)
         self.shed: Counter[str] = Counter()
         self.completions = CompletionRate()
         self._max_open = config.max_concurrent_requests or ENDLESS
         self._judge = judge
+        self._clock = clock
         self._explain = explain
         self._on_drained = on_drained
         self._least_waiting = (0, 0)  # nobody in line needs less KV; on prefill, on decode
@@ -76,24 +93,44 @@ class Admission:
         Raises:
             NoWorkerError: if the line is full or no pair could be had in time.
         """
-        waiter = self._join(shape, exclude)
-        self.serve()
+        future: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+        waiter = self.enqueue(shape, exclude, future)
         try:
             async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(waiter.future)
+                return await asyncio.shield(future)
         except TimeoutError:
-            if waiter.future.done() and waiter.future.exception() is None:
-                return waiter.future.result()  # served in the last moment
-            why = f"no pair within {timeout_s:g} s: {self._explain(exclude, shape)}"
-            raise self._refusal("timeout", why) from None
+            if future.done() and future.exception() is None:
+                return future.result()  # served in the last moment
+            raise self.timed_out(waiter, timeout_s) from None
         except asyncio.CancelledError:
-            _give_back(waiter.future)
+            _give_back(future)
             raise
         finally:
-            self.line.leave(waiter)
-            if waiter is self._favoured:
-                self._favour(None)
-                self.serve()
+            self.leave(waiter)
+
+    def enqueue(self, shape: RequestShape, exclude: frozenset[PairKey], grant: Grant[Reservation]) -> Waiter:
+        """Stand in line without awaiting: ``grant`` gets a pair or an error, at once or later.
+
+        Call ``leave`` when the wait is over, however it ended.
+
+        Raises:
+            NoWorkerError: if the line is full.
+        """
+        waiter = self._join(shape, exclude, grant)
+        self.serve()
+        return waiter
+
+    def leave(self, waiter: Waiter) -> None:
+        """Out of the line, if still in it."""
+        self.line.leave(waiter)
+        if waiter is self._favoured:
+            self._favour(None)
+            self.serve()
+
+    def timed_out(self, waiter: Waiter, timeout_s: float) -> NoWorkerError:
+        """The refusal of one that has waited long enough; counts it as shed."""
+        why = self._explain(waiter.exclude, waiter.shape)
+        return self._refusal("timeout", f"no pair within {timeout_s:g} s: {why}")
 
     def serve(self) -> None:
         """Give every waiter that can have one a pair, in order. The pair is held from here on."""
@@ -102,7 +139,7 @@ class Admission:
         for waiter in self.line:
             if self._fits_nobody(free):
                 return
-            if waiter.future.done():
+            if waiter.grant.done():
                 continue
             tokens = placement.tokens_needed(waiter.shape)
             reservation = None
@@ -114,7 +151,7 @@ class Admission:
                 least = min(least[0], tokens[0]), min(least[1], tokens[1])
                 continue
             self.line.leave(waiter)
-            waiter.future.set_result(reservation)
+            waiter.grant.set_result(reservation)
             if waiter is self._favoured:
                 self._favour(None)
             if front is not None:
@@ -138,7 +175,7 @@ class Admission:
 
     def sampled(self, worker: Worker) -> None:
         """A sample of that worker has come."""
-        self.completions.mark(time.monotonic())
+        self.completions.mark(self._clock())
         if self.placement.sampled(worker):
             self._least_waiting = (0, 0)
         if self.line:
@@ -146,7 +183,7 @@ class Admission:
 
     def prefill_finished(self, reservation: Reservation) -> None:
         """Called by a reservation: its prefill leg no longer loads the worker."""
-        self._end_prefill(reservation)
+        self._end_prefill(reservation, is_whole=True)
         if self.line:
             self.serve()
 
@@ -161,8 +198,8 @@ class Admission:
         self.completions.total += 1
         if reservation.is_prefilling:
             reservation.is_prefilling = False
-            self._end_prefill(reservation)
-        decode = self.placement.end_decode(reservation)
+            self._end_prefill(reservation, is_whole=bool(prefill_ok))
+        decode = self.placement.end_decode(reservation, is_whole=bool(decode_ok))
         if decode.is_draining and not decode.num_inflight:
             self._on_drained(decode)
         record = reservation.record
@@ -175,30 +212,30 @@ class Admission:
         if self.line:
             self.serve()
 
-    def _end_prefill(self, reservation: Reservation) -> None:
-        prefill = self.placement.end_prefill(reservation)
+    def _end_prefill(self, reservation: Reservation, *, is_whole: bool) -> None:
+        prefill = self.placement.end_prefill(reservation, is_whole=is_whole)
         if prefill.is_draining and not prefill.num_inflight:
             self._on_drained(prefill)
 
     # -- the line ----------------------------------------------------------------------------
 
-    def _join(self, shape: RequestShape, exclude: frozenset[PairKey]) -> Waiter:
+    def _join(self, shape: RequestShape, exclude: frozenset[PairKey], grant: Grant[Reservation]) -> Waiter:
         try:
-            waiter, displaced = self.line.join(shape, exclude, time.monotonic())
+            waiter, displaced = self.line.join(shape, exclude, self._clock(), grant)
         except LineFull:
             why = f"{len(self.line)} requests wait already: {self._explain(exclude, shape)}"
             raise self._refusal("queue_full", why) from None
         if displaced is not None:
             why = self._explain(displaced.exclude, displaced.shape)
             why = f"{len(self.line)} requests of no less priority wait: {why}"
-            displaced.future.set_exception(self._refusal("displaced", why))
+            displaced.grant.set_exception(self._refusal("displaced", why))
         least, tokens = self._least_waiting, self.placement.tokens_needed(shape)
         self._least_waiting = min(least[0], tokens[0]), min(least[1], tokens[1])
         return waiter
 
     def _refusal(self, reason: str, message: str) -> NoWorkerError:
         self.shed[reason] += 1
-        retry_after_s = self.completions.retry_after_s(len(self.line) + 1, time.monotonic())
+        retry_after_s = self.completions.retry_after_s(len(self.line) + 1, self._clock())
         return NoWorkerError(message, retry_after_s)
 
     def _fits_nobody(self, free: tuple[int, int]) -> bool:

@@ -10,7 +10,7 @@ Everything here happens between two awaits, so what was promised is never promis
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
 from pdserve.balancer.load import LoadTable
 from pdserve.balancer.member import PairKey, PairRecord, Worker
@@ -32,14 +32,20 @@ from pdserve.types import RequestShape, Role
 
 
 class Placement:
-    """Promises pairs, and takes the promises back. ``num_open`` counts requests that hold one."""
+    """Promises pairs, and takes the promises back. ``num_open`` counts requests that hold one.
 
-    def __init__(self, table: LoadTable, policy: Policy, prefill_queue_s: float) -> None:
+    ``clock`` gives seconds that never go back; a simulator brings its own.
+    """
+
+    def __init__(
+        self, table: LoadTable, policy: Policy, prefill_queue_s: float, clock: Callable[[], float]
+    ) -> None:
         self.rotation = Rotation()
         self.num_open = 0
         self._table = table
         self._policy = policy
         self._prefill_queue_s = prefill_queue_s
+        self._clock = clock
         self._tight: set[Worker] = set()
         self._easy_tokens = ENDLESS
         self._largest_tokens = ENDLESS
@@ -68,16 +74,20 @@ class Placement:
         """Its workers may have less room than their figures tell: look at them before the next decision."""
         self._tight |= {record.prefill, record.decode}
 
-    def end_prefill(self, reservation: Reservation) -> Worker:
-        """The prefill leg is over; returns its worker."""
+    def end_prefill(self, reservation: Reservation, *, is_whole: bool) -> Worker:
+        """The prefill leg is over; returns its worker. ``is_whole``: it came to a normal end."""
+        if self._policy.needs_ends:
+            self._policy.leg_ended(reservation.choice, Role.PREFILL, is_whole=is_whole, now_s=self._clock())
         prefill = reservation.record.prefill
         self._table.finish(prefill.info.instance_id, reservation.legs[0])
         prefill.promised_tokens -= reservation.tokens[0]
         prefill.num_inflight -= 1
         return prefill
 
-    def end_decode(self, reservation: Reservation) -> Worker:
+    def end_decode(self, reservation: Reservation, *, is_whole: bool) -> Worker:
         """The decode leg is over, and with it the request; returns its worker."""
+        if self._policy.needs_ends:
+            self._policy.leg_ended(reservation.choice, Role.DECODE, is_whole=is_whole, now_s=self._clock())
         decode, tokens = reservation.record.decode, reservation.tokens
         self.num_open -= 1
         self._table.finish(decode.info.instance_id, reservation.legs[1])
@@ -125,8 +135,9 @@ class Placement:
             candidates = self._with_room(rotation, tokens, waiter)
         if candidates is None:
             return None
+        candidates.now_s = now_s = self._clock()
         choice = self._policy.choose(shape, candidates)
-        return self._hold(shape, tokens, choice, holder)
+        return self._hold(shape, tokens, choice, holder, now_s)
 
     def tokens_needed(self, shape: RequestShape) -> tuple[int, int]:
         """KV on prefill and decode; nothing if no worker is large enough: SGLang will refuse it at once."""
@@ -154,7 +165,7 @@ class Placement:
         return has_room(worker, needed, tokens[0], self._prefill_queue_s)
 
     def _hold(
-        self, shape: RequestShape, tokens: tuple[int, int], choice: Choice, holder: Holder
+        self, shape: RequestShape, tokens: tuple[int, int], choice: Choice, holder: Holder, now_s: float
     ) -> Reservation:
         prefill_id = choice.pair.prefill.info.instance_id
         decode_id = choice.pair.decode.info.instance_id
@@ -162,7 +173,6 @@ class Placement:
         record.requests += 1
         self.num_open += 1
         prefill, decode, prompt_tokens = record.prefill, record.decode, shape.prompt_tokens
-        now_s = time.monotonic()
         legs = (
             self._table.dispatch(prefill_id, prompt_tokens, now_s, choice.cached_tokens),
             self._table.dispatch(decode_id, prompt_tokens, now_s),
@@ -179,7 +189,7 @@ class Placement:
             self._tight.add(prefill)
         if not is_calm(decode):
             self._tight.add(decode)
-        return Reservation(record.pair, choice.why, record, legs, tokens, holder)
+        return Reservation(record.pair, choice, record, legs, tokens, holder)
 
     def _measure(self) -> None:
         workers = (*self.rotation.prefills, *self.rotation.decodes)

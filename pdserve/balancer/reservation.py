@@ -7,7 +7,7 @@ from typing import Protocol
 import msgspec
 
 from pdserve.balancer.member import PairKey, PairRecord
-from pdserve.balancer.policy import Reason
+from pdserve.balancer.policy import Choice, Reason
 from pdserve.errors import WorkerError
 from pdserve.types import Pair
 
@@ -33,13 +33,13 @@ class Holder(Protocol):
 class Reservation(msgspec.Struct, eq=False):
     """Both legs of one request. Release it exactly once; later calls do nothing.
 
-    ``pair`` is as it was described at the time; ``why`` is the policy's. ``legs`` are the
+    ``pair`` is as it was described at the time; ``choice`` is the policy's. ``legs`` are the
     load table's numbers, ``tokens`` what was promised of each worker's KV, ``holder`` takes both
     back. Not a dataclass: one is made for each request, in C.
     """
 
     pair: Pair
-    why: Reason
+    choice: Choice
     record: PairRecord
     legs: tuple[int, int]
     tokens: tuple[int, int]
@@ -47,9 +47,14 @@ class Reservation(msgspec.Struct, eq=False):
     is_prefilling: bool = True
 
     @property
+    def why(self) -> Reason:
+        """Why the policy chose this pair."""
+        return self.choice.why
+
+    @property
     def reason(self) -> str:
         """Why the policy chose this pair; put together at each reading."""
-        return str(self.why)
+        return str(self.choice.why)
 
     @property
     def key(self) -> PairKey:

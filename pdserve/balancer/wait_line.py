@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from pdserve.balancer.member import PairKey
 from pdserve.balancer.reservation import Reservation
 from pdserve.types import RequestShape
+
+_T = TypeVar("_T", contravariant=True)
+
+
+class Grant(Protocol[_T]):
+    """What a wait comes to. An ``asyncio.Future`` is one."""
+
+    def done(self) -> bool:
+        """True once it has an outcome, or nobody waits for it any more."""
+        ...
+
+    def set_result(self, result: _T, /) -> None:
+        """The wait was worth it."""
+        ...
+
+    def set_exception(self, exception: Exception, /) -> None:
+        """It was not."""
+        ...
 
 
 class LineFull(Exception):
@@ -24,7 +42,7 @@ class Waiter:
     exclude: frozenset[PairKey]
     since_s: float
     place: tuple[int, int]
-    future: asyncio.Future[Reservation] = field(repr=False)
+    grant: Grant[Reservation] = field(repr=False)
     num_overtaken: int = 0
 
 
@@ -53,7 +71,7 @@ class WaitLine:
         return min((waiter.since_s for waiter in self._waiters), default=None)
 
     def join(
-        self, shape: RequestShape, exclude: frozenset[PairKey], now_s: float
+        self, shape: RequestShape, exclude: frozenset[PairKey], now_s: float, grant: Grant[Reservation]
     ) -> tuple[Waiter, Waiter | None]:
         """Stand in line; also returns the waiter of less priority that lost its place to this one, if any.
 
@@ -67,8 +85,7 @@ class WaitLine:
             if not self._waiters or self._waiters[-1].place[0] <= place[0]:
                 raise LineFull
             displaced = self._waiters.pop()
-        future: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
-        waiter = Waiter(shape, exclude, now_s, place, future)
+        waiter = Waiter(shape, exclude, now_s, place, grant)
         insort(self._waiters, waiter, key=_place)
         return waiter, displaced
 
@@ -82,5 +99,5 @@ class WaitLine:
         """End every wait with an error."""
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
-            if not waiter.future.done():
-                waiter.future.set_exception(make_error())
+            if not waiter.grant.done():
+                waiter.grant.set_exception(make_error())

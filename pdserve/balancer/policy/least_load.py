@@ -33,6 +33,7 @@ class LeastLoad:
 
     name = "least_load"
     needs_prompt = True
+    needs_ends = False
 
     def __init__(self) -> None:
         self._forest = PrefixForest(BLOCK_BYTES, with_tail=False)
@@ -80,6 +81,9 @@ class LeastLoad:
         if hashes:
             self._remember(hashes, views[best], views)
         return best, Reason("{:.3f}s ({:.0f} tokens ahead)", costs[best], views[best].queued_tokens)
+
+    def leg_ended(self, choice: Choice, role: Role, *, is_whole: bool, now_s: float) -> None:
+        """Nothing depends on it."""
 
     def forget(self, instance_id: InstanceId) -> None:
         """Drop what is remembered of the worker's prompts."""

@@ -36,6 +36,7 @@ class LegByLeg:
 
     name = ""
     needs_prompt = False
+    needs_ends = False
 
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
         """The prefill worker first, then one of the decode workers that may follow it."""
@@ -44,6 +45,9 @@ class LegByLeg:
     def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
         """The index of one of ``views`` and why."""
         raise NotImplementedError
+
+    def leg_ended(self, choice: Choice, role: Role, *, is_whole: bool, now_s: float) -> None:
+        """Nothing depends on it."""
 
     def forget(self, instance_id: InstanceId) -> None:
         """Nothing is remembered."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pdserve.balancer.policy.simple import choose_by_leg
 from pdserve.balancer.policy.view import Candidates, Choice, LegPolicy
-from pdserve.types import InstanceId, RequestShape
+from pdserve.types import InstanceId, RequestShape, Role
 
 
 class SplitPolicy:
@@ -15,10 +15,16 @@ class SplitPolicy:
         self._decode = decode
         self.name = f"{prefill.name}/{decode.name}"
         self.needs_prompt = prefill.needs_prompt or decode.needs_prompt
+        self.needs_ends = prefill.needs_ends or decode.needs_ends
 
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
         """Each leg by its own policy."""
         return choose_by_leg(self._prefill, self._decode, request, candidates)
+
+    def leg_ended(self, choice: Choice, role: Role, *, is_whole: bool, now_s: float) -> None:
+        """Told to the one that chose the leg."""
+        leg = self._prefill if role is Role.PREFILL else self._decode
+        leg.leg_ended(choice, role, is_whole=is_whole, now_s=now_s)
 
     def forget(self, instance_id: InstanceId) -> None:
         """Told to both."""

@@ -85,12 +85,15 @@ class Choice:
     """A policy's answer and, for logs and the state document, why.
 
     ``cached_tokens`` of the prompt are expected in the prefill worker's prefix
-    cache: it will compute that many less.
+    cache: it will compute that many less. ``decode_cached_tokens`` need not travel, the decode worker
+    has them. ``mark`` is what the policy wants to see again in ``leg_ended``.
     """
 
     pair: PairView
     why: Reason
     cached_tokens: int = 0
+    decode_cached_tokens: int = 0
+    mark: object = None
 
     @property
     def reason(self) -> str:
@@ -103,10 +106,11 @@ class Candidates(Sequence[PairView]):
 
     ``allowed`` lists index pairs (prefill, decode) in row order; None means the
     whole grid. Every worker in the rows is part of at least one allowed pair.
-    ``link_s`` is None while all links count as alike.
+    ``link_s`` is None while all links count as alike. ``now_s`` is the moment of the decision, on the
+    clock of whoever asks.
     """
 
-    __slots__ = ("_grid", "allowed", "decodes", "link_s", "prefills")
+    __slots__ = ("_grid", "allowed", "decodes", "link_s", "now_s", "prefills")
 
     def __init__(
         self,
@@ -119,6 +123,7 @@ class Candidates(Sequence[PairView]):
         self.decodes = decodes
         self.allowed = allowed
         self.link_s = link_s
+        self.now_s = 0.0
         self._grid = allowed
 
     @classmethod
@@ -178,9 +183,19 @@ class Policy(Protocol):
     name: str
     needs_prompt: bool
     """False: ``RequestShape.prompt`` may stay empty, nobody will look at it."""
+    needs_ends: bool
+    """False: ``leg_ended`` need not be called."""
 
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
         """Pick one of ``candidates``, which is never empty."""
+        ...
+
+    def leg_ended(self, choice: Choice, role: Role, *, is_whole: bool, now_s: float) -> None:
+        """A leg that this policy placed is over.
+
+        ``is_whole``: it came to a normal end, so that the worker has computed (prefill) or received and
+        extended (decode) the KV of all of the prompt. Called once for each leg of each choice.
+        """
         ...
 
     def forget(self, instance_id: InstanceId) -> None:
