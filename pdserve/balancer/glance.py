@@ -50,6 +50,7 @@ class _Plain(msgspec.Struct):
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
     priority: int | None = None
+    user: str | None = None
 
 
 _DECODER = msgspec.json.Decoder(_Plain)
@@ -88,6 +89,8 @@ def glance(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest | Non
         max_new_tokens=DEFAULT_NEW_TOKENS if new_tokens is None or new_tokens < 0 else new_tokens,
         prompt=bytes(prompt) if wants_prompt else b"",
         priority=plain.priority or 0,
+        route=route,
+        user=plain.user or "",
     )
     return ParsedRequest(route, shape, plain.stream is True, raw=body)
 

@@ -56,12 +56,15 @@ def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
     prompt_tokens = _prompt_tokens(fields)
     _check_lists(route, options, samples, _num_prompts(fields) if route is Route.GENERATE else None)
     fields, num_prompts = _with_samples(route, fields, samples)
+    user = options.get("user")
     shape = RequestShape(
         prompt_tokens=prompt_tokens * (1 if num_prompts is None else samples),
         max_new_tokens=_new_tokens(options, sampling),
         prompt=_prompt_bytes(prompts) if wants_prompt else b"",
         priority=_priority(options),
         num_prompts=num_prompts or 1,
+        route=route,
+        user=user if isinstance(user, str) else "",
     )
     return ParsedRequest(
         route=route,
