@@ -35,6 +35,7 @@ ALLOWED = {
     "monitor": {"types", "errors", "telemetry", "monitor"},
     "model": {"errors", "config", "model"},
     "sim": VOCABULARY | {"sim", "balancer"},
+    "doctor": VOCABULARY | {"doctor", "balancer", "bootstrap", "cluster", "kv", "transfer", "plugin", "model"},
 }
 """Which parts of pdserve each package may import. cli and demo may import anything."""
 
