@@ -95,6 +95,8 @@ class BalancerConfig:
 
     request_id_headers: tuple[str, ...] = ("x-request-id",)
     log_level: str = "info"
+    log_format: str = "text"
+    """``json``: one object per line."""
     log_requests: bool = False
     """One line per request with its pair and the reason for it."""
 

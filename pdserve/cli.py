@@ -46,6 +46,7 @@ def launch(
     device: opt.Device = None,
     tp: opt.TensorParallel = None,
     policy: opt.PolicyName = None,
+    slo: opt.Slo = None,
     log_dir: opt.LogDir = None,
     start_method: opt.StartMethod = None,
     prefill_args: opt.PrefillArgs = None,
@@ -143,6 +144,10 @@ def balance(
     cache_threshold: opt.CacheThreshold = None,
     balance_abs_threshold: opt.BalanceAbsThreshold = None,
     balance_rel_threshold: opt.BalanceRelThreshold = None,
+    slo: opt.Slo = None,
+    queue_order: opt.QueueOrder = None,
+    kv_events: opt.KvEvents = None,
+    predict_lengths: opt.PredictLengths = None,
     max_retries: opt.MaxRetries = None,
     queue_size: opt.QueueSize = None,
     queue_timeout: opt.QueueTimeout = None,
@@ -154,12 +159,13 @@ def balance(
     tls_key_path: opt.TlsKeyPath = None,
     config: opt.ConfigFile = None,
     log_level: opt.LogLevel = None,
+    log_format: opt.LogFormat = None,
     log_requests: opt.LogRequests = None,
     pd_disaggregation: opt.PdDisaggregation = False,
 ) -> None:
     """Run the balancer alone, in front of a bootstrap service, of named servers, or of none yet."""
-    flags = _flags(ctx, "config", "bootstrap", "queue_timeout", "pd_disaggregation")
-    flags["queue_timeout_s"] = queue_timeout
+    flags = _flags(ctx, "config", "bootstrap", "queue_timeout", "pd_disaggregation", "slo")
+    flags |= dict(queue_timeout_s=queue_timeout, **command_line.slo_settings(slo))
     given = command_line.BalanceFlags(flags, ctx.obj, bootstrap, pd_disaggregation)
     settings = command_line.balancer_config(config, given, _note)
     from pdserve.service_process import become_service

@@ -47,6 +47,45 @@ PolicyName = Annotated[
         text="least_load, cache_aware, power_of_two, round_robin or random. (name; default least_load)",
     ),
 ]
+Slo = Annotated[
+    str | None,
+    option(
+        "--slo",
+        panel=ROUTING,
+        metavar="ttft=S,tpot=S",
+        text="Time to first token and per token that requests need; what cannot meet it is refused at once. "
+        "(seconds; default none)",
+    ),
+]
+QueueOrder = Annotated[
+    str | None,
+    option(
+        "--queue-order",
+        panel=ROUTING,
+        metavar="auto|fcfs|shortest",
+        text="Who is served next; auto: the shortest under overload. (name; default auto)",
+    ),
+]
+KvEvents = Annotated[
+    bool | None,
+    option(
+        "--kv-events/--no-kv-events",
+        panel=ROUTING,
+        text="Learn what workers have cached from the KV events they publish. (flag; default on)",
+    ),
+]
+PredictLengths = Annotated[
+    bool | None,
+    option(
+        "--predict-lengths/--no-predict-lengths",
+        panel=ROUTING,
+        text="Expect answers as long as like ones were. (flag; default on)",
+    ),
+]
+LogFormat = Annotated[
+    str | None,
+    option("--log-format", panel=RUN, metavar="text|json", text="Form of logs. (name; default text)"),
+]
 LogLevel = Annotated[
     str | None, option("--log-level", panel=RUN, text="debug, info, warning or error. (name; default info)")
 ]

@@ -31,6 +31,8 @@ Progress = Callable[[str], None]
 """Hears one line per step of preparing a model."""
 
 ROLE_ARGS = ("prefill_args", "decode_args")
+QUEUE_ORDERS = ("auto", "fcfs", "shortest")
+LOG_FORMATS = ("text", "json")
 ENGINE_COMMANDS = ("launch", "prefill", "decode")
 """Commands that pass what follows ``--`` on to SGLang."""
 
@@ -78,6 +80,7 @@ def launch_config(path: Path | None, flags: Mapping[str, Any], progress: Progres
     flags = {**flags, **role_args}
     config = merge(LaunchConfig(), file.launch, flags)
     _check_policy(config.policy)
+    slo_settings(config.slo)
     if path is not None and (file.balancer or file.bootstrap):
         config = replace(config, config_file=str(path.resolve()))
     model, served_name = resolve(config.model, config.served_model_name, progress)
@@ -144,6 +147,9 @@ def _check_balancer(config: BalancerConfig) -> None:
 
     policy_of(config)
     AllowedHosts(config)
+    for name, known in (("queue_order", QUEUE_ORDERS), ("log_format", LOG_FORMATS)):
+        if getattr(config, name) not in known:
+            raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(config, name)!r}")
     check_port("--port", config.port)
     if bool(config.tls_cert_path) != bool(config.tls_key_path):
         raise ConfigError("TLS needs both --tls-cert-path and --tls-key-path")
@@ -193,6 +199,27 @@ def _check_policy(name: str) -> None:
     from pdserve.balancer.policy import make_policy
 
     make_policy(name)
+
+
+def slo_settings(text: str | None) -> dict[str, float]:
+    """``ttft=2,tpot=0.05``, either or both, as settings of the balancer; nothing for an empty text.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    settings: dict[str, float] = {}
+    for part in (text or "").replace(" ", "").split(","):
+        name, _, value = part.partition("=")
+        if not part:
+            continue
+        try:
+            seconds = float(value.removesuffix("s"))
+        except ValueError:
+            seconds = 0.0
+        if name not in ("ttft", "tpot") or not 0 < seconds < float("inf"):
+            raise ConfigError(f"--slo takes ttft=SECONDS,tpot=SECONDS (either or both), got {text!r}")
+        settings[f"slo_{name}_s"] = seconds
+    return settings
 
 
 def prefill_pair(text: str) -> tuple[str, int | None]:

@@ -59,6 +59,8 @@ class LaunchConfig:
     device: str = "auto"
     tp: int = 1
     policy: str = "least_load"
+    slo: str = ""
+    """Seconds a request may take to its first token and per further token: ``ttft=2,tpot=0.05``."""
     start_method: str = "auto"
     """``fork``: workers are forked from one preloaded process (CPU only); ``spawn``: each imports SGLang."""
     log_dir: str = ""

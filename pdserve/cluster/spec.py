@@ -265,7 +265,8 @@ def _bootstrap_spec(config: LaunchConfig, host: str, port: int) -> ProcessSpec:
 def _balancer_spec(config: LaunchConfig, port: int, url: str, bootstrap: str) -> ProcessSpec:
     listen = ("--host", config.host, "--port", str(port))
     fleet = ("--bootstrap", bootstrap, "--policy", config.policy)
-    argv = (sys.executable, "-m", "pdserve", "balance", *listen, *fleet, *_file_args(config))
+    slo = ("--slo", config.slo) if config.slo else ()
+    argv = (sys.executable, "-m", "pdserve", "balance", *listen, *fleet, *slo, *_file_args(config))
     return ProcessSpec("balancer", ProcessKind.BALANCER, argv, {}, url + "/liveness")
 
 

@@ -322,3 +322,28 @@ def wait_for_health(port: int) -> None:
         except urllib.error.URLError:
             time.sleep(0.05)
     raise TimeoutError(f"nothing answers on port {port}")
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("ttft=2,tpot=0.05", {"slo_ttft_s": 2.0, "slo_tpot_s": 0.05}),
+        (" ttft=1.5s ", {"slo_ttft_s": 1.5}),
+        (None, {}),
+        ("", {}),
+    ],
+)
+def test_slo_is_read(text: str | None, settings: dict[str, float]) -> None:
+    assert command_line.slo_settings(text) == settings
+
+
+@pytest.mark.parametrize("text", ["2", "ttft", "ttft=", "ttft=-1", "ttft=nan", "itl=1", "ttft=1;tpot=2"])
+def test_wrong_slo_says_what_was_expected(run: Run, text: str) -> None:
+    done = run("balance", "--slo", text)
+    assert done.code == 2 and "ttft=SECONDS,tpot=SECONDS" in done.err
+
+
+@pytest.mark.parametrize(("flag", "known"), [("--queue-order", "shortest"), ("--log-format", "json")])
+def test_wrong_choice_names_the_known_ones(run: Run, flag: str, known: str) -> None:
+    done = run("balance", flag, "sideways")
+    assert done.code == 2 and known in done.err and "sideways" in done.err
