@@ -117,6 +117,10 @@ class WorkerLoad:
     decode_prealloc_queue_reqs: int = 0
     decode_transfer_queue_reqs: int = 0
     decode_retracted_queue_reqs: int = 0
+    kv_transfer_latency_ms: float = 0.0
+    """Of a prefill worker's last transfer: from the end of the prefill until the KV was there, and the
+    GiB sent over that time."""
+    kv_transfer_speed_gb_s: float = 0.0
 
     @property
     def is_idle(self) -> bool:

@@ -31,6 +31,8 @@ class _Disaggregation(msgspec.Struct):
     decode_prealloc_queue_reqs: _Number = 0
     decode_transfer_queue_reqs: _Number = 0
     decode_retracted_queue_reqs: _Number = 0
+    kv_transfer_latency_ms: _Number = 0
+    kv_transfer_speed_gb_s: _Number = 0
 
 
 class _Rank(msgspec.Struct):
@@ -56,6 +58,7 @@ class _Answer(msgspec.Struct):
 
 
 _DECODER = msgspec.json.Decoder(_Answer)
+_QUEUES = tuple(name for name in _Disaggregation.__struct_fields__ if name.endswith("_reqs"))
 _SUMMED = tuple(
     name
     for name in _Rank.__struct_fields__
@@ -109,12 +112,15 @@ def parse_loads(body: bytes, *, sent_s: float, received_s: float) -> Sample:
     ranks = answer.loads
     sections = [rank.disaggregation for rank in ranks if rank.disaggregation]
     totals = {name: _total(ranks, name) for name in _SUMMED}
-    queues = {name: _total(sections, name) for name in _Disaggregation.__struct_fields__}
+    queues = {name: _total(sections, name) for name in _QUEUES}
+    transfer = max(sections, key=lambda rank: rank.kv_transfer_latency_ms or 0.0, default=_Disaggregation())
     load = WorkerLoad(
         timestamp_s=received_s,
         token_usage=max((rank.token_usage or 0.0 for rank in ranks), default=0.0),
         gen_throughput=sum(rank.gen_throughput or 0.0 for rank in ranks),
         decode_moments=_sum_moments(ranks),
+        kv_transfer_latency_ms=transfer.kv_transfer_latency_ms or 0.0,
+        kv_transfer_speed_gb_s=transfer.kv_transfer_speed_gb_s or 0.0,
         **totals,
         **queues,
     )
