@@ -1,0 +1,292 @@
+"""A discrete-event run of the production balancer over modelled servers.
+
+    trace ─► Admission (policy, load table, forecasts) ─► decode gives pages ─► prefill ─► link ─► decode steps
+                  └────────── samples each load_poll_s, ends of legs ◄──────────────────────────────┘
+
+    simulate(trace, model, policy_name, prefill, decode, config, seed, options) -> SimReport
+
+Everything runs under one virtual clock and is a function of its arguments: no wall clock, and no
+randomness but the policy's own, which ``seed`` fixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pdserve.balancer.policy import Policy, policy_of
+from pdserve.balancer.reservation import Reservation
+from pdserve.balancer.sample import ARRIVAL_S, Sample
+from pdserve.config import BalancerConfig
+from pdserve.errors import ConfigError, NoWorkerError
+from pdserve.sim.cost import CostModel
+from pdserve.sim.decode_server import DecodeServer
+from pdserve.sim.engine import Clock, SimRequest
+from pdserve.sim.fleet import Fleet
+from pdserve.sim.forecasts import LENGTHS, Lengths, make_lengths
+from pdserve.sim.link import Port
+from pdserve.sim.prefill_server import PrefillServer
+from pdserve.sim.report import RequestRecord, SimReport, UseReport, WorkerUse
+from pdserve.types import RequestShape
+from pdserve.workload import TracedRequest, prompt_bytes
+
+ROUTE = "/v1/completions"
+
+
+@dataclass(frozen=True, slots=True)
+class SimOptions:
+    """What a run may differ in besides its arguments.
+
+    ``lengths``: who tells answers' lengths: ``learned`` (production), ``oracle``, ``useless`` or
+    ``none``. ``max_new_tokens``: the limit a client sets where the trace does not tell it.
+    """
+
+    lengths: str = "learned"
+    max_new_tokens: int = 2048
+
+
+def simulate(
+    trace: Sequence[TracedRequest],
+    model: CostModel,
+    policy_name: str,
+    prefill: int,
+    decode: int,
+    config: BalancerConfig | None = None,
+    seed: int = 0,
+    options: SimOptions | None = None,
+) -> SimReport:
+    """Run a trace through ``prefill`` and ``decode`` workers of that model under a policy.
+
+    Args:
+        policy_name: as ``--policy`` takes it; both legs' policies of ``config`` are left out of account.
+        config: the balancer's settings: queue, poll period, SLOs; None: the defaults.
+        seed: of the policy's random choices. Different arrivals are made by ``workload.rearrived``.
+
+    Raises:
+        ConfigError: for an unknown policy or ``options.lengths``, no worker of a role or an empty trace.
+    """
+    config, options = config or BalancerConfig(), options or SimOptions()
+    if not trace:
+        raise ConfigError("simulate: the trace is empty")
+    if prefill < 1 or decode < 1:
+        raise ConfigError(f"simulate: expected at least one worker of each role, got {prefill}P{decode}D")
+    if options.lengths not in LENGTHS:
+        raise ConfigError(f"lengths: expected one of {', '.join(LENGTHS)}, got {options.lengths!r}")
+    config = replace(config, policy=policy_name, prefill_policy="", decode_policy="")
+    policy = policy_of(config, seed)
+    lengths = make_lengths(options.lengths if config.predict_lengths else "none")
+    return Simulation(trace, model.check(), policy, (prefill, decode), config, lengths, options).run()
+
+
+class _Grant:
+    """What a waiting request gets. The balancer's queue must not be entered from within itself: later."""
+
+    __slots__ = ("_is_done", "_request", "_simulation")
+
+    def __init__(self, simulation: Simulation, request: SimRequest) -> None:
+        self._simulation = simulation
+        self._request = request
+        self._is_done = False
+
+    def done(self) -> bool:
+        return self._is_done
+
+    def set_result(self, result: Reservation, /) -> None:
+        self._is_done = True
+        self._simulation.granted(self._request, result)
+
+    def set_exception(self, exception: Exception, /) -> None:
+        self._is_done = True
+        self._simulation.refused(self._request, exception)
+
+
+class Simulation:
+    """One run. ``fleet``, ``prefills`` and ``decodes`` may be looked at when it is over."""
+
+    def __init__(
+        self,
+        trace: Sequence[TracedRequest],
+        model: CostModel,
+        policy: Policy,
+        size: tuple[int, int],
+        config: BalancerConfig,
+        lengths: Lengths,
+        options: SimOptions,
+    ) -> None:
+        self.clock = clock = Clock()
+        self.fleet = Fleet(model, *size, policy, config, clock.time)
+        self.policy = policy
+        self._admission = self.fleet.admission
+        self._model = model
+        self._config = config
+        self._lengths = lengths
+        self._options = options
+        self._trace = trace
+        self._num_open = len(trace)
+        self._records: list[RequestRecord] = []
+        self.decodes = [
+            DecodeServer(index, model, clock, self._has_pages, self._finished) for index in range(size[1])
+        ]
+        ports: list[Port] = [server.port for server in self.decodes]
+        self.prefills = [
+            PrefillServer(index, model, clock, ports, self._kv_arrived) for index in range(size[0])
+        ]
+
+    def run(self) -> SimReport:
+        """All requests to their ends."""
+        clock = self.clock
+        clock.at(self._trace[0].arrival_s, self._arrive, 0)
+        workers = [*self.fleet.prefills, *self.fleet.decodes]
+        servers: list[PrefillServer | DecodeServer] = [*self.prefills, *self.decodes]
+        for index, (worker, server) in enumerate(zip(workers, servers, strict=True)):
+            clock.at(self._config.load_poll_s * index / len(workers), self._poll, [worker, server, False])
+        clock.run()
+        assert self._num_open == 0, f"{self._num_open} requests never ended"
+        return self._report()
+
+    # -- a request's way ---------------------------------------------------------------------
+
+    def _arrive(self, index: int) -> None:
+        trace = self._trace
+        if index + 1 < len(trace):
+            self.clock.at(trace[index + 1].arrival_s, self._arrive, index + 1)
+        request = SimRequest(index, trace[index], self._shape(trace[index]))
+        reservation = self._admission.try_now(request.shape, frozenset())
+        if reservation is not None:
+            self._start(request, reservation)
+            return
+        try:
+            request.waiter = self._admission.enqueue(request.shape, frozenset(), _Grant(self, request))
+        except NoWorkerError as error:
+            self._fail(request, str(error))
+            return
+        timeout_s = self._config.queue_timeout_s
+        self.clock.at(self.clock.now_s + timeout_s, self._time_out, request)
+
+    def _shape(self, traced: TracedRequest) -> RequestShape:
+        shape = RequestShape(
+            prompt_tokens=traced.input_tokens,
+            max_new_tokens=max(traced.max_new_tokens or self._options.max_new_tokens, traced.output_tokens),
+            prompt=prompt_bytes(traced) if self.policy.needs_prompt else b"",
+            route=ROUTE,
+            user=traced.user,
+        )
+        return self._lengths.annotated(shape, traced.output_tokens)
+
+    def granted(self, request: SimRequest, reservation: Reservation) -> None:
+        """The queue has given it a pair; it goes on in a turn of its own, as an awaiting task would."""
+        request.reservation = reservation
+        self.clock.at(self.clock.now_s, self._leave_queue, request)
+
+    def refused(self, request: SimRequest, error: Exception) -> None:
+        """The queue has ended its wait without one."""
+        request.error = str(error)
+        self.clock.at(self.clock.now_s, self._leave_queue, request)
+
+    def _leave_queue(self, request: SimRequest) -> None:
+        waiter, request.waiter = request.waiter, None
+        if waiter is not None:
+            self._admission.leave(waiter)
+        if request.reservation is not None:
+            self._start(request, request.reservation)
+        else:
+            self._fail(request, request.error)
+
+    def _time_out(self, request: SimRequest) -> None:
+        waiter = request.waiter
+        if waiter is None or waiter.grant.done():
+            return
+        error = self._admission.timed_out(waiter, self._config.queue_timeout_s)
+        self._admission.leave(waiter)
+        request.waiter = None
+        self._fail(request, str(error))
+
+    def _start(self, request: SimRequest, reservation: Reservation) -> None:
+        index_of = self.fleet.index_of
+        request.reservation = reservation
+        request.paired_s = self.clock.now_s
+        request.prefill = index_of[reservation.pair.prefill.instance_id]
+        request.decode = index_of[reservation.pair.decode.instance_id]
+        self.clock.at(self.clock.now_s + self._model.request_s, self._reach, request)
+
+    def _reach(self, request: SimRequest) -> None:
+        """Both legs are in their servers' queues."""
+        model = self._model
+        whole = request.prompt_tokens + request.output_tokens
+        if request.prompt_tokens > model.prefill_pool_tokens or whole > model.decode_pool_tokens:
+            reservation, request.reservation = request.reservation, None
+            assert reservation is not None
+            reservation.release(prefill_ok=None, decode_ok=None)
+            self._fail(request, "longer than the KV pool")
+            return
+        self.prefills[request.prefill].num_bootstrapping += 1
+        self.decodes[request.decode].arrive(request)
+
+    def _has_pages(self, request: SimRequest) -> None:
+        looked_s = self.decodes[request.decode].boundary_s()
+        self.clock.at(looked_s + self._model.handshake_s, self.prefills[request.prefill].submit, request)
+
+    def _kv_arrived(self, request: SimRequest) -> None:
+        assert request.reservation is not None
+        request.reservation.prefill_finished()
+        self.decodes[request.decode].receive(request)
+
+    def _finished(self, request: SimRequest) -> None:
+        request.finished_s = self.clock.now_s + self._model.response_s
+        self.clock.at(request.finished_s, self._end, request)
+
+    def _end(self, request: SimRequest) -> None:
+        reservation, request.reservation = request.reservation, None
+        assert reservation is not None
+        reservation.release(prefill_ok=True, decode_ok=True)
+        self._lengths.learn(request.shape, request.output_tokens)
+        self._close(request)
+
+    def _fail(self, request: SimRequest, error: str) -> None:
+        request.error = error
+        request.finished_s = self.clock.now_s
+        self._close(request)
+
+    def _close(self, request: SimRequest) -> None:
+        self._num_open -= 1
+        self._records.append(RequestRecord.of(request, self._model.response_s))
+
+    # -- samples -----------------------------------------------------------------------------
+
+    def _poll(self, subject: list[object]) -> None:
+        worker, server, was_idle = subject
+        now_s = self.clock.now_s
+        is_idle = server.is_idle  # type: ignore[attr-defined]
+        # Two samples of an idle worker say the same, and nothing of ours is open that one could cover.
+        if not (is_idle and was_idle and not worker.num_inflight):  # type: ignore[attr-defined]
+            sample = Sample(server.load(now_s), now_s - ARRIVAL_S)  # type: ignore[attr-defined]
+            self.fleet.table.record(worker.instance_id, sample)  # type: ignore[attr-defined]
+            worker.is_overloaded = False  # type: ignore[attr-defined]
+            self._admission.sampled(worker)  # type: ignore[arg-type]
+        subject[2] = is_idle
+        if self._num_open:
+            self.clock.at(now_s + self._config.load_poll_s, self._poll, subject)
+
+    # -- the outcome -------------------------------------------------------------------------
+
+    def _report(self) -> SimReport:
+        records = sorted(self._records, key=lambda record: record.index)
+        span_s = max(self.clock.now_s, 1e-9)
+        prefills = [
+            WorkerUse(s.busy_s / span_s, s.port.busy_s / span_s, s.computed_tokens, s.matched_tokens)
+            for s in self.prefills
+        ]
+        decodes = [
+            WorkerUse(s.busy_s / span_s, s.port.busy_s / span_s, s.received_tokens, s.matched_tokens)
+            for s in self.decodes
+        ]
+        use = UseReport(prefills, decodes, sum(s.num_retractions for s in self.decodes))
+        return SimReport(
+            policy=self._config.policy,
+            model=self._model.name,
+            records=records,
+            use=use,
+            span_s=self.clock.now_s,
+            num_events=self.clock.num_events,
+            shed=dict(self._admission.shed),
+        )
