@@ -27,7 +27,7 @@ from pdserve.balancer.rooms import RequestIds, RoomBook
 from pdserve.balancer.upstream import UpstreamPool
 from pdserve.config import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerRejected, WorkerTimeout
-from pdserve.types import Role
+from pdserve.types import RequestShape, Role
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ MAX_STALE = 2
 class Run(msgspec.Struct, eq=False):
     """One request on its way. ``ids`` and ``key`` are the present attempt's, ``lines`` its headers.
 
-    ``exclude`` holds pairs it must not get (again). ``on_prefilled`` is called when the prompt is computed.
+    ``shape`` is the request's with a forecast. ``exclude`` holds pairs it must not get (again).
+    ``on_prefilled`` is called when the prompt is computed.
     ``is_aborted``: its client, or an operator, has asked for its end.
     """
 
@@ -48,6 +49,7 @@ class Run(msgspec.Struct, eq=False):
     lines: bytes
     outlet: Outlet
     record: RequestRecord
+    shape: RequestShape | None = None
     exclude: set[PairKey] = msgspec.field(default_factory=set)
     ids: RequestIds | None = None
     key: PairKey | None = None
@@ -98,6 +100,13 @@ class Attempts:
                 raise failure
             retries -= 1
 
+    def _learn(self, run: Run, relayed: Relayed) -> None:
+        shape, usage = run.shape, relayed.usage
+        if shape is not None and usage.completion_tokens:
+            mean = round(usage.completion_tokens / shape.num_prompts)
+            is_cut = relayed.is_aborted or usage.finish in ("length", "abort") or mean >= shape.max_new_tokens
+            self._fleet.learn(shape, mean, is_cut=is_cut)
+
     def _may_retry(self, run: Run) -> bool:
         """Some pair is left that serves or may soon, and the budget allows it."""
         records = self._fleet.pairs()
@@ -113,7 +122,8 @@ class Attempts:
         """A pair not tried yet; after a failed attempt no pair means that failure."""
         exclude, wait_s = frozenset(run.exclude), self._config.queue_timeout_s
         try:
-            return await self._fleet.reserve(run.request.shape, exclude=exclude, timeout_s=wait_s)
+            shape = run.shape = run.shape or self._fleet.foresee(run.request.shape)
+            return await self._fleet.reserve(shape, exclude=exclude, timeout_s=wait_s)
         except NoWorkerError:
             if failure is not None:
                 raise failure from None
@@ -149,6 +159,7 @@ class Attempts:
             )  # fmt: skip
             relayed = await relay.run(body, run.lines, run.outlet)
             _release_ended(reservation, relayed, record)
+            self._learn(run, relayed)
             is_over = relayed.prefill_error is None and not relayed.is_aborted
             return relayed
         except LegFailed as exc:

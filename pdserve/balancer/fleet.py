@@ -17,11 +17,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Protocol
 
+import msgspec
+
 from pdserve.balancer.admission import Admission
 from pdserve.balancer.breaker import Breaker
 from pdserve.balancer.channel_keeper import ChannelKeeper
 from pdserve.balancer.events import EventLog, FleetEvent
 from pdserve.balancer.keeper import WorkerKeeper
+from pdserve.balancer.lengths import LengthPredictor, Lengths
 from pdserve.balancer.load import LoadTable
 from pdserve.balancer.load_channel import LoadChannels
 from pdserve.balancer.member import PairKey, PairRecord, PairState, Worker, WorkerState
@@ -74,6 +77,7 @@ class Fleet:
         self.config = config
         self.table = LoadTable()
         self.policy = policy_of(config)
+        self.lengths: Lengths | None = LengthPredictor() if config.predict_lengths else None
         self.started_s = time.monotonic()
         self.watcher: Membership | None = membership or (
             FleetWatcher(config.bootstrap_url) if config.bootstrap_url else None
@@ -306,6 +310,17 @@ class Fleet:
         self.admission.readiness_changed(list(self._roster.records.values()))
 
     # -- reservations ------------------------------------------------------------------------
+
+    def foresee(self, shape: RequestShape) -> RequestShape:
+        """The same request with a forecast of its answer's length, if lengths are predicted."""
+        if self.lengths is None:
+            return shape
+        return msgspec.structs.replace(shape, forecast=self.lengths.forecast(shape))
+
+    def learn(self, shape: RequestShape, output_tokens: int, *, is_cut: bool) -> None:
+        """An answer (of a batch: the mean of its answers) is over; ``is_cut``: it did not end by itself."""
+        if self.lengths is not None:
+            self.lengths.learn(shape, output_tokens, is_cut)
 
     async def reserve(
         self, shape: RequestShape, *, exclude: frozenset[PairKey] = NO_EXCLUDE, timeout_s: float
