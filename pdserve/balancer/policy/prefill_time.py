@@ -1,0 +1,160 @@
+"""Seconds of prefill work: of one prompt, and of all that waits on a worker.
+
+A rate in tokens per second misjudges long prompts, because attention reads all that came
+before: ``seconds = b * new + c * new * (past + new / 2)``. The worker's own fitted rate
+(rates.py) stays the measure; the curve only says how many *plain tokens* a prompt counts as:
+
+    work(new, past) = new * (1 + (past + new / 2) / knee),     knee = b / c
+    seconds         = work / (rate * mean work per token of the recent mix)
+
+so with an unknown knee (endless) this is ``new / rate``. The knee is learned from the
+policy's own legs: of a worker with a queue, the time between two ends is the work of the
+second. Pure: times are given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+ENDLESS_KNEE = float("inf")
+MIN_KNEE_TOKENS = 2048.0
+"""Attention of no model in use costs as much as all the rest at a shorter context: 8B models at
+some 30k (4 * 32 * 4096 * context against 16 G operations a token), 70B ones at some 53k."""
+GROUP_LEGS = 4
+"""Legs whose times are added up to one observation: SGLang prefills short prompts in one batch and
+ends them all at once, so a single interval may be anything."""
+MIN_GROUPS = 12
+"""Observations before the curve is believed."""
+MAX_GROUPS = 400.0
+"""Older ones fade."""
+MIN_SPREAD = 0.02
+"""One minus the squared correlation of both terms. Prompts all of one length tell nothing of a curve."""
+MIX_TOKENS = 2.0e6
+"""Tokens over which the mean work per token is taken: some 10 s of a fast worker."""
+CHUNK_S = 0.25
+"""Progress that a worker may have made beyond the prompt at its head: prompts run in batches."""
+
+
+@dataclass(slots=True, eq=False)
+class PrefillCurve:
+    """How prefill work grows with context; one for workers of one model.
+
+    ``knee_tokens``: the context at which a token costs twice what it costs at the start.
+    """
+
+    knee_tokens: float = ENDLESS_KNEE
+    _groups: float = 0.0
+    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    _mix_tokens: float = 0.0
+    _mix_cross: float = 0.0
+
+    @property
+    def mix(self) -> float:
+        """Mean work per token of the recent prompts: what a worker's fitted rate is a rate of."""
+        if self._mix_tokens <= 0.0:
+            return 1.0
+        return 1.0 + self._mix_cross / self._mix_tokens / self.knee_tokens
+
+    def work(self, new: float, past: float) -> float:
+        """Plain tokens that ``new`` tokens after ``past`` cached ones count as."""
+        return new * (1.0 + (past + 0.5 * new) / self.knee_tokens)
+
+    def count(self, leg: PrefillLeg) -> None:
+        """A prompt was computed: it is part of the mix that the workers' rates were measured with."""
+        self._mix_tokens += leg.new
+        self._mix_cross += leg.cross
+        if self._mix_tokens > MIX_TOKENS:
+            self._mix_tokens *= 0.5
+            self._mix_cross *= 0.5
+
+    def observe(self, new: float, cross: float, took_s: float) -> None:
+        """A few prompts, one after the other: ``new`` tokens, the sum of new * (past + new / 2), seconds."""
+        if new <= 0.0 or took_s <= 0.0:
+            return
+        weight = 1.0 / new  # errors grow with the size of what was measured
+        keep = min(1.0, MAX_GROUPS / (self._groups + 1.0))
+        added = (new * new, new * cross, cross * cross, new * took_s, cross * took_s)
+        self._sums = [(old + weight * value) * keep for old, value in zip(self._sums, added, strict=True)]
+        self._groups = (self._groups + 1.0) * keep
+        if self._groups >= MIN_GROUPS:
+            self._refit()
+
+    def _refit(self) -> None:
+        nn, nc, cc, nt, ct = self._sums
+        if nn * cc - nc * nc <= MIN_SPREAD * nn * cc:
+            return
+        linear, square = nt * cc - ct * nc, ct * nn - nt * nc
+        self.knee_tokens = max(MIN_KNEE_TOKENS, linear / square) if square > 0.0 else ENDLESS_KNEE
+
+
+@dataclass(slots=True, eq=False)
+class PrefillLeg:
+    """One prompt on a prefill worker. ``past`` tokens of it were cached."""
+
+    work_s: float
+    new: float
+    past: float
+
+    @property
+    def cross(self) -> float:
+        """Token pairs that attention looks at."""
+        return self.new * (self.past + 0.5 * self.new)
+
+
+class PrefillQueue:
+    """What one prefill worker still has to compute for us, in the order in which it was sent."""
+
+    __slots__ = ("_cross", "_curve", "_ended", "_head_s", "_is_fresh", "_legs", "_new", "_took_s", "total_s")
+
+    def __init__(self, curve: PrefillCurve) -> None:
+        self._curve = curve
+        self._legs: dict[int, PrefillLeg] = {}
+        self.total_s = 0.0
+        self._head_s = 0.0  # since when the worker has been at the first leg
+        self._is_fresh = True
+        self._new = self._cross = self._took_s = 0.0
+        self._ended = 0
+
+    def __len__(self) -> int:
+        return len(self._legs)
+
+    def wait_s(self, now_s: float) -> float:
+        """Seconds until it has computed what it was sent so far."""
+        if not self._legs:
+            return 0.0
+        head = next(iter(self._legs.values()))
+        done_s = min(now_s - self._head_s, max(head.work_s, CHUNK_S))
+        return max(0.0, self.total_s - done_s)
+
+    def send(self, leg: PrefillLeg, now_s: float) -> None:
+        """The worker is sent one more."""
+        if not self._legs:
+            self._head_s, self.total_s, self._is_fresh = now_s, 0.0, True
+            self._forget_group()
+        self._legs[id(leg)] = leg
+        self.total_s += leg.work_s
+
+    def end(self, leg: PrefillLeg, now_s: float, *, is_whole: bool) -> None:
+        """A leg is over; one that ended badly says nothing of the worker's speed."""
+        if self._legs.pop(id(leg), None) is None:
+            return
+        self.total_s = max(0.0, self.total_s - leg.work_s)
+        took_s, self._head_s = now_s - self._head_s, now_s
+        if not is_whole:
+            self._forget_group()
+            return
+        self._curve.count(leg)
+        if self._is_fresh:
+            self._is_fresh = False  # its time had the way there and back in it
+            return
+        self._new += leg.new
+        self._cross += leg.cross
+        self._took_s += took_s
+        self._ended += 1
+        if self._ended >= GROUP_LEGS:
+            self._curve.observe(self._new, self._cross, self._took_s)
+            self._forget_group()
+
+    def _forget_group(self) -> None:
+        self._new = self._cross = self._took_s = 0.0
+        self._ended = 0
