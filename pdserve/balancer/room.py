@@ -12,6 +12,7 @@ its handshake, and its 300 s bootstrap timer runs; so what would not fit waits w
 from __future__ import annotations
 
 from pdserve.balancer.member import Worker
+from pdserve.balancer.policy.view import WorkerView
 from pdserve.types import Role
 
 DECODE_RESERVE_TOKENS = 512
@@ -55,6 +56,16 @@ def has_room(worker: Worker, tokens: int, prompt_tokens: int, prefill_queue_s: f
             return False
         tokens = capacity
     return free_tokens(worker, prefill_queue_s) >= tokens
+
+
+def max_batch(view: WorkerView, slo_tpot_s: float) -> int:
+    """Requests a decode worker may hold: its own limit, and the batch whose step still takes no longer than
+    ``slo_tpot_s`` (0: any), but at least one; 0 if there is no limit."""
+    limit = max(0, view.max_running_requests)
+    if slo_tpot_s <= 0.0 or view.step_slope_s <= 0.0:
+        return limit
+    batch = max(1, int((slo_tpot_s - view.step_base_s) / view.step_slope_s * view.info.dp_size))
+    return min(limit, batch) if limit else batch
 
 
 def committed_tokens(worker: Worker) -> int:
