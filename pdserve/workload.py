@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
 from itertools import pairwise
+from math import log, sqrt
 from pathlib import Path
 
 import msgspec
@@ -25,8 +26,9 @@ MOONCAKE_BLOCK_TOKENS = 512
 """Tokens of one hash id (Mooncake FAST25 release, README of its traces)."""
 BYTES_PER_TOKEN = 4
 """Length of the text that stands for a token: about that of English text."""
-_UNSEEN = 2**40
-"""Block ids of a second trace are moved by this much, so that two traces share no prefix."""
+_COPY = 2**40
+_SECOND = 2**56
+"""What is added to block ids of a trace's copy, or of a second trace: so they share no prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,26 +223,48 @@ def rearrived(trace: Sequence[TracedRequest], rate: float, seed: int, cv: float 
 
 
 def sampled(trace: Sequence[TracedRequest], count: int, seed: int) -> list[TracedRequest]:
-    """A run of ``count`` consecutive requests that begins at a place drawn by ``seed``, going on from the
-    trace's beginning at its end; prefixes are shared by neighbours, so that single draws would lose them."""
+    """A run of ``count`` consecutive requests that begins at a place drawn by ``seed``.
+
+    Consecutive, because neighbours share prefixes and come in bursts. At the trace's end it
+    goes on from the beginning, with prefixes nobody has seen.
+    """
     start = random.Random(seed).randrange(len(trace))
-    span_s = trace[-1].arrival_s + (1.0 / rate_of(trace) if rate_of(trace) else 1.0)
+    rate = rate_of(trace)
+    lap_s = trace[-1].arrival_s + (1.0 / rate if rate else 1.0)
     picked = []
     for index in range(start, start + count):
         lap, place = divmod(index, len(trace))
-        request = trace[place]
-        ids = request.block_ids
-        if lap > (start + count - 1) // len(trace) - 1 and ids is not None and lap > 1:
-            ids = tuple(each + lap * _UNSEEN for each in ids)
-        picked.append(
-            replace(
-                request,
-                arrival_s=request.arrival_s + lap * span_s,
-                block_ids=ids,
-                serial=request.serial + lap * _UNSEEN,
-            )
-        )
+        picked.append(_copy(trace[place], lap * lap_s, lap))
     return _from_zero(picked)
+
+
+def overlaid(trace: Sequence[TracedRequest], copies: int, seed: int) -> list[TracedRequest]:
+    """``copies`` of a trace at once, each begun at another place and with prefixes of its own.
+
+    A larger fleet's traffic: more users, not the same users in more of a hurry.
+    """
+    if copies <= 1:
+        return list(trace)
+    draw = random.Random(seed)
+    lap_s = trace[-1].arrival_s + 1e-6
+    merged = []
+    for copy in range(copies):
+        turn_s = draw.random() * lap_s if copy else 0.0
+        merged += [_copy(each, (each.arrival_s + turn_s) % lap_s - each.arrival_s, copy) for each in trace]
+    return _from_zero(merged)
+
+
+def _copy(request: TracedRequest, later_s: float, copy: int) -> TracedRequest:
+    if not copy:
+        return replace(request, arrival_s=request.arrival_s + later_s)
+    ids = request.block_ids
+    return replace(
+        request,
+        arrival_s=request.arrival_s + later_s,
+        block_ids=None if ids is None else tuple(each + copy * _COPY for each in ids),
+        user=f"{request.user}/{copy}" if request.user else "",
+        serial=request.serial + copy * _COPY,
+    )
 
 
 def shifted(
@@ -252,8 +276,8 @@ def shifted(
         replace(
             request,
             arrival_s=request.arrival_s + at,
-            block_ids=None if request.block_ids is None else tuple(i + _UNSEEN for i in request.block_ids),
-            serial=request.serial + _UNSEEN,
+            block_ids=None if request.block_ids is None else tuple(i + _SECOND for i in request.block_ids),
+            serial=request.serial + _SECOND,
         )
         for request in second
     ]
@@ -285,8 +309,6 @@ class Lengths:
         elif self.kind == "uniform":
             return draw.randint(self.low, self.high)
         elif self.kind == "lognormal":
-            from math import log, sqrt
-
             variance = log(1 + self.cv * self.cv)
             value = draw.lognormvariate(log(self.mean) - variance / 2, sqrt(variance))
         else:

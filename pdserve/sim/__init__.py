@@ -1,1 +1,1 @@
-"""Simulator: the balancer's own policy, admission and load table, run in virtual time against modelled workers."""
+"""The balancer's own policy, admission and load table, run in virtual time against modelled workers."""

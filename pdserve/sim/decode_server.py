@@ -28,8 +28,7 @@ RESERVED_TOKENS = 512
 class DecodeServer:
     """One decode worker.
 
-    ``on_pages(request)``: prefill may start; ``on_first(request)``: its first token is out;
-    ``on_finished(request)``: its last one is.
+    ``on_pages(request)``: prefill may start; ``on_finished(request)``: its last token is out.
     """
 
     def __init__(
@@ -190,7 +189,7 @@ class DecodeServer:
             self._boundary(self._num_planned)
 
     def _boundary(self, steps: int) -> None:
-        """``steps`` steps have ended: who is done goes, who is there joins, and the next steps are planned."""
+        """``steps`` steps are over: who is done goes, who is there joins, the next steps are planned."""
         running = self._running
         if steps:
             grown = steps * len(running)
@@ -209,9 +208,8 @@ class DecodeServer:
             ready, self._ready = self._ready, []
             for request in ready:
                 self._join(request)
-        if running:
-            if self._free() < len(running):
-                self._retract()
+        if running and self._free() < len(running):
+            self._retract()
         if self._retracted:
             self._resume()
         if self._queue:

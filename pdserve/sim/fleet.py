@@ -82,7 +82,7 @@ def _worker(role: Role, index: int, model: CostModel, table: LoadTable) -> Worke
 
 
 class Fleet:
-    """Workers, load table and admission, ready for requests. ``index_of`` tells a worker's number by its id."""
+    """Workers, load table and admission, ready for requests. ``index_of``: a worker's number by its id."""
 
     def __init__(
         self,

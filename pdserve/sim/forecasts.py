@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
-from pdserve.types import Forecast, RequestShape
+from pdserve.balancer import lengths as production
+from pdserve.types import RequestShape
 
 LENGTHS = ("learned", "oracle", "useless", "none")
 """``oracle`` knows each answer's length, ``useless`` learns nothing; both bound what prediction is worth."""
@@ -39,10 +39,13 @@ class NoLengths:
 class OracleForecasts:
     """Knows."""
 
+    def __init__(self) -> None:
+        self._oracle = production.OracleLengths()
+
     def annotated(self, shape: RequestShape, output_tokens: int) -> RequestShape:
         """The truth, without doubt."""
-        tokens = float(output_tokens)
-        return msgspec.structs.replace(shape, forecast=Forecast(tokens, tokens, tokens, is_learned=True))
+        self._oracle.tell(output_tokens)
+        return msgspec.structs.replace(shape, forecast=self._oracle.forecast(shape))
 
     def learn(self, shape: RequestShape, output_tokens: int) -> None:
         """Nothing."""
@@ -51,7 +54,7 @@ class OracleForecasts:
 class PredictedLengths:
     """Forecasts of a predictor of balancer/lengths.py."""
 
-    def __init__(self, predictor: Any) -> None:
+    def __init__(self, predictor: production.Lengths) -> None:
         self._predictor = predictor
 
     def annotated(self, shape: RequestShape, output_tokens: int) -> RequestShape:
@@ -69,9 +72,6 @@ def make_lengths(kind: str) -> Lengths:
         return NoLengths()
     if kind == "oracle":
         return OracleForecasts()
-    try:
-        lengths = importlib.import_module("pdserve.balancer.lengths")
-    except ImportError:
-        return NoLengths()
-    maker = lengths.UselessLengths if kind == "useless" else lengths.LengthPredictor
-    return PredictedLengths(maker())
+    return PredictedLengths(
+        production.UselessLengths() if kind == "useless" else production.LengthPredictor()
+    )

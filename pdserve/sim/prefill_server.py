@@ -1,4 +1,4 @@
-"""A prefill server as SGLang behaves: first come first served, chunked passes, prefix cache, KV held until sent.
+"""A prefill server as SGLang behaves: in order of arrival, chunked passes, prefix cache, KV held until sent.
 
     leg ─► bootstrap (decode gives pages) ─► waiting ─► pass, pass, … ─► sending ─► KV back to the cache
 
@@ -41,6 +41,8 @@ class PrefillServer:
         self.busy_s = 0.0
         self.computed_tokens = 0
         self.matched_tokens = 0
+        self.last_transfer = (0.0, 0.0)
+        """Of the last request: seconds from the end of its prefill until its KV was there, and GiB/s."""
         self._model = model
         self._clock = clock
         self._ports = ports
@@ -64,6 +66,9 @@ class PrefillServer:
     def sent(self, request: SimRequest) -> None:
         """All KV of the request has arrived: its blocks belong to the cache alone."""
         self.num_sending -= 1
+        took_s = self._clock.now_s - request.prefill_end_s
+        sent = (request.prompt_tokens - request.decode_cached_tokens) * self._model.kv_bytes_per_token
+        self.last_transfer = took_s, sent / 2**30 / took_s if took_s > 0 else 0.0
         pinned = request.pins[0]
         self.cache.unpin(pinned)
         request.pins[0] = ()
@@ -91,6 +96,8 @@ class PrefillServer:
             total_prefill_busy_us=int(self.busy_s * 1e6),
             prefill_bootstrap_queue_reqs=self.num_bootstrapping,
             prefill_inflight_queue_reqs=self.num_sending,
+            kv_transfer_latency_ms=self.last_transfer[0] * 1e3,
+            kv_transfer_speed_gb_s=self.last_transfer[1],
         )
 
     @property

@@ -69,7 +69,7 @@ class PrefixCache:
         return added
 
     def evict(self, tokens: int) -> int:
-        """Drop the longest unused blocks that nobody has pinned until ``tokens`` are free; returns how many are."""
+        """Drop longest unused blocks that nobody pinned until ``tokens`` are free; returns tokens freed."""
         freed = 0
         blocks, pins = self._blocks, self._pins
         skipped = []

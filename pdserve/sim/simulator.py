@@ -1,7 +1,7 @@
 """A discrete-event run of the production balancer over modelled servers.
 
-    trace ─► Admission (policy, load table, forecasts) ─► decode gives pages ─► prefill ─► link ─► decode steps
-                  └────────── samples each load_poll_s, ends of legs ◄──────────────────────────────┘
+    trace ─► Admission (policy, loads, forecasts) ─► decode gives pages ─► prefill ─► link ─► decode steps
+                └────────── samples each load_poll_s, ends of legs ◄──────────────────────────────┘
 
     simulate(trace, model, policy_name, prefill, decode, config, seed, options) -> SimReport
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pdserve.balancer.member import Worker
 from pdserve.balancer.policy import Policy, policy_of
 from pdserve.balancer.reservation import Reservation
 from pdserve.balancer.sample import ARRIVAL_S, Sample
@@ -78,6 +79,15 @@ def simulate(
     return Simulation(trace, model.check(), policy, (prefill, decode), config, lengths, options).run()
 
 
+@dataclass(slots=True, eq=False)
+class _Polled:
+    """A worker whose load is asked for in turn; ``was_idle`` at the last look."""
+
+    worker: Worker
+    server: PrefillServer | DecodeServer
+    was_idle: bool = False
+
+
 class _Grant:
     """What a waiting request gets. The balancer's queue must not be entered from within itself: later."""
 
@@ -139,7 +149,7 @@ class Simulation:
         workers = [*self.fleet.prefills, *self.fleet.decodes]
         servers: list[PrefillServer | DecodeServer] = [*self.prefills, *self.decodes]
         for index, (worker, server) in enumerate(zip(workers, servers, strict=True)):
-            clock.at(self._config.load_poll_s * index / len(workers), self._poll, [worker, server, False])
+            clock.at(self._config.load_poll_s * index / len(workers), self._poll, _Polled(worker, server))
         clock.run()
         assert self._num_open == 0, f"{self._num_open} requests never ended"
         return self._report()
@@ -253,17 +263,17 @@ class Simulation:
 
     # -- samples -----------------------------------------------------------------------------
 
-    def _poll(self, subject: list[object]) -> None:
-        worker, server, was_idle = subject
+    def _poll(self, subject: _Polled) -> None:
+        worker, server = subject.worker, subject.server
         now_s = self.clock.now_s
-        is_idle = server.is_idle  # type: ignore[attr-defined]
+        is_idle = server.is_idle
         # Two samples of an idle worker say the same, and nothing of ours is open that one could cover.
-        if not (is_idle and was_idle and not worker.num_inflight):  # type: ignore[attr-defined]
-            sample = Sample(server.load(now_s), now_s - ARRIVAL_S)  # type: ignore[attr-defined]
-            self.fleet.table.record(worker.instance_id, sample)  # type: ignore[attr-defined]
-            worker.is_overloaded = False  # type: ignore[attr-defined]
-            self._admission.sampled(worker)  # type: ignore[arg-type]
-        subject[2] = is_idle
+        if not (is_idle and subject.was_idle and not worker.num_inflight):
+            sample = Sample(server.load(now_s), now_s - ARRIVAL_S)
+            self.fleet.table.record(worker.instance_id, sample)
+            worker.is_overloaded = False
+            self._admission.sampled(worker)
+        subject.was_idle = is_idle
         if self._num_open:
             self.clock.at(now_s + self._config.load_poll_s, self._poll, subject)
 
