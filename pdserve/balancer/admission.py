@@ -1,28 +1,34 @@
-"""Which request gets a pair, and when: at once while there is room, else in its turn.
+"""Which request gets a pair, and when: at once while there is room, else in its turn, or not at all.
 
     reserve ─► try_now ── room ──► Placement ─► Reservation ─► legs end ─► released ─┐
                   └─ none ─► WaitLine ◄── serve ◄── sample, readiness, leg ended ◄───┘
 
 A request that does not fit lets smaller ones pass it ``MAX_OVERTAKEN`` times; then the pair
-that lacks least for it is kept for it, and the others go on with the rest of the fleet.
+that lacks least for it is kept for it, and the others go on with the rest of the fleet. The line's order
+follows the fleet's state (regime.py); with an objective for the first token the late are refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
 from pdserve.balancer.completions import CompletionRate
+from pdserve.balancer.first_token import FirstTokenGate, late_ones, prefill_queue_s
 from pdserve.balancer.load import LoadTable
 from pdserve.balancer.member import PairKey, PairRecord, Worker
 from pdserve.balancer.placement import Placement
 from pdserve.balancer.policy import Policy
+from pdserve.balancer.queue_order import QueueOrder
+from pdserve.balancer.regime import RegimeChange, RegimeMonitor
 from pdserve.balancer.reservation import Reservation
-from pdserve.balancer.room import ENDLESS
+from pdserve.balancer.room import ENDLESS, Limits
 from pdserve.balancer.wait_line import Grant, LineFull, Waiter, WaitLine
+from pdserve.balancer.work import Work, WorkEstimate, queue_s
 from pdserve.config import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerError
 from pdserve.types import RequestShape
@@ -30,6 +36,9 @@ from pdserve.types import RequestShape
 MAX_OVERTAKEN = 16
 """Requests that may be served before an earlier one that needs more room than there is. A pair kept
 too early stands half empty; too late and a burst of small requests keeps a large one waiting."""
+
+OBSERVE_S = 0.25
+"""Rates and loads are looked at anew at most this often: they change with samples, not between."""
 
 Explain = Callable[[frozenset[PairKey], RequestShape], str]
 
@@ -67,8 +76,12 @@ class Admission:
         on_drained: Callable[[Worker], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.placement = Placement(table, policy, config.prefill_queue_s, clock)
-        self.line = WaitLine(config.queue_size)
+        self.regime = RegimeMonitor(config.slo_ttft_s, config.slo_tpot_s)
+        self.regime.on_change.append(self._regime_changed)
+        self.line = WaitLine(config.queue_size, QueueOrder(config.queue_order, config.queue_timeout_s))
+        self.work = WorkEstimate()
+        self._config = config
+        self.placement = Placement(table, policy, self._limits(), clock, predicts=config.predict_lengths)
         self.shed: Counter[str] = Counter()
         self.completions = CompletionRate()
         self._max_open = config.max_concurrent_requests or ENDLESS
@@ -78,6 +91,8 @@ class Admission:
         self._on_drained = on_drained
         self._least_waiting = (0, 0)  # nobody in line needs less KV; on prefill, on decode
         self._favoured: Waiter | None = None
+        self._gate = FirstTokenGate(config.slo_ttft_s)
+        self._observed_s = float("-inf")
 
     # -- getting a pair ----------------------------------------------------------------------
 
@@ -85,13 +100,15 @@ class Admission:
         """A pair at once, without waiting; None if others wait already or there is no room."""
         if self.line or self.placement.num_open >= self._max_open:
             return None
-        return self.placement.place(shape, exclude, self)
+        if self._gate.slo_s > 0 and self._is_late(self._clock(), self.work.of(shape), 0.0):
+            return None
+        return self._place(shape, exclude)
 
     async def wait(self, shape: RequestShape, exclude: frozenset[PairKey], timeout_s: float) -> Reservation:
         """Stand in line for a pair.
 
         Raises:
-            NoWorkerError: if the line is full or no pair could be had in time.
+            NoWorkerError: if the line is full, the first token would be late, or no pair came in time.
         """
         future: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
         waiter = self.enqueue(shape, exclude, future)
@@ -114,7 +131,7 @@ class Admission:
         Call ``leave`` when the wait is over, however it ended.
 
         Raises:
-            NoWorkerError: if the line is full.
+            NoWorkerError: if the line is full, or the first token would be late.
         """
         waiter = self._join(shape, exclude, grant)
         self.serve()
@@ -134,6 +151,8 @@ class Admission:
 
     def serve(self) -> None:
         """Give every waiter that can have one a pair, in order. The pair is held from here on."""
+        if self._gate.slo_s > 0:
+            self._shed_late()
         placement, front = self.placement, None
         free, least = placement.most_free(), (ENDLESS, ENDLESS)
         for waiter in self.line:
@@ -144,7 +163,7 @@ class Admission:
             tokens = placement.tokens_needed(waiter.shape)
             reservation = None
             if waiter is self._favoured or (tokens[0] <= free[0] and tokens[1] <= free[1]):
-                reservation = placement.place(waiter.shape, waiter.exclude, self, waiter)
+                reservation = self._place(waiter.shape, waiter.exclude, waiter)
             if reservation is None:
                 if front is None and len(placement.rotation.without(waiter.exclude)):
                     front = waiter
@@ -171,11 +190,15 @@ class Admission:
         self._favour(None)
         self.placement.readiness_changed(records)
         self._least_waiting = (0, 0)
+        self._observe(self._clock())
         self.serve()
 
     def sampled(self, worker: Worker) -> None:
         """A sample of that worker has come."""
-        self.completions.mark(self._clock())
+        now_s = self._clock()
+        self.completions.mark(now_s)
+        if now_s - self._observed_s >= OBSERVE_S:
+            self._observe(now_s)
         if self.placement.sampled(worker):
             self._least_waiting = (0, 0)
         if self.line:
@@ -213,15 +236,79 @@ class Admission:
             self.serve()
 
     def _end_prefill(self, reservation: Reservation, *, is_whole: bool) -> None:
+        if self._gate.slo_s > 0:
+            self.work.arrived(reservation.legs[0], self._clock(), is_whole=is_whole)
         prefill = self.placement.end_prefill(reservation, is_whole=is_whole)
         if prefill.is_draining and not prefill.num_inflight:
             self._on_drained(prefill)
 
+    def _place(
+        self, shape: RequestShape, exclude: frozenset[PairKey], waiter: Waiter | None = None
+    ) -> Reservation | None:
+        reservation = self.placement.place(shape, exclude, self, waiter)
+        if reservation is not None and self._gate.slo_s > 0:
+            cached_tokens = reservation.choice.cached_tokens
+            expected_s = queue_s(reservation.record.prefill.view)
+            self.work.sent(reservation.legs[0], shape, cached_tokens, expected_s, self._clock())
+        return reservation
+
+    # -- the fleet's state -------------------------------------------------------------------
+
+    def _observe(self, now_s: float) -> None:
+        self._observed_s = now_s
+        views = self.placement.rotation.candidates
+        self.work.refresh(views.prefills, views.decodes)
+        self.regime.observe(views.prefills, views.decodes, len(self.line), now_s)
+
+    def _regime_changed(self, change: RegimeChange) -> None:
+        if self.line.order.follow(change.after):
+            self.line.reorder()
+            self.placement.limit(self._limits())
+            self._least_waiting = (0, 0)
+
+    def _limits(self) -> Limits:
+        config = self._config
+        is_ordered = self.line.order.is_shortest
+        queue_s = prefill_queue_s(config.prefill_queue_s, config.slo_ttft_s, is_ordered=is_ordered)
+        return Limits(queue_s, config.slo_tpot_s)
+
     # -- the line ----------------------------------------------------------------------------
 
+    def _waiter(self, shape: RequestShape, exclude: frozenset[PairKey], grant: Grant[Reservation]) -> Waiter:
+        now_s, work, overhead_s = self._clock(), self.work.of(shape), self.work.overhead_s
+        due_s = self._gate.due_s(now_s, work.prefill_s, overhead_s)
+        is_hopeless = self._gate.is_hopeless(work.prefill_s, overhead_s)
+        return Waiter(shape, exclude, now_s, grant, work, due_s, is_hopeless)
+
+    def _is_late(self, now_s: float, work: Work, ahead_s: float) -> bool:
+        """True if a request that comes now will not get its first token in time, others' prefills of
+        ``ahead_s`` seconds in all going before it."""
+        num_prefills = len(self.placement.rotation.prefills)
+        due_s = self._gate.due_s(now_s, work.prefill_s, self.work.overhead_s)
+        if due_s == math.inf or not num_prefills:
+            return False
+        return now_s + self.placement.least_queue_s() + ahead_s / num_prefills > due_s
+
+    def _shed_late(self) -> None:
+        now_s, num_prefills = self._clock(), len(self.placement.rotation.prefills)
+        if not num_prefills or not self._gate.looks(now_s):
+            return
+        for waiter in late_ones(self.line, num_prefills, self.placement.least_queue_s(), now_s):
+            self.line.leave(waiter)
+            waiter.grant.set_exception(self._too_late(waiter))
+            if waiter is self._favoured:
+                self._favour(None)
+
+    def _too_late(self, waiter: Waiter) -> NoWorkerError:
+        why = self._explain(waiter.exclude, waiter.shape)
+        return self._refusal("slo", f"no first token within {self._gate.slo_s:g} s: {why}")
+
     def _join(self, shape: RequestShape, exclude: frozenset[PairKey], grant: Grant[Reservation]) -> Waiter:
+        waiter = self._waiter(shape, exclude, grant)
+        if self._gate.slo_s > 0 and self._is_late(waiter.since_s, waiter.work, self.line.ahead_s(waiter)):
+            raise self._too_late(waiter)
         try:
-            waiter, displaced = self.line.join(shape, exclude, self._clock(), grant)
+            displaced = self.line.join(waiter)
         except LineFull:
             why = f"{len(self.line)} requests wait already: {self._explain(exclude, shape)}"
             raise self._refusal("queue_full", why) from None

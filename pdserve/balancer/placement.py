@@ -3,7 +3,7 @@
     place ─► every worker calm? ─ yes ─► policy over the whole rotation ─► promise both legs
                     └─ no ─► only the workers with room ─┘
 
-A worker is *tight* when some request of ordinary size might not fit it. While none is, a
+A worker is *tight* when some request of at most ``easy_tokens`` might not fit it. While none is, a
 decision looks at nobody's room; the few that are get looked at again at each decision.
 Everything here happens between two awaits, so what was promised is never promised twice.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pdserve.balancer.growth import Growth, expected_answers
 from pdserve.balancer.load import LoadTable
 from pdserve.balancer.member import PairKey, PairRecord, Worker
 from pdserve.balancer.policy import Candidates, Choice, Policy
@@ -20,32 +21,42 @@ from pdserve.balancer.room import (
     CLOSED,
     DECODE_RESERVE_TOKENS,
     ENDLESS,
+    Limits,
     easy_tokens,
     free_tokens,
     has_room,
     is_calm,
-    is_tight,
     set_calm,
 )
 from pdserve.balancer.rotation import Rotation
+from pdserve.balancer.work import queue_s
 from pdserve.types import RequestShape, Role
 
 
 class Placement:
     """Promises pairs, and takes the promises back. ``num_open`` counts requests that hold one.
 
-    ``clock`` gives seconds that never go back; a simulator brings its own.
+    ``clock`` gives seconds that never go back; a simulator brings its own. ``predicts``: count answers by
+    their forecasts besides by SGLang's rule.
     """
 
     def __init__(
-        self, table: LoadTable, policy: Policy, prefill_queue_s: float, clock: Callable[[], float]
+        self,
+        table: LoadTable,
+        policy: Policy,
+        limits: Limits,
+        clock: Callable[[], float],
+        *,
+        predicts: bool = True,
     ) -> None:
         self.rotation = Rotation()
         self.num_open = 0
         self._table = table
         self._policy = policy
-        self._prefill_queue_s = prefill_queue_s
+        self._limits = limits
         self._clock = clock
+        self._predicts = predicts
+        self._growth: dict[Worker, Growth] = {}
         self._tight: set[Worker] = set()
         self._easy_tokens = ENDLESS
         self._largest_tokens = ENDLESS
@@ -58,12 +69,20 @@ class Placement:
         self.keep_pair(None)
         self.rotation = Rotation.of(records)
         self._tight = {worker for record in records for worker in (record.prefill, record.decode)}
+        self._growth = {worker: growth for worker, growth in self._growth.items() if growth}
         self._measure()
+
+    def limit(self, limits: Limits) -> None:
+        """Fill workers so far from now on."""
+        if limits != self._limits:
+            self._limits = limits
+            self._tight = {*self.rotation.prefills, *self.rotation.decodes}
+            self._measure()
 
     def sampled(self, worker: Worker) -> bool:
         """A sample of that worker has come; True if it told another capacity than before."""
         size = worker.calm_tokens
-        set_calm(worker, self._prefill_queue_s)
+        set_calm(worker, self._limits)
         self._tight.add(worker)
         if worker.calm_tokens == size:
             return False
@@ -94,6 +113,8 @@ class Placement:
         decode.promised_tokens -= tokens[1]
         decode.reserved_tokens -= tokens[1] - tokens[0]
         decode.num_inflight -= 1
+        if self._predicts:
+            self._growth[decode].end(reservation.legs[1])
         return decode
 
     def keep_pair(
@@ -108,10 +129,10 @@ class Placement:
             self._kept = None
         if waiter is None or shape is None:
             return
-        tokens, limit_s = self.tokens_needed(shape), self._prefill_queue_s
+        tokens = self.tokens_needed(shape)
 
         def lack(record: PairRecord) -> int:
-            free = free_tokens(record.prefill, limit_s), free_tokens(record.decode, limit_s)
+            free = self._free(record.prefill), self._free(record.decode)
             return max(0, tokens[0] - free[0]) + max(0, tokens[1] - free[1])
 
         record = self._kept = min(self.rotation.without(exclude).records.values(), key=lack)
@@ -137,20 +158,32 @@ class Placement:
             return None
         candidates.now_s = now_s = self._clock()
         choice = self._policy.choose(shape, candidates)
-        return self._hold(shape, tokens, choice, holder, now_s)
+        return self._hold(shape, choice, holder, now_s)
 
     def tokens_needed(self, shape: RequestShape) -> tuple[int, int]:
-        """KV on prefill and decode; nothing if no worker is large enough: SGLang will refuse it at once."""
+        """KV that must be free on prefill and decode; nothing if no worker is large enough: SGLang will
+        refuse it at once. On decode room for SGLang's reserve, and for the answer expected."""
+        promise = self._promise(shape)
+        if not self._predicts or promise[1] <= promise[0]:
+            return promise
+        mean, _ = expected_answers(shape, 0)
+        return promise[0], max(promise[1], promise[0] + mean)
+
+    def _promise(self, shape: RequestShape) -> tuple[int, int]:
         prompt_tokens = shape.prompt_tokens
         if prompt_tokens > self._largest_tokens:
             return 0, 0
         answers = shape.num_prompts * min(shape.max_new_tokens, DECODE_RESERVE_TOKENS)
         return prompt_tokens, prompt_tokens + answers
 
+    def least_queue_s(self) -> float:
+        """Expected wait in the shortest prefill queue; 0 without prefill workers."""
+        return min((queue_s(worker.view) for worker in self.rotation.prefills), default=0.0)
+
     def _is_easy(self, tokens: int) -> bool:
         """True if such a request fits anywhere."""
         if self._tight:
-            self._tight = {worker for worker in self._tight if is_tight(worker, self._prefill_queue_s)}
+            self._tight = {worker for worker in self._tight if self._free(worker) < easy_tokens(worker)}
         return not self._tight and tokens <= self._easy_tokens
 
     def _with_room(
@@ -162,17 +195,20 @@ class Placement:
         if worker.held_for is not None and worker.held_for is not waiter:
             return False
         needed = tokens[worker.role is Role.DECODE]
-        return has_room(worker, needed, tokens[0], self._prefill_queue_s)
+        return has_room(worker, needed, tokens[0], self._free(worker))
 
-    def _hold(
-        self, shape: RequestShape, tokens: tuple[int, int], choice: Choice, holder: Holder, now_s: float
-    ) -> Reservation:
+    def _free(self, worker: Worker) -> int:
+        growth = self._growth.get(worker)
+        return free_tokens(worker, self._limits, growth.tokens if growth is not None else 0)
+
+    def _hold(self, shape: RequestShape, choice: Choice, holder: Holder, now_s: float) -> Reservation:
         prefill_id = choice.pair.prefill.info.instance_id
         decode_id = choice.pair.decode.info.instance_id
         record = self.rotation.records[prefill_id, decode_id]
         record.requests += 1
         self.num_open += 1
         prefill, decode, prompt_tokens = record.prefill, record.decode, shape.prompt_tokens
+        tokens = self._promise(shape)
         legs = (
             self._table.dispatch(prefill_id, prompt_tokens, now_s, choice.cached_tokens),
             self._table.dispatch(decode_id, prompt_tokens, now_s),
@@ -187,14 +223,25 @@ class Placement:
             decode.wake.set()
         if not is_calm(prefill):
             self._tight.add(prefill)
-        if not is_calm(decode):
+        if (self._predicts and self._grow(decode, legs[1], shape, tokens)) or not is_calm(decode):
             self._tight.add(decode)
         return Reservation(record.pair, choice, record, legs, tokens, holder)
+
+    def _grow(self, decode: Worker, leg: int, shape: RequestShape, promise: tuple[int, int]) -> bool:
+        """Count the answer that is expected; True if that makes the worker tight."""
+        growth = self._growth.get(decode)
+        if growth is None:
+            growth = self._growth[decode] = Growth()
+        mean, variance = expected_answers(shape, promise[1] - promise[0])
+        if not promise[1]:
+            mean = variance = 0
+        growth.add(leg, promise[0] + mean, variance)
+        return growth.tokens > decode.calm_tokens
 
     def _measure(self) -> None:
         workers = (*self.rotation.prefills, *self.rotation.decodes)
         for worker in workers:
-            set_calm(worker, self._prefill_queue_s)
+            set_calm(worker, self._limits)
         self._easy_tokens = min((easy_tokens(worker) for worker in workers), default=ENDLESS)
         self._largest_tokens = min(
             max((worker.view.kv_capacity or ENDLESS for worker in row), default=ENDLESS)
@@ -203,9 +250,8 @@ class Placement:
 
     def most_free(self) -> tuple[int, int]:
         """The most that any worker, not held for somebody, could still be promised: prefill, decode."""
-        limit_s = self._prefill_queue_s
         prefill, decode = (
-            max((free_tokens(w, limit_s) for w in row if w.held_for is None), default=CLOSED)
+            max((self._free(w) for w in row if w.held_for is None), default=CLOSED)
             for row in (self.rotation.prefills, self.rotation.decodes)
         )
         return prefill, decode
@@ -213,5 +259,5 @@ class Placement:
     def lacks_room(self, worker: Worker, shape: RequestShape | None = None) -> bool:
         """True if a worker in the rotation has no room for such a request; None: for any at all."""
         if shape is None:
-            return free_tokens(worker, self._prefill_queue_s) <= 0
+            return self._free(worker) <= 0
         return not self._fits(worker, self.tokens_needed(shape), None)

@@ -1,15 +1,18 @@
 """How much more a worker can take: KV tokens, request slots, expected wait. Pure.
 
     promised  = what our open legs may need: the prompt, on decode also up to 512 tokens of the answer
-    committed = max(promised, sampled use + credit + what is reserved for answers)
-                      └ covers use by others than us
+    committed = max(promised, sampled use + credit + what is reserved for answers, expected growth)
+                                └ covers others' use, answers longer than foretold    └ growth.py
 
 SGLang admits a request to a decode worker when prompt + 512 fit beside 512 for each request
 that is there (disaggregation/decode.py ``_required_admission_tokens``). Until then prefill waits for
-its handshake, and its 300 s bootstrap timer runs; so what would not fit waits with us.
+its handshake, and its 300 s bootstrap timer runs; so what would not fit waits with us. That alone lets in
+more long answers than can grow to their end, and SGLang retracts some; expected growth keeps that rare.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from pdserve.balancer.member import Worker
 from pdserve.balancer.policy.view import WorkerView
@@ -25,11 +28,20 @@ EASY_SHARE = 4
 """A request of at most this part of the pool fits wherever less than the rest is committed."""
 
 
-def free_tokens(worker: Worker, prefill_queue_s: float) -> int:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far workers are filled. ``prefill_queue_s``: longest expected wait in a prefill server's queue;
+    ``slo_tpot_s``: time per token that a decode batch must keep, 0: any."""
+
+    prefill_queue_s: float
+    slo_tpot_s: float = 0.0
+
+
+def free_tokens(worker: Worker, limits: Limits, growth_tokens: int = 0) -> int:
     """KV tokens that may still be promised of a worker; CLOSED if it takes no request at all now.
 
-    A worker with nothing of ours in flight always has room: a request that can never
-    fit must reach SGLang, to get SGLang's own answer.
+    ``growth_tokens`` is what its open answers are expected to come to. A worker with nothing of ours in
+    flight always has room: a request that can never fit must reach SGLang, to get SGLang's own answer.
     """
     if not worker.num_inflight:
         return ENDLESS
@@ -37,25 +49,28 @@ def free_tokens(worker: Worker, prefill_queue_s: float) -> int:
     if worker.is_overloaded:
         return CLOSED
     if view.info.role is Role.PREFILL:
-        if view.queued_tokens > prefill_queue_s * view.prefill_tokens_s * view.info.dp_size:
+        if view.queued_tokens > limits.prefill_queue_s * view.prefill_tokens_s * view.info.dp_size:
             return CLOSED
-    elif 0 < view.max_running_requests <= view.num_reqs:
+    elif 0 < max_batch(view, limits.slo_tpot_s) <= view.num_reqs:
         return CLOSED
     capacity = view.kv_capacity
     if capacity <= 0:
         return ENDLESS
-    return max(CLOSED, capacity - committed_tokens(worker))
+    return max(CLOSED, capacity - max(growth_tokens, committed_tokens(worker)))
 
 
-def has_room(worker: Worker, tokens: int, prompt_tokens: int, prefill_queue_s: float) -> bool:
-    """True if ``tokens`` may be promised now. A worker too small for the prompt has never room for it;
-    one too small only for what an answer might need at most has, once it is empty."""
+def has_room(worker: Worker, tokens: int, prompt_tokens: int, free: int) -> bool:
+    """True if ``tokens`` may be promised now, ``free`` being what ``free_tokens`` told.
+
+    A worker too small for the prompt has never room for it; one too small only for what an answer might
+    need at most has, once it is empty.
+    """
     capacity = worker.view.kv_capacity
     if 0 < capacity < tokens:
         if capacity < prompt_tokens:
             return False
         tokens = capacity
-    return free_tokens(worker, prefill_queue_s) >= tokens
+    return free >= tokens
 
 
 def max_batch(view: WorkerView, slo_tpot_s: float) -> int:
@@ -69,7 +84,7 @@ def max_batch(view: WorkerView, slo_tpot_s: float) -> int:
 
 
 def committed_tokens(worker: Worker) -> int:
-    """KV tokens in use or promised."""
+    """KV tokens in use or promised by SGLang's own rule."""
     return max(worker.promised_tokens, worker.view.kv_tokens + worker.reserved_tokens)
 
 
@@ -79,19 +94,14 @@ def easy_tokens(worker: Worker) -> int:
     return capacity // EASY_SHARE if capacity > 0 else ENDLESS
 
 
-def is_tight(worker: Worker, prefill_queue_s: float) -> bool:
-    """True if some request of at most ``easy_tokens`` might not fit."""
-    return free_tokens(worker, prefill_queue_s) < easy_tokens(worker)
-
-
-def set_calm(worker: Worker, prefill_queue_s: float) -> None:
+def set_calm(worker: Worker, limits: Limits) -> None:
     """State as plain numbers what a worker may hold without being tight: compared at each dispatch."""
     view, capacity = worker.view, worker.view.kv_capacity
     worker.calm_tokens = capacity - easy_tokens(worker) if capacity > 0 else ENDLESS
     is_prefill = worker.role is Role.PREFILL
-    worker.calm_reqs = ENDLESS if is_prefill else view.max_running_requests or ENDLESS
+    worker.calm_reqs = ENDLESS if is_prefill else max_batch(view, limits.slo_tpot_s) or ENDLESS
     rate = view.prefill_tokens_s * view.info.dp_size
-    worker.calm_queue = prefill_queue_s * rate if is_prefill else ENDLESS
+    worker.calm_queue = limits.prefill_queue_s * rate if is_prefill else ENDLESS
 
 
 def is_calm(worker: Worker) -> bool:

@@ -1,14 +1,21 @@
-"""The bounded line of requests that wait for a pair: by priority, then first come first served."""
+"""The bounded line of requests that wait for a pair: by priority, then by arrival or by least work.
+
+Places are fixed at joining (queue_order.py), so the line is sorted by insertion; it is sorted anew only
+when the order itself changes.
+"""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from pdserve.balancer.member import PairKey
+from pdserve.balancer.queue_order import QueueOrder
 from pdserve.balancer.reservation import Reservation
+from pdserve.balancer.work import Work
 from pdserve.types import RequestShape
 
 _T = TypeVar("_T", contravariant=True)
@@ -36,25 +43,35 @@ class LineFull(Exception):
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """One waiting request. ``num_overtaken`` counts how many behind it were served while it did not fit."""
+    """One waiting request.
+
+    ``number`` counts those that ever joined; ``due_s`` is when it must be sent at the latest to get its
+    first token in time (slo.py), infinite if it need not or cannot. ``num_overtaken`` counts how many behind
+    it were served while it did not fit.
+    """
 
     shape: RequestShape
     exclude: frozenset[PairKey]
     since_s: float
-    place: tuple[int, int]
     grant: Grant[Reservation] = field(repr=False)
+    work: Work
+    due_s: float = math.inf
+    is_hopeless: bool = False
+    number: int = 0
+    place: tuple[int, float, int] = (0, 0.0, 0)
     num_overtaken: int = 0
 
 
-def _place(waiter: Waiter) -> tuple[int, int]:
+def _place(waiter: Waiter) -> tuple[int, float, int]:
     return waiter.place
 
 
 class WaitLine:
     """Waiters in order. Who is served when is the admission's business."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, order: QueueOrder) -> None:
         self.size = size
+        self.order = order
         self._waiters: list[Waiter] = []
         self._num_joined = 0
 
@@ -70,24 +87,39 @@ class WaitLine:
         """When the one that has waited longest joined; None if nobody waits."""
         return min((waiter.since_s for waiter in self._waiters), default=None)
 
-    def join(
-        self, shape: RequestShape, exclude: frozenset[PairKey], now_s: float, grant: Grant[Reservation]
-    ) -> tuple[Waiter, Waiter | None]:
-        """Stand in line; also returns the waiter of less priority that lost its place to this one, if any.
+    def join(self, waiter: Waiter) -> Waiter | None:
+        """Stand in line; returns the waiter of less priority that lost its place to this one, if any.
 
         Raises:
             LineFull: if there is no place.
         """
         self._num_joined += 1
-        place = (-shape.priority, self._num_joined)
+        waiter.number = self._num_joined
+        self._put(waiter)
         displaced = None
         if len(self._waiters) >= self.size:
-            if not self._waiters or self._waiters[-1].place[0] <= place[0]:
+            if not self._waiters or self._waiters[-1].place[0] <= waiter.place[0]:
                 raise LineFull
             displaced = self._waiters.pop()
-        waiter = Waiter(shape, exclude, now_s, place, grant)
         insort(self._waiters, waiter, key=_place)
-        return waiter, displaced
+        return displaced
+
+    def reorder(self) -> None:
+        """The order has changed: give everyone the place it has by the new one."""
+        for waiter in self._waiters:
+            self._put(waiter)
+        self._waiters.sort(key=_place)
+
+    def ahead_s(self, waiter: Waiter) -> float:
+        """Prefill seconds of those who would be before ``waiter`` if it joined now."""
+        waiter.number = self._num_joined + 1
+        self._put(waiter)
+        end = bisect_left(self._waiters, waiter.place, key=_place)
+        return sum(each.work.prefill_s for each in self._waiters[:end])
+
+    def _put(self, waiter: Waiter) -> None:
+        key = self.order.key(waiter.since_s, waiter.work.total_s, is_hopeless=waiter.is_hopeless)
+        waiter.place = -waiter.shape.priority, key, waiter.number
 
     def leave(self, waiter: Waiter) -> None:
         """Out of the line; nothing happens if it is out already."""
