@@ -98,7 +98,7 @@ def test_split_policy_stays_on_the_allowed_grid(
 
 
 def test_unknown_policy_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown policy 'best'; known: least_load, cache_aware, power"):
+    with pytest.raises(ConfigError, match="unknown policy 'best'; known: least_load, pair_cost, cache_aware"):
         make_policy("best")
 
 

@@ -7,9 +7,13 @@ sockets and read no clock, so a simulator can run exactly these objects.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from pdserve.balancer.policy.cache_aware import CacheAware, CacheParams
 from pdserve.balancer.policy.least_load import LeastLoad
+from pdserve.balancer.policy.pair_cost import PairCost, PairCostParams
+from pdserve.balancer.policy.peers import Aibrix, DynamoKV, RouterPowerOfTwo, SmgLeastLoad
+from pdserve.balancer.policy.prompt_tree import PromptTree
 from pdserve.balancer.policy.simple import PowerOfTwo, Random, RoundRobin
 from pdserve.balancer.policy.split import SplitPolicy
 from pdserve.balancer.policy.view import (
@@ -32,8 +36,12 @@ __all__ = [
     "Choice",
     "LegPolicy",
     "LinkCost",
+    "PairCost",
+    "PairCostParams",
     "PairView",
     "Policy",
+    "PolicyParams",
+    "PromptTree",
     "Reason",
     "SplitPolicy",
     "WorkerView",
@@ -41,12 +49,46 @@ __all__ = [
     "policy_of",
 ]
 
-_MAKERS: dict[str, Callable[[int | None, CacheParams], LegPolicy]] = {
-    "least_load": lambda seed, cache: LeastLoad(),
-    "cache_aware": lambda seed, cache: CacheAware(cache),
-    "power_of_two": lambda seed, cache: PowerOfTwo(seed),
-    "round_robin": lambda seed, cache: RoundRobin(),
-    "random": lambda seed, cache: Random(seed),
+
+@dataclass(frozen=True, slots=True)
+class PolicyParams:
+    """What any of the policies may be set up with; each takes its own part.
+
+    ``prefix_ttl_s``: a prefix known only from our own dispatches is forgotten when unused this long.
+    """
+
+    cache: CacheParams = field(default_factory=CacheParams)
+    pair: PairCostParams = field(default_factory=PairCostParams)
+    prefix_ttl_s: float = 600.0
+
+    @classmethod
+    def of(cls, config: BalancerConfig) -> PolicyParams:
+        """The part of the balancer's settings that policies know of."""
+        cache = CacheParams(
+            cache_threshold=config.cache_threshold,
+            balance_abs_threshold=config.balance_abs_threshold,
+            balance_rel_threshold=config.balance_rel_threshold,
+            max_tree_size=config.max_tree_size,
+        )
+        pair = PairCostParams(slo_ttft_s=config.slo_ttft_s, slo_tpot_s=config.slo_tpot_s)
+        return cls(cache, pair, config.prefix_ttl_s)
+
+    def tree(self) -> PromptTree:
+        """A new, empty one."""
+        return PromptTree(ttl_s=self.prefix_ttl_s)
+
+
+_MAKERS: dict[str, Callable[[int | None, PolicyParams], LegPolicy]] = {
+    "least_load": lambda seed, params: LeastLoad(),
+    "pair_cost": lambda seed, params: PairCost(params.pair, params.tree(), seed),
+    "cache_aware": lambda seed, params: CacheAware(params.cache),
+    "power_of_two": lambda seed, params: PowerOfTwo(seed),
+    "round_robin": lambda seed, params: RoundRobin(),
+    "random": lambda seed, params: Random(seed),
+    "router_power_of_two": lambda seed, params: RouterPowerOfTwo(seed),
+    "smg_least_load": lambda seed, params: SmgLeastLoad(),
+    "dynamo_kv": lambda seed, params: DynamoKV(params.tree(), seed),
+    "aibrix": lambda seed, params: Aibrix(params.tree()),
 }
 
 POLICIES = tuple(_MAKERS)
@@ -62,14 +104,19 @@ _NEAREST = {
 """Policies of sglang-router and smg that are not here, and what serves their purpose best."""
 
 
-def make_policy(name: str, seed: int | None = None, cache: CacheParams | None = None) -> LegPolicy:
+def make_policy(
+    name: str,
+    seed: int | None = None,
+    cache: CacheParams | None = None,
+    params: PolicyParams | None = None,
+) -> LegPolicy:
     """Build a policy by name; ``seed`` makes the random ones repeatable.
 
     Raises:
         ConfigError: for an unknown name, listing the known ones.
     """
     if maker := _MAKERS.get(name):
-        return maker(seed, cache or CacheParams())
+        return maker(seed, params or PolicyParams(cache=cache or CacheParams()))
     hint = f"; the nearest to {name!r} is {_NEAREST[name]!r}" if name in _NEAREST else ""
     raise ConfigError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}{hint}")
 
@@ -80,15 +127,12 @@ def policy_of(config: BalancerConfig, seed: int | None = None) -> Policy:
     Raises:
         ConfigError: for an unknown name, listing the known ones.
     """
-    cache = CacheParams(
-        cache_threshold=config.cache_threshold,
-        balance_abs_threshold=config.balance_abs_threshold,
-        balance_rel_threshold=config.balance_rel_threshold,
-        max_tree_size=config.max_tree_size,
-    )
+    params = PolicyParams.of(config)
     prefill = config.prefill_policy or config.policy
     decode = config.decode_policy or config.policy
     if prefill == decode:
-        return make_policy(prefill, seed, cache)
+        return make_policy(prefill, seed, params=params)
     decode_seed = None if seed is None else seed + 1
-    return SplitPolicy(make_policy(prefill, seed, cache), make_policy(decode, decode_seed, cache))
+    return SplitPolicy(
+        make_policy(prefill, seed, params=params), make_policy(decode, decode_seed, params=params)
+    )

@@ -119,7 +119,7 @@ class PairCost:
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
         """O(P + D) while links count as alike on a whole grid, else best first."""
         prefills, decodes, now_s = candidates.prefills, candidates.decodes, candidates.now_s
-        prefix = self.tree.read(request.prompt) if self.tree and request.prompt else None
+        prefix = self.tree.read(request.prompt) if self.tree is not None and request.prompt else None
         cached, held = self._cached(request, prefix, candidates)
         waits_s, works_s = self._prefill_s(request, prefills, cached, now_s)
         prefill_s = self._weigh(request, prefills, waits_s, works_s)

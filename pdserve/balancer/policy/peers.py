@@ -96,7 +96,7 @@ class DynamoKV:
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
         """The prefill worker first, then one of its decode partners."""
         prefills, now_s = candidates.prefills, candidates.now_s
-        prefix = self.tree.read(request.prompt) if self.tree and request.prompt else None
+        prefix = self.tree.read(request.prompt) if self.tree is not None and request.prompt else None
         shares: Sequence[float] = ()
         if prefix is not None and self.tree is not None:
             shares = self.tree.match(prefix, [view.info.instance_id for view in prefills], now_s)
@@ -169,7 +169,7 @@ class Aibrix:
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
         """The least sum; on a whole grid that is the least of each row."""
         prefills, decodes, now_s = candidates.prefills, candidates.decodes, candidates.now_s
-        prefix = self.tree.read(request.prompt) if self.tree and request.prompt else None
+        prefix = self.tree.read(request.prompt) if self.tree is not None and request.prompt else None
         shares: Sequence[float] = ()
         if prefix is not None and self.tree is not None:
             shares = self.tree.match(prefix, [view.info.instance_id for view in prefills], now_s)
