@@ -41,9 +41,15 @@ def rooms_of(path: str, request: dict[str, Any]) -> list[int]:
 
 
 def event_of(
-    path: str, rid: str, tokens: int, *, finish: dict[str, Any] | None = None, padding_bytes: int = 0
+    path: str,
+    rid: str,
+    tokens: int,
+    *,
+    finish: dict[str, Any] | None = None,
+    padding_bytes: int = 0,
+    message: str = "message",
 ) -> dict[str, Any]:
-    """One event, or the whole answer to one prompt."""
+    """One event (a chat's with a ``delta`` as ``message``), or the whole answer to one prompt."""
     reason = finish or LENGTH
     text = " tok" * tokens + "x" * padding_bytes
     usage = {"prompt_tokens": 4, "completion_tokens": tokens, "total_tokens": 4 + tokens}
@@ -51,7 +57,7 @@ def event_of(
         meta = {"id": rid, "finish_reason": reason, "prompt_tokens": 4, "completion_tokens": tokens}
         return {"text": text, "output_ids": list(range(tokens)), "meta_info": meta}
     choice: dict[str, Any] = {"index": 0, "finish_reason": reason["type"]}
-    choice |= {"text": text} if path == "/v1/completions" else {"message": {"content": text}}
+    choice |= {"text": text} if path == "/v1/completions" else {message: {"content": text}}
     return {"id": rid, "object": "fake", "choices": [choice], "usage": usage}
 
 

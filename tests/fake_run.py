@@ -168,7 +168,12 @@ class Run:
                 await asyncio.Event().wait()
             for index, rid in enumerate(rids):
                 event = event_of(
-                    self._path, rid, step + 1, finish=does.finish, padding_bytes=does.padding_bytes
+                    self._path,
+                    rid,
+                    step + 1,
+                    finish=does.finish,
+                    padding_bytes=does.padding_bytes,
+                    message="delta",
                 )
                 self._send_event(event if len(rids) == 1 else {**event, "index": index})
             await connection.writable.wait()

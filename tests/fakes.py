@@ -238,8 +238,12 @@ class FakeSGLang:
                 for rid in rids:
                     self._runs.pop(rid, None)
 
-    def _event(self, path: str, rid: str, tokens: int, does: Behaviour) -> dict[str, Any]:
-        return event_of(path, rid, tokens, finish=does.finish, padding_bytes=does.padding_bytes)
+    def _event(
+        self, path: str, rid: str, tokens: int, does: Behaviour, message: str = "message"
+    ) -> dict[str, Any]:
+        return event_of(
+            path, rid, tokens, finish=does.finish, padding_bytes=does.padding_bytes, message=message
+        )
 
 
 async def until(condition: Callable[[], object], what: str = "") -> None:

@@ -35,6 +35,7 @@ ALLOWED = {
     "monitor": {"types", "errors", "telemetry", "monitor"},
     "model": {"errors", "config", "model"},
     "sim": VOCABULARY | {"sim", "balancer"},
+    "loadgen": VOCABULARY | {"loadgen", "balancer"},
     "doctor": VOCABULARY | {"doctor", "balancer", "bootstrap", "cluster", "kv", "transfer", "plugin", "model"},
 }
 """Which parts of pdserve each package may import. cli and demo may import anything."""
@@ -43,7 +44,7 @@ FOREIGN = {
     "sglang": {"plugin"},
     "nixl": {"transfer"},
     "torch": {"kv", "plugin", "model"},
-    "typer": {"cli", "cli_options"},
+    "typer": {"cli", "cli_options", "cli_use"},
     "rich": {"cli", "monitor"},
     "openai": {"demo"},
 }

@@ -63,7 +63,7 @@ async def test_stream_reaches_the_client_byte_for_byte(path: str) -> None:
         reply = await site.ask("POST", path, STREAM)
         rid = site.decode.requests[0]["rid"]
         fake = site.decode
-        events = [fake._event(path, rid, n, fake.behaviour) for n in (1, 2, 3)]
+        events = [fake._event(path, rid, n, fake.behaviour, "delta") for n in (1, 2, 3)]
         wanted = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
         assert reply.body == wanted + b"data: [DONE]\n\n"
         assert reply.headers["content-type"].startswith("text/event-stream")

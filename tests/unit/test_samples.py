@@ -53,7 +53,7 @@ async def test_streamed_samples_are_numbered_and_end_once() -> None:
         texts: dict[int, str] = {}
         for document in documents:
             for choice in document["choices"]:
-                texts[choice["index"]] = choice["message"]["content"]
+                texts[choice["index"]] = choice["delta"]["content"]
         assert texts == {0: " tok tok tok", 1: " tok tok tok", 2: " tok tok tok"}
         assert len({document["id"] for document in documents}) == 1
         assert everything_is_given_back(site)

@@ -1,0 +1,1 @@
+"""Load on a service from outside: what ``pdserve bench`` sends, and what it saw come back."""
