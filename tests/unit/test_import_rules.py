@@ -36,7 +36,8 @@ ALLOWED = {
     "model": {"errors", "config", "model"},
     "sim": VOCABULARY | {"sim", "balancer"},
     "loadgen": VOCABULARY | {"loadgen", "balancer"},
-    "doctor": VOCABULARY | {"doctor", "balancer", "bootstrap", "cluster", "kv", "transfer", "plugin", "model"},
+    "doctor": VOCABULARY
+    | {"doctor", "balancer", "bootstrap", "cluster", "kv", "transfer", "plugin", "model"},
 }
 """Which parts of pdserve each package may import. cli and demo may import anything."""
 
