@@ -15,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 from pdserve.errors import ConfigError
@@ -33,6 +34,7 @@ WARM_TOKENS = (64, 16)
 STRANGER = 1.1
 """Work beyond what we sent by this factor is somebody else's."""
 MAX_ROUNDS = 9
+SETTLE_S = 1.5
 SHORT_TOKENS = 48
 """A prompt whose context costs next to nothing."""
 
@@ -160,7 +162,9 @@ class Measurer:
     async def _prefill_row(self, prefill: LiveWorker, decode: LiveWorker, prompt: Sequence[int]) -> None:
         before, sent_before = await self._service.wait_idle(prefill), await self._service.transfers(prefill)
         answer = await self._service.over_pair(prefill, decode, prompt, 1)
-        after, sent_after = await self._service.wait_idle(prefill), await self._service.transfers(prefill)
+        expected = before.total_prefill_uncached_tokens + len(prompt) - answer.cached_tokens
+        after = await self._settled(prefill, lambda load: load.total_prefill_uncached_tokens >= expected)
+        sent_after = await self._service.transfers(prefill)
         new = after.total_prefill_uncached_tokens - before.total_prefill_uncached_tokens
         busy_s = (after.total_prefill_busy_us - before.total_prefill_busy_us) / 1e6
         if new > len(prompt) * STRANGER:
@@ -188,6 +192,16 @@ class Measurer:
                 self.result.bytes_per_token.append(sent / _pages_up(len(prompt), self._limits.page_tokens))
             if new <= self._limits.chunk_tokens:
                 self.result.link.append(Row((count, sent), latency_s))
+
+    async def _settled(self, worker: LiveWorker, is_complete: Callable[[WorkerLoad], bool]) -> WorkerLoad:
+        """Its counters after our requests. SGLang publishes them at intervals, so the last answer may be here
+        before they are; what does not come within SETTLE_S does not come."""
+        deadline_s = time.monotonic() + SETTLE_S
+        while True:
+            load = await self._service.wait_idle(worker)
+            if is_complete(load) or time.monotonic() > deadline_s:
+                return load
+            await asyncio.sleep(0.02)
 
     def _longest_prompt(self) -> int:
         pool = min(self._limits.prefill_pool_tokens, self._limits.decode_pool_tokens)
@@ -246,7 +260,12 @@ class Measurer:
                 for decode in decodes
             )
         )
-        after = [await self._service.wait_idle(decode) for decode in decodes]
+        # SGLang leaves out the step after a pause, of which a batch that comes in parts has several.
+        grown = 0.9 * batch * (out - 1) - batch
+        after = [
+            await self._settled(decode, partial(_has_decoded, old, grown))
+            for decode, old in zip(decodes, before, strict=True)
+        ]
         return [
             decode_row(decode.name, old, new, context=context, batch=batch, out=out)
             for decode, old, new in zip(decodes, before, after, strict=True)
@@ -302,6 +321,11 @@ def decode_row(
         )
     mean_context = context + out / 2
     return Row((steps, batches, batches * mean_context), time_us / 1e6)
+
+
+def _has_decoded(before: WorkerLoad, tokens: float, load: WorkerLoad) -> bool:
+    made = [moments[1] if moments else 0.0 for moments in (before.decode_moments, load.decode_moments)]
+    return made[1] - made[0] >= tokens
 
 
 def _pages_up(tokens: int, page: int) -> int:

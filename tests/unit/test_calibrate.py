@@ -35,7 +35,7 @@ QUICK = CalibrationOptions(budget_s=1.5, max_tokens=1024, max_batch=8, seed=11)
 @asynccontextmanager
 async def timed_fleet(costs: Costs, decode: int = 1) -> AsyncIterator[tuple[TimedSGLang, list[TimedSGLang]]]:
     """One prefill fake and some decode fakes of the same costs."""
-    rooms: dict[int, asyncio.Event] = {}
+    rooms: dict[int, asyncio.Future[int]] = {}
     async with AsyncExitStack() as stack:
         prefill = await stack.enter_async_context(TimedSGLang(Role.PREFILL, costs, rooms))
         decodes = [

@@ -55,13 +55,17 @@ class _Running:
     connection: FakeConnection
     context: int
     left: int
+    cached: int
     made: int = 1
 
 
 class TimedSGLang(FakeSGLang):
-    """A FakeSGLang that does ``/generate`` in virtual time. Fakes of one fleet share ``rooms_met``."""
+    """A FakeSGLang that does ``/generate`` in virtual time. Fakes of one fleet share ``rooms_met``: the
+    cached tokens of each prompt that prefill has computed."""
 
-    def __init__(self, role: Role, costs: Costs, rooms_met: dict[int, asyncio.Event], **more: Any) -> None:
+    def __init__(
+        self, role: Role, costs: Costs, rooms_met: dict[int, asyncio.Future[int]], **more: Any
+    ) -> None:
         super().__init__(role, **more)
         self.costs = costs
         self.mode = str(role)
@@ -96,30 +100,31 @@ class TimedSGLang(FakeSGLang):
     async def _generate(self, connection: FakeConnection, path: str, body: bytes) -> None:
         request = json.loads(body)
         self.requests.append(request)
-        met = self._rooms_met.setdefault(request["bootstrap_room"], asyncio.Event())
+        room = request["bootstrap_room"]
+        met = self._rooms_met.setdefault(room, asyncio.get_running_loop().create_future())
         if self.role is Role.PREFILL:
-            self._compute(request["input_ids"])
-            met.set()
-        else:
-            await met.wait()
+            met.set_result(self._compute(request["input_ids"]))
+        cached = await met
         if not request.get("stream"):  # the balancer's probe of a pair
             connection.respond(200, json.dumps(event_of("/generate", "", 1)).encode())
             return
         connection.begin_stream()
-        self._emit(connection, 1)
+        self._emit(connection, 1, cached)
         left = int(request["sampling_params"]["max_new_tokens"]) - 1
         if left <= 0 or self.role is Role.PREFILL:
             connection.end_stream()
             return
-        self._running.append(_Running(connection, len(request["input_ids"]), left))
+        self._running.append(_Running(connection, len(request["input_ids"]), left, cached))
         if self._loop_task is None or self._loop_task.done():
             self._loop_task = asyncio.create_task(self._decode())
 
-    def _emit(self, connection: FakeConnection, tokens: int) -> None:
+    def _emit(self, connection: FakeConnection, tokens: int, cached: int) -> None:
         event = event_of("/generate", "", tokens)
+        event["meta_info"]["cached_tokens"] = cached
         connection.chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
 
-    def _compute(self, ids: list[int]) -> None:
+    def _compute(self, ids: list[int]) -> int:
+        """The cost of a prompt; returns how much of it was known."""
         costs = self.costs
         pages = [tuple(ids[: end + PAGE]) for end in range(0, len(ids) - PAGE, PAGE)]
         known = PAGE * next((i for i, page in enumerate(pages) if page not in self._prefixes), len(pages))
@@ -136,6 +141,7 @@ class TimedSGLang(FakeSGLang):
         self.sent["kv_bytes"] += sent
         self.sent["transfers"] += 1
         self.sent["latency_us"] += costs.spoil(costs.link[0] + costs.link[1] * sent) * 1e6
+        return known
 
     async def _decode(self) -> None:
         a, b, c = self.costs.decode
@@ -149,7 +155,7 @@ class TimedSGLang(FakeSGLang):
                 each.made += 1
                 each.left -= 1
                 if not each.left:
-                    self._emit(each.connection, each.made)
+                    self._emit(each.connection, each.made, each.cached)
                     each.connection.end_stream()
             self._running = [each for each in self._running if each.left]
             await asyncio.sleep(0.0005)
