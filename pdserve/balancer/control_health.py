@@ -12,6 +12,7 @@ from typing import Protocol
 
 from pdserve.balancer.control_ask import Question, WorkerAsker, why_not
 from pdserve.balancer.http_errors import Answer, error_answer, json_answer
+from pdserve.balancer.ledger import RequestLedger
 from pdserve.balancer.member import PairState, Worker
 from pdserve.balancer.proxy import Client
 from pdserve.balancer.state import render_state
@@ -31,6 +32,13 @@ class DataPlane(Protocol):
     def give_up(self, name: str) -> list[str]:
         """Never to try the live request again that its client calls ``name``; the workers' rids of it."""
         ...
+
+
+def ledger_of(data_plane: DataPlane) -> RequestLedger:
+    """The books of the data plane."""
+    ledger = getattr(data_plane, "ledger", None) or data_plane._ledger  # type: ignore[attr-defined]
+    assert isinstance(ledger, RequestLedger)
+    return ledger
 
 
 class HealthControl:
@@ -74,7 +82,8 @@ class HealthControl:
 
     async def state(self, client: Client, body: bytes) -> Answer:
         """The state document."""
-        return json_answer(render_state(self._fleet, self._data_plane.snapshot()))
+        plane = self._data_plane
+        return json_answer(render_state(self._fleet, plane.snapshot(), ledger_of(plane).traffic))
 
     async def _generate(self, client: Client) -> Answer:
         pairs = [record for record in self._fleet.pairs() if record.state is PairState.READY]

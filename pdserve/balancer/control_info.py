@@ -20,9 +20,10 @@ from pdserve.balancer.control_ask import (
     passed_on,
     why_not,
 )
-from pdserve.balancer.control_health import DataPlane
+from pdserve.balancer.control_health import DataPlane, ledger_of
 from pdserve.balancer.http_errors import Answer, json_answer
 from pdserve.balancer.member import Worker
+from pdserve.balancer.metrics_export import render_metrics
 from pdserve.balancer.prometheus_text import merge_expositions
 from pdserve.balancer.proxy import Client
 from pdserve.balancer.route_errors import route_error
@@ -34,6 +35,8 @@ LOADS = "/v1/loads"
 METRICS = "/metrics"
 RESPONSES = "/v1/responses/"
 CANCEL = "/cancel"
+SCRAPE_S = 4.0
+"""Limit of a worker's metrics: one that hangs must not cost Prometheus, which waits 10 s, the others'."""
 EXPOSITION = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
 
 _OLD_NAMES = {"/get_model_info": "/model_info"}
@@ -106,6 +109,18 @@ class InfoControl:
         return json_answer(whole)
 
     async def metrics(self, client: Client, body: bytes) -> Answer:
+        """The balancer's own metrics, then those of the workers that publish any. Always 200."""
+        workers = self._fleet.workers()
+        question = Question.of(client, path=METRICS, timeout_s=SCRAPE_S)
+        replies = await self._asker.ask_all(question, workers)
+        theirs = merge_expositions(_expositions(workers, replies))
+        return Answer(200, (self._own() + theirs).encode(), (EXPOSITION,))
+
+    async def own_metrics(self, client: Client, body: bytes) -> Answer:
+        """The balancer's own alone; no worker is asked."""
+        return Answer(200, self._own().encode(), (EXPOSITION,))
+
+    async def engine_metrics(self, client: Client, body: bytes) -> Answer:
         """The workers' Prometheus text in one, with a ``worker_id`` label; they need ``--enable-metrics``."""
         workers = self._fleet.workers()
         replies = await self._asker.ask_all(Question.of(client, path=METRICS), workers)
@@ -118,12 +133,11 @@ class InfoControl:
 
     # -- answers -----------------------------------------------------------------------------
 
+    def _own(self) -> str:
+        return render_metrics(self._fleet, ledger_of(self._data_plane))
+
     def _exposition(self, client: Client, workers: list[Worker], replies: list[Reply], why: str) -> Answer:
-        parts = [
-            ({"worker_id": w.worker_id, "worker_role": str(w.role)}, reply.body.decode("utf-8", "replace"))
-            for w, reply in zip(workers, replies, strict=True)
-            if isinstance(reply, FetchedResponse) and reply.status == 200
-        ]
+        parts = _expositions(workers, replies)
         if not parts:
             return self._refusal(client, workers, replies, why)
         return Answer(200, merge_expositions(parts).encode(), (EXPOSITION,))
@@ -135,3 +149,12 @@ class InfoControl:
             if isinstance(reply, FetchedResponse) and 400 <= reply.status < 500:
                 return passed_on(reply)
         return route_error(client.path, 503, f"{why}: {'; '.join(reasons) or self._fleet.explain()}")
+
+
+def _expositions(workers: list[Worker], replies: list[Reply]) -> list[tuple[dict[str, str], str]]:
+    """The texts of those who answered, each with the labels that tell whose it is."""
+    return [
+        ({"worker_id": w.worker_id, "worker_role": str(w.role)}, reply.body.decode("utf-8", "replace"))
+        for w, reply in zip(workers, replies, strict=True)
+        if isinstance(reply, FetchedResponse) and reply.status == 200
+    ]

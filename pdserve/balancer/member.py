@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from collections import Counter
 from dataclasses import dataclass, field
 
 from pdserve.balancer.breaker import Breaker
@@ -69,6 +70,7 @@ class Worker:
     ``is_overloaded``: it said so itself, and no sample has come since. ``calm_*``: beyond them some
     request might not fit (room.py). ``held_for`` is the queued request that gets the next room here.
     ``stalled_s`` is how long it has had work and made no progress, as last seen.
+    ``failures`` counts its failed legs by kind, for metrics.
     """
 
     info: WorkerInfo
@@ -91,6 +93,7 @@ class Worker:
     held_for: object | None = None
     stalled_s: float = 0.0
     num_wedged: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
     answers: asyncio.Event = field(default_factory=asyncio.Event)
     serves: asyncio.Event = field(default_factory=asyncio.Event)
     wake: asyncio.Event = field(default_factory=asyncio.Event)

@@ -6,7 +6,7 @@ line, so the parts are regrouped by metric; values are not touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 
@@ -23,7 +23,7 @@ def merge_expositions(parts: Iterable[tuple[Mapping[str, str], str]]) -> str:
     """One exposition from ``(labels to add, text)`` pairs; the first HELP and TYPE of a metric win."""
     families: dict[str, _Family] = {}
     for labels, text in parts:
-        added = ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items())
+        added = _pairs(labels.items())
         current = ""
         for line in text.splitlines():
             if line.startswith("#"):
@@ -36,6 +36,15 @@ def merge_expositions(parts: Iterable[tuple[Mapping[str, str], str]]) -> str:
                 families.setdefault(current, _Family()).samples.append(_labelled(line, added))
     lines = [line for family in families.values() for line in (*family.headers.values(), *family.samples)]
     return "\n".join(lines) + "\n" if lines else ""
+
+
+def label_set(names: Sequence[str], values: Sequence[str]) -> str:
+    """``{name="value",…}`` with the values escaped; empty without labels."""
+    return f"{{{_pairs(zip(names, values, strict=True))}}}" if names else ""
+
+
+def _pairs(labels: Iterable[tuple[str, str]]) -> str:
+    return ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels)
 
 
 def _header(line: str) -> tuple[str, str]:

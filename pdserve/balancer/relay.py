@@ -310,7 +310,8 @@ class PairRelay:
 
     async def _stream(self, prefill: _Leg, decode: _Leg, outlet: Outlet) -> Usage:
         self._timeline.first_token_s = time.monotonic()
-        response, tally = decode.response, StreamTally()
+        is_one_answer = (self._request.num_prompts or 1) == 1 and self._request.num_samples == 1
+        response, tally = decode.response, StreamTally(self._timeline.meter if is_one_answer else None)
         transform = self._transform(prefill)
         tail = b""
 

@@ -1,4 +1,7 @@
-"""The state document: ``GET /pdserve/state``, read by monitor, tests and operators. Pure."""
+"""The state document: ``GET /pdserve/state``, read by monitor, tests and operators.
+
+Every key has its meaning and unit in docs/state.schema.json; a test holds the two together.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,65 @@ from dataclasses import asdict
 from pdserve import __version__
 from pdserve.balancer.fleet import Fleet
 from pdserve.balancer.member import PairRecord, Worker
+from pdserve.balancer.metrics_fleet import FleetFigures, KVSent, WorkerFigures
+from pdserve.balancer.metrics_pairs import PairTraffic, kv_bytes_per_token
 from pdserve.balancer.room import committed_tokens
-from pdserve.types import Role
+from pdserve.types import Role, WorkerLoad
+
+_LOAD_FIELDS = tuple(WorkerLoad.__dataclass_fields__)
+_NO_FLOW: dict[str, float | None] = {"kv_bytes": None, "kv_bytes_s": None, "transfer_p50_s": None}
 
 
-def render_state(fleet: Fleet, dispatcher_snapshot: dict[str, object]) -> dict[str, object]:
+def render_state(
+    fleet: Fleet, dispatcher_snapshot: dict[str, object], traffic: PairTraffic | None = None
+) -> dict[str, object]:
     """Plain dicts and lists, ready for JSON.
 
-    ``dispatcher_snapshot`` brings what the data plane knows (``requests``,
-    ``recent``) and may override any other key.
+    ``dispatcher_snapshot`` brings what the data plane knows (``requests``, ``recent``, ``rates`` …)
+    and may override any other key; ``traffic`` is what its requests were carried by.
     """
-    watcher = fleet.watcher
-    return {
+    watcher, now_s = fleet.watcher, time.monotonic()
+    figures = figures_of(fleet)
+    sent = {worker.instance_id: figures.of(worker).sent for worker in fleet.workers()} if figures else {}
+    document: dict[str, object] = {
         "version": __version__,
-        "uptime_s": time.monotonic() - fleet.started_s,
+        "now_s": time.time(),
+        "uptime_s": now_s - fleet.started_s,
         "model": fleet_model(fleet),
         "policy": fleet.policy.name,
+        "regime": regime_of(fleet),
         "bootstrap": {
             "url": _without_user(fleet.config.bootstrap_url),
             "connected": watcher is not None and watcher.is_connected,
             "epoch": watcher.epoch if watcher is not None else "",
         },
-        "workers": [_worker(fleet, worker) for worker in fleet.workers()],
-        "pairs": [_pair(record) for record in fleet.pairs()],
+        "workers": [
+            _worker(fleet, worker, now_s, figures.of(worker) if figures else None)
+            for worker in fleet.workers()
+        ],
+        "pairs": [
+            _pair(record, traffic, now_s, sent.get(record.prefill.instance_id)) for record in fleet.pairs()
+        ],
         "waiting": fleet.num_waiting,
         "queue": _queue(fleet),
         "events": [asdict(event) for event in fleet.events],
         **dispatcher_snapshot,
     }
+    if figures is not None and isinstance(series := document.get("series"), dict):
+        series["waiting"] = figures.waiting()
+    return document
+
+
+def figures_of(fleet: Fleet) -> FleetFigures | None:
+    """What the fleet has watched of its workers; None if nobody watches."""
+    figures = getattr(fleet, "figures", None)
+    return figures if isinstance(figures, FleetFigures) else None
+
+
+def regime_of(fleet: Fleet) -> dict[str, object]:
+    """What kind of load the fleet is under; empty if nobody tells it."""
+    monitor = getattr(fleet, "regime", None)
+    return {} if monitor is None else dict(monitor.snapshot())
 
 
 def fleet_model(fleet: Fleet) -> str:
@@ -44,24 +78,29 @@ def fleet_model(fleet: Fleet) -> str:
     return next((name for name in names if name), "")
 
 
-def _worker(fleet: Fleet, worker: Worker) -> dict[str, object]:
-    info = worker.info
+def _worker(fleet: Fleet, worker: Worker, now_s: float, figures: WorkerFigures | None) -> dict[str, object]:
+    info, view = worker.info, worker.view
     load = fleet.table.load(worker.instance_id)
-    view = fleet.table.view(worker.instance_id)
     credit = fleet.table.credit(worker.instance_id)
     return {
         "worker_id": info.worker_id,
         "instance_id": info.instance_id,
-        "role": str(info.role),
+        "role": info.role._value_,
         "url": info.url,
-        "state": str(worker.state),
+        "state": worker.state._value_,
+        "age_s": None if figures is None else now_s - figures.joined_s,
         "inflight": worker.num_inflight,
         "bootstrap_host": info.bootstrap_host,
         "bootstrap_port": info.bootstrap_port,
-        "load": None if load is None else {**asdict(load), "decode_moments": list(load.decode_moments)},
-        "load_age_s": None if load is None else max(0.0, time.monotonic() - load.timestamp_s),
+        "tokens_s": None if figures is None else figures.tokens_s,
+        "kv_usage": kv_usage(load),
+        "queues": _queues(worker.role, load),
+        "kv_sent": _kv_sent(figures.sent if figures else None),
+        "load": None if load is None else {name: getattr(load, name) for name in _LOAD_FIELDS},
+        "load_age_s": None if load is None else max(0.0, now_s - load.timestamp_s),
         "errors": worker.breaker.errors,
-        "breaker": str(worker.breaker.state),
+        "failures": dict(worker.failures),
+        "breaker": worker.breaker.state._value_,
         "draining": worker.is_draining,
         "leaving": worker.is_leaving,
         "admission": _admission(worker),
@@ -73,6 +112,48 @@ def _worker(fleet: Fleet, worker: Worker) -> dict[str, object]:
             "step_base_s": view.step_base_s,
             "step_slope_s": view.step_slope_s,
         },
+    }
+
+
+def kv_usage(load: WorkerLoad | None) -> float | None:
+    """Share of the KV pool in use, 0 to 1; None without a sample."""
+    if load is None:
+        return None
+    usage = (
+        load.num_used_tokens / load.max_total_num_tokens if load.max_total_num_tokens else load.token_usage
+    )
+    return min(1.0, max(0.0, usage))
+
+
+def _queues(role: Role, load: WorkerLoad | None) -> dict[str, int] | None:
+    """Requests by where they are. SGLang's own waiting figure counts most of these queues in."""
+    if load is None:
+        return None
+    is_prefill = role is Role.PREFILL
+    bootstrap, prealloc = load.prefill_bootstrap_queue_reqs, load.decode_prealloc_queue_reqs
+    transfer, retracted = load.decode_transfer_queue_reqs, load.decode_retracted_queue_reqs
+    return {
+        "bootstrap": bootstrap,
+        "waiting": max(0, load.num_waiting_reqs - bootstrap - prealloc - transfer - retracted),
+        "inflight_or_transfer": load.prefill_inflight_queue_reqs if is_prefill else transfer,
+        "prealloc": prealloc,
+        "running": load.num_running_reqs,
+        "retracted": retracted,
+    }
+
+
+def _kv_sent(sent: KVSent | None) -> dict[str, object] | None:
+    """What the worker's own data plane tells; None for a stock SGLang server."""
+    if sent is None:
+        return None
+    counters = sent.counters
+    return {
+        "bytes": counters.kv_bytes,
+        "bytes_s": sent.bytes_s,
+        "transfers": counters.transfers,
+        "failures": counters.failures,
+        "path": sent.path,
+        "transfer_s": sent.transfer_s,
     }
 
 
@@ -114,13 +195,27 @@ def _without_user(url: str) -> str:
     return f"{scheme}{slashes}{rest.rpartition('@')[2]}"
 
 
-def _pair(record: PairRecord) -> dict[str, object]:
+def _pair(
+    record: PairRecord, traffic: PairTraffic | None, now_s: float, sent: KVSent | None
+) -> dict[str, object]:
+    flow = None if traffic is None else traffic.find(record.key)
+    carried = _NO_FLOW
+    if flow is not None:
+        token_bytes = kv_bytes_per_token(record.prefill.info.kv_layout)
+        carried = {
+            "kv_bytes": flow.prompt_tokens * token_bytes if token_bytes else None,
+            "kv_bytes_s": flow.tokens_s(now_s) * token_bytes if token_bytes else None,
+            "transfer_p50_s": flow.transfer_p50_s,
+        }
     return {
-        "prefill": record.prefill.worker_id,
-        "decode": record.decode.worker_id,
-        "state": str(record.state),
+        "prefill": record.prefill.info.worker_id,
+        "decode": record.decode.info.worker_id,
+        "state": record.state._value_,
         "probe_s": record.probe_s,
         "probes": record.probes,
         "error": record.error,
         "requests": record.requests,
+        "prompt_tokens": 0 if flow is None else flow.prompt_tokens,
+        **carried,
+        "kv_path": "" if sent is None or flow is None else sent.path,
     }

@@ -6,12 +6,23 @@ Streams are not parsed on their way; only counted, and their end is looked at.
 from __future__ import annotations
 
 import re
+import time
+from itertools import count
 from typing import Any
 
 import msgspec
 
+from pdserve.telemetry import TokenMeter
+
 TAIL_BYTES = 16384
 """meta_info and usage come last in an event; /generate repeats all text before them."""
+
+SAMPLING = 8
+"""A clock read and a bisection for each event would cost more than relaying it."""
+END = b"[DONE]\n\n"
+"""Of a stream's last event, which is no token."""
+_SAMPLED = SAMPLING - 2
+_STREAMS = count()
 
 _FINISH = re.compile(rb'"finish_reason":\s*(?:\{"type":\s*)?"(\w+)"')
 _COMPLETION = re.compile(rb'"completion_tokens":\s*(\d+)')
@@ -27,15 +38,28 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class StreamTally:
-    """Counts a stream's events as its chunks pass by."""
+    """Counts a stream's events as its chunks pass by.
 
-    def __init__(self) -> None:
-        self._num_events = 0
+    ``meter`` hears of every ``SAMPLING``-th gap between two events, and of the events so far. Which ones
+    is staggered from stream to stream (``phase``), so that of many streams every place is heard alike.
+    """
+
+    __slots__ = ("_gap_at", "_gap_since_s", "_meter", "_num_events", "_phase", "_tail", "_told")
+
+    def __init__(self, meter: TokenMeter | None = None, phase: int | None = None) -> None:
+        self._phase = (next(_STREAMS) if phase is None else phase) % SAMPLING
+        self._num_events = self._phase
+        self._told = self._phase
         self._tail = b""
+        self._meter = meter
+        self._gap_at = -1
+        self._gap_since_s = 0.0
 
     def add(self, chunk: bytes) -> None:
         """Count one chunk. Events end in an empty line, which JSON text cannot contain."""
-        self._num_events += chunk.count(b"\n\n")
+        self._num_events = num_events = self._num_events + chunk.count(b"\n\n")
+        if not num_events & _SAMPLED:
+            self._measure(chunk)
         if len(chunk) >= 512:  # long enough to hold a whole last event but for its text
             self._tail = chunk
         else:
@@ -43,7 +67,19 @@ class StreamTally:
 
     def usage(self) -> Usage:
         """After the end of the stream; without SGLang's own count each event counts as a token."""
-        return _usage_of(self._tail[-TAIL_BYTES:], max(0, self._num_events - 1))
+        return _usage_of(self._tail[-TAIL_BYTES:], max(0, self._num_events - self._phase - 1))
+
+    def _measure(self, chunk: bytes) -> None:
+        """Called at two events in a row of every ``SAMPLING``: between them lies a gap."""
+        meter, num_events = self._meter, self._num_events
+        if meter is None or chunk.endswith(END):
+            return
+        now_s, gap_s = time.monotonic(), None
+        if self._gap_at == num_events - 1 and chunk.count(b"\n\n") == 1:
+            gap_s = now_s - self._gap_since_s
+        self._gap_at, self._gap_since_s = num_events, now_s
+        meter.passed(num_events - self._told, gap_s)
+        self._told = num_events
 
 
 class _Reason(msgspec.Struct):

@@ -147,7 +147,9 @@ def _add_health(table: _Table, health: HealthControl) -> None:
 
 
 def _add_info(table: _Table, info: InfoControl) -> None:
-    table.add(Access.PUBLIC, GET, info.metrics, "/metrics", "/engine_metrics")
+    table.add(Access.PUBLIC, GET, info.metrics, "/metrics")
+    table.add(Access.PUBLIC, GET, info.own_metrics, "/pdserve/metrics")
+    table.add(Access.PUBLIC, GET, info.engine_metrics, "/engine_metrics")
     client = partial(table.add, Access.CLIENT)
     client(GET, info.server_info, "/server_info", "/get_server_info")
     client(GET, info.loads, "/v1/loads", "/get_loads")

@@ -66,6 +66,7 @@ class Judge:
             return
         worker.last_error = str(error)
         logger.warning("leg failed worker=%s: %s", worker.worker_id, error)
+        worker.failures[_kind(worker, error)] += 1
         failure = _gravity(worker, error)
         if failure is Failure.OVERLOAD:
             if worker.is_overloaded:
@@ -184,3 +185,18 @@ def _gravity(worker: Worker, error: str | WorkerError) -> Failure:
         return Failure.HARD
     is_full = isinstance(error, WorkerRejected) and error.status == OVERLOADED
     return Failure.OVERLOAD if is_full else Failure.SOFT
+
+
+def _kind(worker: Worker, error: str | WorkerError) -> str:
+    """What metrics call it; ``unclear``: nobody could tell which leg it was."""
+    match error:
+        case WorkerError() if error.url.rstrip("/") != worker.url:
+            return "unclear"
+        case WorkerUnreachable():
+            return "unreachable"
+        case WorkerTimeout():
+            return "timeout"
+        case WorkerRejected():
+            return "overload" if error.status == OVERLOADED else "rejected"
+        case _:
+            return "unclear"

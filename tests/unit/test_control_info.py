@@ -133,25 +133,41 @@ async def test_a_wrong_question_about_loads_is_the_workers_400() -> None:
 # -- metrics -----------------------------------------------------------------------------------
 
 
-async def test_metrics_of_those_who_publish_them() -> None:
+@pytest.mark.parametrize("path", ["/metrics", "/engine_metrics"])
+async def test_metrics_of_those_who_publish_them(path: str) -> None:
     async with control_site() as site:
         site.prefills[0].tell("/metrics", {"detail": "Not Found"}, 404)
         site.decodes[0].tell("/metrics", b"# HELP x y\n# TYPE x gauge\nx 1.0\n", content_type="text/plain")
-        reply = await site.ask("GET", "/metrics")
+        reply = await site.ask("GET", path)
         assert (reply.status, reply.body.decode().splitlines()[-1]) == (
             200,
             'x{worker_id="decode-0",worker_role="decode"} 1.0',
         )
+        assert (b"pdserve:requests_received_total 0" in reply.body) == (path == "/metrics")
 
 
-async def test_no_metrics_at_all_says_how_to_get_them() -> None:
+async def test_the_balancers_own_metrics_need_no_worker() -> None:
+    async with control_site(prefill=0, decode=0) as site:
+        reply = await site.ask("GET", "/metrics")
+        assert (reply.status, reply.headers["content-type"].startswith("text/plain")) == (200, True)
+        assert b"pdserve:queue_length 0" in reply.body
+
+
+async def test_the_balancers_own_metrics_can_be_had_without_asking_workers() -> None:
+    async with control_site() as site:
+        reply = await site.ask("GET", "/pdserve/metrics")
+        assert b'pdserve:worker_state{worker_id="prefill-0"' in reply.body
+        assert site.prefills[0].seen == site.decodes[0].seen == []
+
+
+async def test_no_engine_metrics_at_all_says_how_to_get_them() -> None:
     async with control_site() as site:
         for worker in site.workers:
             worker.tell("/metrics", {"detail": "Not Found"}, 404)
-        reply = await site.ask("GET", "/metrics")
+        reply = await site.ask("GET", "/engine_metrics")
         assert (reply.status, "--enable-metrics" in reply.json["error"]["message"]) == (501, True)
 
 
-async def test_metrics_of_an_empty_fleet_are_503() -> None:
+async def test_engine_metrics_of_an_empty_fleet_are_503() -> None:
     async with control_site(prefill=0, decode=0) as site:
-        assert (await site.ask("GET", "/metrics")).status == 503
+        assert (await site.ask("GET", "/engine_metrics")).status == 503

@@ -52,7 +52,7 @@ async def test_workers_and_pairs_carry_the_contract_fields() -> None:
     assert (prefill["worker_id"], prefill["role"], prefill["state"]) == ("prefill-0", "prefill", "ready")
     assert (prefill["bootstrap_host"], prefill["bootstrap_port"], prefill["inflight"]) == ("h", 9000, 1)
     assert (decode["errors"], decode["breaker"], decode["bootstrap_port"]) == (0, "closed", None)
-    assert set(decode["load"]) == set(WorkerLoad.__slots__)
+    assert set(decode["load"]) == set(WorkerLoad.__dataclass_fields__)
     assert decode["load"]["num_running_reqs"] == 2
     assert decode["load_age_s"] >= 0
     (pair,) = document["pairs"]
@@ -65,6 +65,11 @@ async def test_workers_and_pairs_carry_the_contract_fields() -> None:
         "probes": 1,
         "error": "",
         "requests": 1,
+        "prompt_tokens": 0,
+        "kv_bytes": None,
+        "kv_bytes_s": None,
+        "transfer_p50_s": None,
+        "kv_path": "",
     }
     assert [event["event"] for event in document["events"]] == ["joined", "joined", "ready", "ready"]
     assert set(document["events"][0]) == {"time_s", "event", "worker", "detail"}

@@ -1,0 +1,84 @@
+"""What each pair carried: prompt tokens, whose KV travelled, and how long decode's first byte took. Pure.
+
+Bytes follow from tokens where the prefill worker told its KV layout. Memory is bounded: the pairs
+used last are remembered, each with its last requests.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+import msgspec
+
+from pdserve.balancer.member import PairKey
+from pdserve.types import KVLayoutDescriptor, Pair
+
+MAX_PAIRS = 4096
+NUM_TRANSFERS = 64
+"""Requests that a pair's median is over."""
+NUM_MARKS = 12
+"""Steps of five seconds that a pair's rate is over: a minute."""
+
+
+class PairFlow(msgspec.Struct, eq=False):
+    """One pair since it was first used. ``marks`` are (time, prompt tokens until then)."""
+
+    prompt_tokens: int = 0
+    marks: deque[tuple[float, int]] = msgspec.field(default_factory=lambda: deque(maxlen=NUM_MARKS))
+    transfers: deque[float] = msgspec.field(default_factory=lambda: deque(maxlen=NUM_TRANSFERS))
+    _median: float | None = None
+    _is_fresh: bool = True
+
+    def add(self, prompt_tokens: int, transfer_s: float | None) -> None:
+        """A request ended whose prompt was computed."""
+        self.prompt_tokens += prompt_tokens
+        if transfer_s is not None:
+            self.transfers.append(transfer_s)
+            self._is_fresh = False
+
+    @property
+    def transfer_p50_s(self) -> float | None:
+        """The median of ``RequestTimeline.transfer_s``; None before the first stream."""
+        if not self._is_fresh:
+            self._median, self._is_fresh = median(self.transfers), True
+        return self._median
+
+    def tokens_s(self, now_s: float) -> float:
+        """Prompt tokens per second of the last minute."""
+        if not self.marks:
+            return 0.0
+        since_s, tokens = self.marks[0]
+        return (self.prompt_tokens - tokens) / max(now_s - since_s, 1.0)
+
+
+class PairTraffic:
+    """All pairs, by their instances."""
+
+    def __init__(self) -> None:
+        self._flows: dict[PairKey, PairFlow] = {}
+
+    def carried(self, pair: Pair, prompt_tokens: int, transfer_s: float | None, now_s: float) -> None:
+        """A request over ``pair`` ended whose prompt was computed."""
+        key = pair.prefill.instance_id, pair.decode.instance_id
+        flow = self._flows.get(key)
+        if flow is None:
+            flow = self._flows[key] = PairFlow()
+            flow.marks.append((now_s, 0))
+            if len(self._flows) > MAX_PAIRS:
+                del self._flows[next(iter(self._flows))]
+        flow.add(prompt_tokens, transfer_s)
+
+    def mark(self, now_s: float) -> None:
+        """Remember how far each has come; every step."""
+        for flow in self._flows.values():
+            flow.marks.append((now_s, flow.prompt_tokens))
+
+    def find(self, key: PairKey) -> PairFlow | None:
+        """What that pair carried; None if nothing."""
+        return self._flows.get(key)
+
+
+def kv_bytes_per_token(layout: KVLayoutDescriptor | None) -> int:
+    """Bytes of KV that one prompt token takes in all layers; 0 if the layout is not known."""
+    return 0 if layout is None else layout.token_bytes * layout.num_layers
