@@ -144,6 +144,12 @@ class PageIndex:
             del self._ties[key]
         return len(tied)
 
+    def reach(self, pages: Sequence[int]) -> int:
+        """How many tokens of a prompt some worker holds, by the pages that are kept."""
+        return (
+            max((i + 1 for i, page in enumerate(pages) if page in self._pages), default=0) * self.page_tokens
+        )
+
     def num_tied(self, hashes: Sequence[int]) -> int:
         """Leading blocks that are tied: with a block all before it are, as the last of a prompt go first."""
         return num_leading(hashes, self._ties)

@@ -37,7 +37,10 @@ _Look = Callable[[int], int]
 
 
 class Prefix:
-    """A prompt, cut and hashed once for all questions about it. ``source`` is the prompt as it was sent."""
+    """A prompt, cut and hashed once for all questions about it.
+
+    ``source``: the prompt as it was sent; empty if that alone does not tell its tokens.
+    """
 
     __slots__ = ("hashes", "is_wished", "num_bytes", "source")
 
@@ -105,7 +108,7 @@ class PromptTree:
     def read(self, prompt: bytes, head: bytes = b"") -> Prefix:
         """Cut a prompt, as it stands in the request's JSON, into blocks; ``head``: see ``canonical_text``."""
         text = canonical_text(prompt, head)
-        return Prefix(prefix_hashes(text, ENDS, with_tail=False), len(text), prompt)
+        return Prefix(prefix_hashes(text, ENDS, with_tail=False), len(text), b"" if head else prompt)
 
     def match(self, prefix: Prefix, instance_ids: Sequence[InstanceId], now_s: float) -> list[float]:
         """Share (0..1) of the prompt that has arrived at each of these (distinct) workers."""
@@ -219,12 +222,23 @@ class PromptTree:
         """Ask for the prompt's token pages if enough of it was seen before and is not tied."""
         hashes = prefix.hashes
         known = num_leading(hashes, self._memory.blocks)
-        if prefix.is_wished or not known or ENDS[known - 1] < MIN_TIE_BYTES:
+        if prefix.is_wished or not prefix.source or not known or ENDS[known - 1] < MIN_TIE_BYTES:
             return
         tied = self.pages.num_tied(hashes)
         if tied < known and ENDS[known - 1] - (ENDS[tied - 1] if tied else 0) >= MIN_TIE_BYTES:
             prefix.is_wished = True
             self.wishes.append(prefix)
+
+    def tie(self, prefix: Prefix, tokens: Sequence[float], pages: Sequence[int]) -> int:
+        """Tie a prompt's blocks to token pages; returns how many. Arguments as of ``PageIndex.tie``.
+
+        Only with proof that the workers see the same tokens (a chat may be rendered with options that
+        were not known): one of them must hold pages of this name over half of what was seen before.
+        """
+        known = num_leading(prefix.hashes, self._memory.blocks)
+        if not known or self.pages.reach(pages) < tokens[known - 1] / 2:
+            return 0
+        return self.pages.tie(prefix.hashes, tokens, pages)
 
     # -- what workers are and tell -----------------------------------------------------------------
 
