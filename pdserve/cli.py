@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from pdserve import __version__, command_line
+from pdserve import __version__, cli_use, command_line
 from pdserve import cli_options as opt
 from pdserve.config import keys_from_environment
 from pdserve.errors import ConfigError, PdserveError, StartupError
@@ -194,6 +194,9 @@ def chat(
 def version() -> None:
     """Print the version of pdserve."""
     typer.echo(f"pdserve {__version__}")
+
+
+cli_use.add_commands(app)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -24,7 +24,7 @@ from pdserve import __version__, command_line
 from pdserve.cli import main
 from pdserve.errors import ConfigError, StartupError
 
-COMMANDS = ("launch", "prefill", "decode", "bootstrap", "balance", "chat", "version")
+COMMANDS = ("launch", "prefill", "decode", "bootstrap", "balance", "chat", "bench", "version")
 
 
 @dataclass(frozen=True, slots=True)
