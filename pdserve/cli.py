@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from pdserve import __version__, cli_use, command_line
+from pdserve import __version__, cli_plan, cli_use, command_line
 from pdserve import cli_options as opt
 from pdserve.config import keys_from_environment
 from pdserve.errors import ConfigError, PdserveError, StartupError
@@ -197,6 +197,7 @@ def version() -> None:
 
 
 cli_use.add_commands(app)
+cli_plan.add_commands(app)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -24,7 +24,8 @@ from pdserve import __version__, command_line
 from pdserve.cli import main
 from pdserve.errors import ConfigError, StartupError
 
-COMMANDS = ("launch", "prefill", "decode", "bootstrap", "balance", "chat", "bench", "version")
+COMMANDS = ("launch", "prefill", "decode", "bootstrap", "balance", "chat", "bench", "doctor", "simulate")
+COMMANDS += ("calibrate", "version")
 
 
 @dataclass(frozen=True, slots=True)

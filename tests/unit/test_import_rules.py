@@ -45,7 +45,7 @@ FOREIGN = {
     "sglang": {"plugin"},
     "nixl": {"transfer"},
     "torch": {"kv", "plugin", "model"},
-    "typer": {"cli", "cli_options", "cli_use"},
+    "typer": {"cli", "cli_options", "cli_use", "cli_plan"},
     "rich": {"cli", "monitor"},
     "openai": {"demo"},
 }
