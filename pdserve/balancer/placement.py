@@ -197,9 +197,13 @@ class Placement:
         needed = tokens[worker.role is Role.DECODE]
         return has_room(worker, needed, tokens[0], self._free(worker))
 
-    def _free(self, worker: Worker) -> int:
+    def growth_tokens(self, worker: Worker) -> int:
+        """KV the worker's open answers are expected to come to; 0 for a prefill worker."""
         growth = self._growth.get(worker)
-        return free_tokens(worker, self._limits, growth.tokens if growth is not None else 0)
+        return growth.tokens if growth is not None else 0
+
+    def _free(self, worker: Worker) -> int:
+        return free_tokens(worker, self._limits, self.growth_tokens(worker))
 
     def _hold(self, shape: RequestShape, choice: Choice, holder: Holder, now_s: float) -> Reservation:
         prefill_id = choice.pair.prefill.info.instance_id

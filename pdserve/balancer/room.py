@@ -79,7 +79,8 @@ def max_batch(view: WorkerView, slo_tpot_s: float) -> int:
     limit = max(0, view.max_running_requests)
     if slo_tpot_s <= 0.0 or view.step_slope_s <= 0.0:
         return limit
-    batch = max(1, int((slo_tpot_s - view.step_base_s) / view.step_slope_s * view.info.dp_size))
+    batch = int((slo_tpot_s - view.step_base_s) / view.step_slope_s * view.info.dp_size + 1e-6)
+    batch = max(1, batch)
     return min(limit, batch) if limit else batch
 
 
