@@ -6,6 +6,7 @@ before it, so a set of ids is a tree already. Blocks in use by a request are pin
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 
@@ -15,7 +16,7 @@ class PrefixCache:
     __slots__ = ("_blocks", "_pins", "pinned_tokens", "tokens")
 
     def __init__(self) -> None:
-        self._blocks: dict[int, int] = {}
+        self._blocks: OrderedDict[int, int] = OrderedDict()
         self._pins: dict[int, int] = {}
         self.tokens = 0
         self.pinned_tokens = 0
@@ -37,10 +38,9 @@ class PrefixCache:
         for each in reversed(ids):
             held = pins.get(each, 0)
             pins[each] = held + 1
-            size = blocks.pop(each)
-            blocks[each] = size
+            blocks.move_to_end(each)
             if not held:
-                self.pinned_tokens += size
+                self.pinned_tokens += blocks[each]
 
     def unpin(self, ids: Sequence[int]) -> None:
         """Take back one ``pin`` of each."""
@@ -60,10 +60,11 @@ class PrefixCache:
         blocks, added, last = self._blocks, 0, len(ids) - 1
         for place in range(last, -1, -1):
             each = ids[place]
-            size = blocks.pop(each, 0)
-            if not size:
-                size = block_tokens if place < last else length - last * block_tokens
-                added += size
+            if each in blocks:
+                blocks.move_to_end(each)
+                continue
+            size = block_tokens if place < last else length - last * block_tokens
+            added += size
             blocks[each] = size
         self.tokens += added
         return added
@@ -74,8 +75,7 @@ class PrefixCache:
         blocks, pins = self._blocks, self._pins
         skipped = []
         while freed < tokens and blocks:
-            each = next(iter(blocks))
-            size = blocks.pop(each)
+            each, size = blocks.popitem(last=False)
             if each in pins:
                 skipped.append((each, size))
             else:
