@@ -11,8 +11,13 @@ import math
 from bisect import bisect_right
 
 
+def bucket_of(tokens: int) -> int:
+    """The bucket of EDGES that holds an answer of so many tokens; the last holds all that are longer."""
+    return min(bisect_right(EDGES, tokens), len(EDGES) - 1) - 1
+
+
 def _edges() -> tuple[int, ...]:
-    """Four buckets an octave, none narrower than a token; the last is open."""
+    """Four buckets an octave, none narrower than a token."""
     edges, octave = [0, 1], 4
     while edges[-1] < 2**20:
         edges.append(
@@ -29,9 +34,11 @@ CUT_FACTOR = 2.0
 """Answers of which only a lower bound is known, none having ended beyond it, are taken to be this many
 times as long: the mean of what is left of a Pareto tail of exponent two. An assumption."""
 MIN_ANSWERS = 2
-REFRESH_SHARE = 8
-REFRESH_ANSWERS = 24
-"""A summary is made anew when its history has grown by an eighth, at the latest after so many answers."""
+REFRESH_SHARE = 4
+REFRESH_ANSWERS = 32
+"""A summary is made anew when its history has grown by a quarter, at the latest after so many answers."""
+FORGOTTEN = 1e-3
+ROUNDING = 1e-6
 MAX_WEIGHT = 1e9
 """Newer answers weigh more instead of older ones less; beyond it all weights are scaled down."""
 
@@ -42,76 +49,92 @@ class Summary:
 
     __slots__ = ("_ends", "_shares", "_sums", "evidence", "log_high", "log_low", "longest", "mean")
 
-    def __init__(self, ended: dict[int, float], cut: dict[int, float], evidence: float) -> None:
-        self.evidence = evidence
-        self._ends: list[int] = []
-        self._shares: list[float] = []
-        self._sums: list[float] = []
-        left = sum(ended.values()) + sum(cut.values())
+    def __init__(self, ended: dict[int, float], cut: dict[int, float] | None, weight: float) -> None:
+        """``weight`` is that of the newest answer."""
+        ends: list[int] = []
+        shares: list[float] = []
+        sums: list[float] = []
+        self._ends, self._shares, self._sums = ends, shares, sums
+        left = sum(ended.values())
+        buckets = sorted(ended)
+        if cut:
+            left += sum(cut.values())
+            buckets = sorted(ended.keys() | cut.keys())
+        self.evidence = left / weight
         survivors, moment = 1.0, 0.0
-        lows = list(QUANTILES)
-        logs: list[float] = []
-        buckets = sorted(ended.keys() | cut.keys())
+        low, high = QUANTILES
+        ends_at = {low: 0.0, high: 0.0}
         for bucket in buckets:
             start, end = EDGES[bucket], EDGES[bucket + 1]
             finished = ended.get(bucket, 0.0)
-            share = survivors * finished / left if left > 0.0 else 0.0
-            while lows and share > 0.0 and 1.0 - survivors + share >= lows[0]:
-                inside = (lows.pop(0) - (1.0 - survivors)) / share
-                logs.append(math.log(max(0.5, start + inside * (end - start) - 0.5)))
-            survivors -= share
+            share = survivors * finished / left
+            rest = survivors - share
+            if rest <= 1.0 - low and not ends_at[low]:
+                ends_at[low] = _inside(start, end, (low - 1.0 + survivors) / share)
+            if rest <= 1.0 - high and not ends_at[high]:
+                ends_at[high] = _inside(start, end, (high - 1.0 + survivors) / share)
+            survivors = rest
             moment += share * (start + end - 1) / 2
-            left -= finished + cut.get(bucket, 0.0)
-            self._ends.append(end)
-            self._shares.append(survivors)
-            self._sums.append(moment)
+            left -= finished + cut.get(bucket, 0.0) if cut else finished
+            ends.append(end)
+            shares.append(survivors)
+            sums.append(moment)
         self.longest = EDGES[buckets[-1] + 1]
-        if survivors > 1e-6:
+        if survivors > ROUNDING:
             moment += survivors * self.longest * CUT_FACTOR
             self.longest = round(self.longest * CUT_FACTOR)
-        logs += [math.log(self.longest)] * len(lows)
         self.mean = max(0.5, moment)
-        self.log_low, self.log_high = logs
+        self.log_low = math.log(ends_at[low] or self.longest)
+        self.log_high = math.log(ends_at[high] or self.longest)
 
     def mean_below(self, limit: int) -> float:
         """The mean of these answers if each ended at ``limit`` tokens at the latest."""
         index = bisect_right(self._ends, limit) - 1
         if index < 0:
             return float(limit)
-        return max(0.5, self._sums[index] + self._shares[index] * limit)
+        mean = self._sums[index] + self._shares[index] * limit
+        return mean if mean > 0.5 else 0.5
+
+
+def _inside(start: int, end: int, part: float) -> float:
+    return max(0.5, start + part * (end - start) - 0.5)
 
 
 class History:
-    """Answers of one key. ``summary`` is None before MIN_ANSWERS of them."""
+    """Answers of one key, ``num`` in all. ``summary`` is None before MIN_ANSWERS of them."""
 
-    __slots__ = ("_cut", "_due", "_ended", "_evidence", "_weight", "summary")
+    __slots__ = ("_cut", "_due", "_ended", "_weight", "num", "summary")
 
     def __init__(self) -> None:
+        self.num = 0
         self.summary: Summary | None = None
         self._ended: dict[int, float] = {}
-        self._cut: dict[int, float] = {}
+        self._cut: dict[int, float] | None = None
         self._weight = 1.0
-        self._evidence = 0.0
         self._due = MIN_ANSWERS
 
-    def add(self, tokens: int, is_cut: bool, keep: float) -> None:
-        """One answer; all earlier ones weigh ``keep`` times what they did."""
-        buckets = self._cut if is_cut else self._ended
-        bucket = bisect_right(EDGES, tokens) - 1
+    def add(self, bucket: int, is_cut: bool, keep: float) -> None:
+        """One answer of that bucket of EDGES; all earlier ones weigh ``keep`` times what they did."""
+        buckets = self._ended
+        if is_cut:
+            if self._cut is None:
+                self._cut = {}
+            buckets = self._cut
         self._weight = weight = self._weight / keep
         buckets[bucket] = buckets.get(bucket, 0.0) + weight
-        self._evidence = self._evidence * keep + 1.0
-        self._due -= 1
-        if self._due <= 0:
+        self.num = num = self.num + 1
+        if num >= self._due:
             self._refresh()
 
     def _refresh(self) -> None:
         if self._weight > MAX_WEIGHT:
-            for buckets in (self._ended, self._cut):
-                for bucket, weight in list(buckets.items()):
-                    buckets[bucket] = weight / self._weight
-                    if buckets[bucket] < 1e-3:
-                        del buckets[bucket]
+            self._ended = self._scaled(self._ended)
+            self._cut = self._scaled(self._cut) if self._cut else None
             self._weight = 1.0
-        self.summary = Summary(self._ended, self._cut, self._evidence)
-        self._due = min(REFRESH_ANSWERS, 1 + int(self._evidence / REFRESH_SHARE))
+        self.summary = Summary(self._ended, self._cut, self._weight)
+        self._due = self.num + min(REFRESH_ANSWERS, 1 + int(self.summary.evidence / REFRESH_SHARE))
+
+    def _scaled(self, buckets: dict[int, float]) -> dict[int, float]:
+        """Weights as parts of the newest answer's; what is next to nothing is forgotten."""
+        least = self._weight * FORGOTTEN
+        return {bucket: weight / self._weight for bucket, weight in buckets.items() if weight > least}

@@ -1,8 +1,8 @@
 """How long an answer will be, told before it begins: an online predictor (TetriInfer §3.3, as a table).
 
-    forecast(shape) ─► all ◄ route, limit ◄ prompt length ◄ user ◄ application ◄ conversation
-                       each key shrinks its own history towards the one before it, by evidence
-    learn(shape, tokens) ─► the same keys' histories (histograms over log-spaced buckets)
+    forecast(shape) ─► histories of: all · route, limit · prompt length · user · application · conversation
+                       from the common to the rare, each shrunk towards those before it, by evidence
+    learn(shape, tokens) ─► the same histories (histograms over log-spaced buckets)
 
 TetriInfer asks a small classifier model; the balancer has none, so it remembers how long like
 requests were. Answers that ended by a limit or an abort are right-censored and weighed by the
@@ -15,10 +15,11 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Hashable
+from operator import attrgetter
 from typing import Protocol
 from zlib import crc32
 
-from pdserve.balancer.length_history import History
+from pdserve.balancer.length_history import History, bucket_of
 from pdserve.balancer.length_score import LengthScore
 from pdserve.types import Forecast, RequestShape
 
@@ -30,8 +31,8 @@ HALF_LIFE = 256
 """Requests of one key after which one of its observations counts half."""
 MAX_KEYS = 4096
 """Histories remembered; the one longest without a new answer goes. About 1 kB each, 4 kB when long in use."""
-PRIOR = 12.0
-"""A key's own history counts as much as that of the more general key once it has so many answers."""
+PRIOR = 6.0
+"""A key's own history counts as much as those of the commoner ones once it has so many answers."""
 APPLICATION_BYTES = 512
 """The beginning of a prompt that tells the application: its system prompt. 128 tokens, eight SGLang pages."""
 CONVERSATION_BYTES = 4096
@@ -43,6 +44,8 @@ STEP = 0.02
 After a shift that every answer misses, 50 answers widen it by 2.5 times."""
 MAX_WIDENING = 2.0
 """As a logarithm: beyond 7 times, an interval says nothing."""
+
+_NUM = attrgetter("num")
 
 
 class Lengths(Protocol):
@@ -68,7 +71,7 @@ class LengthPredictor:
     """Learns from finished requests; deterministic given its calls.
 
     A forecast and a lesson cost a few microseconds each: summaries of histories are made anew
-    only when these have grown by an eighth, or by two dozen answers.
+    only when these have grown by a quarter, or by some dozens of answers.
     """
 
     def __init__(self, max_keys: int = MAX_KEYS, half_life: int = HALF_LIFE) -> None:
@@ -85,10 +88,11 @@ class LengthPredictor:
         if self.num_learned < MIN_LEARNED:
             return _unlearned(limit)
         mean = low = high = 0.0
-        histories = self._histories
-        for key in _keys(shape):
-            history = histories.get(key)
-            summary = history.summary if history is not None else None
+        known = map(self._histories.get, _keys(shape))
+        # The rarer a key, the more it says: an application that everybody uses must not outweigh the
+        # prompt's length.
+        for history in sorted([each for each in known if each is not None], key=_NUM, reverse=True):
+            summary = history.summary
             if summary is None:
                 continue
             own = summary.mean
@@ -114,7 +118,7 @@ class LengthPredictor:
             return
         self._judge(shape, output_tokens, is_cut)
         self.num_learned += 1
-        histories, keep = self._histories, self._keep
+        histories, keep, bucket = self._histories, self._keep, bucket_of(output_tokens)
         for key in _keys(shape):
             history = histories.get(key)
             if history is None:
@@ -123,7 +127,7 @@ class LengthPredictor:
                     histories.popitem(last=False)
             else:
                 histories.move_to_end(key)
-            history.add(output_tokens, is_cut, keep)
+            history.add(bucket, is_cut, keep)
 
     def snapshot(self) -> dict[str, object]:
         """Number learned, share of answers inside their interval, accuracy by bucket of length."""
@@ -142,8 +146,10 @@ class LengthPredictor:
         if is_aborted and output_tokens <= told.high:
             return  # nobody knows how long it would have become
         is_short, is_long = output_tokens < told.low - 0.5, output_tokens > told.high + 0.5
-        self._widen_low = _moved(self._widen_low, is_short)
-        self._widen_high = _moved(self._widen_high, is_long)
+        if is_short or self._widen_low:
+            self._widen_low = _moved(self._widen_low, is_short)
+        if is_long or self._widen_high:
+            self._widen_high = _moved(self._widen_high, is_long)
         self._score.count(told, output_tokens)
 
 
@@ -196,7 +202,7 @@ def _moved(widening: float, is_missed: bool) -> float:
 
 
 def _keys(shape: RequestShape) -> tuple[Hashable, ...]:
-    """What like requests have in common, from the general to the specific."""
+    """What like requests have in common."""
     route, prompt = shape.route, shape.prompt
     limit = shape.max_new_tokens.bit_length()
     # half octaves: the two leading bits and the length

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from pdserve.balancer.length_history import EDGES, History
+from pdserve.balancer.length_history import EDGES, History, bucket_of
 from pdserve.balancer.lengths import (
     MIN_LEARNED,
     UNKNOWN_TOKENS,
@@ -130,6 +130,15 @@ def test_conversations_of_one_application_are_told_apart_by_what_follows_its_pro
     assert predictor.forecast(talks[0]).mean < 250 < 750 < predictor.forecast(talks[1]).mean
 
 
+def test_an_application_that_everybody_uses_does_not_hide_what_the_prompts_length_tells() -> None:
+    predictor = LengthPredictor()
+    short, long = (replace(SHAPE, prompt=b"You help." * 60, prompt_tokens=tokens) for tokens in (100, 20_000))
+    for number in range(400):
+        teach(predictor, long if number % 4 == 0 else short, 1000 if number % 4 == 0 else 20)
+    assert predictor.forecast(short).mean < 40
+    assert predictor.forecast(long).mean > 700
+
+
 def test_a_stranger_is_taken_for_one_of_all() -> None:
     predictor, draw = LengthPredictor(), lognormal(9, 100, 0.3)
     for number in range(400):
@@ -211,7 +220,7 @@ def test_equal_lessons_give_equal_forecasts() -> None:
 def test_weights_of_a_long_history_stay_finite() -> None:
     history = History()
     for _ in range(20_000):
-        history.add(100, False, 0.9)
+        history.add(bucket_of(100), False, 0.9)
     assert history.summary is not None
     assert history.summary.mean == pytest.approx(100, rel=0.1)
 
