@@ -1,4 +1,4 @@
-"""What every list of the screen shares: its area, the part of its rows that is shown, the marked one. Pure."""
+"""What every list of the screen shares: its area, the part of its rows shown, the marked row. Pure."""
 
 from __future__ import annotations
 
