@@ -102,8 +102,9 @@ _OURS = frozenset(("time", "level", "logger", "message", "exception"))
 class JsonFormatter(logging.Formatter):
     """Each log line as one JSON object: time, level, logger, message, and fields.
 
-    Fields are the ``name=value`` words of the message (values without closing punctuation) and what
-    an argument's ``log_fields`` adds. They never replace the first four. ``time`` is UTC, ISO 8601.
+    Fields are the ``name=value`` words of the message (values without closing punctuation), or what
+    an argument's ``log_fields`` tells, where ``event`` is the message. They never replace the first
+    four. ``time`` is UTC, ISO 8601.
     """
 
     default_time_format = "%Y-%m-%dT%H:%M:%S"
@@ -115,13 +116,15 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, whatever the message holds."""
-        message = record.getMessage()
         fields: dict[str, object] = {}
         arguments = record.args if isinstance(record.args, tuple) else ()
-        told = [argument for argument in arguments if hasattr(argument, "log_fields")]
-        for argument in told:
-            fields |= argument.log_fields()
-        if not told:
+        for argument in arguments:
+            if hasattr(argument, "log_fields"):
+                fields |= argument.log_fields()
+        if "event" in fields:
+            message = str(fields.pop("event"))  # its text says the same as its fields
+        else:
+            message = record.getMessage()
             fields |= {name: value.rstrip(",;:") for name, value in _FIELD.findall(message)}
         line: dict[str, object] = {
             "time": self.formatTime(record),

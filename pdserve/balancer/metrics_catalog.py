@@ -148,7 +148,13 @@ QUEUED = _gauge("queue_length", "requests", "Requests that wait for a pair.")
 QUEUE_SIZE = _gauge("queue_size", "requests", "How many may wait.")
 OLDEST = _gauge("queue_oldest_seconds", "seconds", "How long the first in line has waited.")
 CONNECTED = _gauge("bootstrap_connected", "1", "1 while the bootstrap service answers; 0 without one too.")
-REGIME = _gauge("regime", "1", "1 for the regime that the fleet is in.", ("regime",))
+REGIME = _gauge(
+    "regime",
+    "1",
+    "1 for what the fleet is short of: normal (of nothing), prefill_short, decode_short, overload (of both).",
+    ("regime",),
+)
+SCORE = _gauge("role_score", "1", "How full a role is, smoothed; 1: full, with requests waiting.", ("role",))
 
 DECISIONS = _counter("decisions_total", "requests", "Times a pair was chosen.", (*PAIR, "policy"))
 PROBES = _counter("pair_probes_total", "probes", "Times a pair was tested by a real token.", PAIR)

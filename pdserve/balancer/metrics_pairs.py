@@ -7,7 +7,6 @@ used last are remembered, each with its last requests.
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
 
 import msgspec
 
@@ -22,26 +21,29 @@ NUM_MARKS = 12
 
 
 class PairFlow(msgspec.Struct, eq=False):
-    """One pair since it was first used. ``marks`` are (time, prompt tokens until then)."""
+    """One pair since it was first used. ``marks`` are (time, prompt tokens until then).
+
+    ``is_stale``: a step has passed since the median was told; a thousand of them are too many to
+    be sorted for every reader of the state document.
+    """
 
     prompt_tokens: int = 0
     marks: deque[tuple[float, int]] = msgspec.field(default_factory=lambda: deque(maxlen=NUM_MARKS))
     transfers: deque[float] = msgspec.field(default_factory=lambda: deque(maxlen=NUM_TRANSFERS))
+    is_stale: bool = False
     _median: float | None = None
-    _is_fresh: bool = True
 
     def add(self, prompt_tokens: int, transfer_s: float | None) -> None:
         """A request ended whose prompt was computed."""
         self.prompt_tokens += prompt_tokens
         if transfer_s is not None:
             self.transfers.append(transfer_s)
-            self._is_fresh = False
 
     @property
     def transfer_p50_s(self) -> float | None:
-        """The median of ``RequestTimeline.transfer_s``; None before the first stream."""
-        if not self._is_fresh:
-            self._median, self._is_fresh = median(self.transfers), True
+        """The median of ``RequestTimeline.transfer_s``, at most a step old; None before the first stream."""
+        if self.transfers and (self.is_stale or self._median is None):
+            self._median, self.is_stale = sorted(self.transfers)[len(self.transfers) // 2], False
         return self._median
 
     def tokens_s(self, now_s: float) -> float:
@@ -73,6 +75,7 @@ class PairTraffic:
         """Remember how far each has come; every step."""
         for flow in self._flows.values():
             flow.marks.append((now_s, flow.prompt_tokens))
+            flow.is_stale = True
 
     def find(self, key: PairKey) -> PairFlow | None:
         """What that pair carried; None if nothing."""

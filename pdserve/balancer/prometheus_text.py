@@ -6,7 +6,7 @@ line, so the parts are regrouped by metric; values are not touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 
@@ -23,7 +23,7 @@ def merge_expositions(parts: Iterable[tuple[Mapping[str, str], str]]) -> str:
     """One exposition from ``(labels to add, text)`` pairs; the first HELP and TYPE of a metric win."""
     families: dict[str, _Family] = {}
     for labels, text in parts:
-        added = _pairs(labels.items())
+        added = label_pairs(labels.items())
         current = ""
         for line in text.splitlines():
             if line.startswith("#"):
@@ -38,13 +38,14 @@ def merge_expositions(parts: Iterable[tuple[Mapping[str, str], str]]) -> str:
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def label_set(names: Sequence[str], values: Sequence[str]) -> str:
-    """``{name="value",…}`` with the values escaped; empty without labels."""
-    return f"{{{_pairs(zip(names, values, strict=True))}}}" if names else ""
+def label_pairs(labels: Iterable[tuple[str, str]]) -> str:
+    """``name="value",…`` with the values escaped, as it stands between the braces."""
+    return ",".join([f'{name}="{_escaped(value)}"' for name, value in labels])
 
 
-def _pairs(labels: Iterable[tuple[str, str]]) -> str:
-    return ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels)
+def _escaped(value: str) -> str:
+    has_odd = "\\" in value or '"' in value or "\n" in value
+    return value.translate(_ESCAPES) if has_odd else value
 
 
 def _header(line: str) -> tuple[str, str]:

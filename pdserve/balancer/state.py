@@ -17,7 +17,6 @@ from pdserve.balancer.room import committed_tokens
 from pdserve.types import Role, WorkerLoad
 
 _LOAD_FIELDS = tuple(WorkerLoad.__dataclass_fields__)
-_NO_FLOW: dict[str, float | None] = {"kv_bytes": None, "kv_bytes_s": None, "transfer_p50_s": None}
 
 
 def render_state(
@@ -37,7 +36,7 @@ def render_state(
         "uptime_s": now_s - fleet.started_s,
         "model": fleet_model(fleet),
         "policy": fleet.policy.name,
-        "regime": regime_of(fleet),
+        "regime": fleet.admission.regime.snapshot(),
         "bootstrap": {
             "url": _without_user(fleet.config.bootstrap_url),
             "connected": watcher is not None and watcher.is_connected,
@@ -64,12 +63,6 @@ def figures_of(fleet: Fleet) -> FleetFigures | None:
     """What the fleet has watched of its workers; None if nobody watches."""
     figures = getattr(fleet, "figures", None)
     return figures if isinstance(figures, FleetFigures) else None
-
-
-def regime_of(fleet: Fleet) -> dict[str, object]:
-    """What kind of load the fleet is under; empty if nobody tells it."""
-    monitor = getattr(fleet, "regime", None)
-    return {} if monitor is None else dict(monitor.snapshot())
 
 
 def fleet_model(fleet: Fleet) -> str:
@@ -199,16 +192,11 @@ def _pair(
     record: PairRecord, traffic: PairTraffic | None, now_s: float, sent: KVSent | None
 ) -> dict[str, object]:
     flow = None if traffic is None else traffic.find(record.key)
-    carried = _NO_FLOW
-    if flow is not None:
-        token_bytes = kv_bytes_per_token(record.prefill.info.kv_layout)
-        carried = {
-            "kv_bytes": flow.prompt_tokens * token_bytes if token_bytes else None,
-            "kv_bytes_s": flow.tokens_s(now_s) * token_bytes if token_bytes else None,
-            "transfer_p50_s": flow.transfer_p50_s,
-        }
+    prefill = record.prefill.info
+    token_bytes = kv_bytes_per_token(prefill.kv_layout)
+    is_known = token_bytes > 0
     return {
-        "prefill": record.prefill.info.worker_id,
+        "prefill": prefill.worker_id,
         "decode": record.decode.info.worker_id,
         "state": record.state._value_,
         "probe_s": record.probe_s,
@@ -216,6 +204,8 @@ def _pair(
         "error": record.error,
         "requests": record.requests,
         "prompt_tokens": 0 if flow is None else flow.prompt_tokens,
-        **carried,
+        "kv_bytes": flow.prompt_tokens * token_bytes if flow is not None and is_known else None,
+        "kv_bytes_s": flow.tokens_s(now_s) * token_bytes if flow is not None and is_known else None,
+        "transfer_p50_s": None if flow is None else flow.transfer_p50_s,
         "kv_path": "" if sent is None or flow is None else sent.path,
     }
