@@ -102,6 +102,8 @@ class Admission:
             return None
         if self._gate.slo_s > 0 and self._is_late(self._clock(), self.work.of(shape), 0.0):
             return None
+        if self._gate.slo_s <= 0:
+            return self.placement.place(shape, exclude, self)
         return self._place(shape, exclude)
 
     async def wait(self, shape: RequestShape, exclude: frozenset[PairKey], timeout_s: float) -> Reservation:

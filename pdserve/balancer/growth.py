@@ -50,11 +50,12 @@ class Growth:
         self._mean = 0
         self._variance = 0
 
-    def add(self, leg: int, mean: int, variance: int) -> None:
-        """A leg whose prompt and answer are expected to take ``mean`` tokens."""
+    def add(self, leg: int, mean: int, variance: int) -> int:
+        """A leg whose prompt and answer are expected to take ``mean`` tokens; returns ``tokens``."""
         self._legs[leg] = mean, variance
-        self._mean += mean
-        self._variance += variance
+        self._mean = mean = self._mean + mean
+        self._variance = variance = self._variance + variance
+        return mean + math.ceil(GROWTH_Z * math.sqrt(variance)) if variance else mean
 
     def end(self, leg: int) -> None:
         """That leg is over."""

@@ -150,7 +150,8 @@ class Placement:
         rotation = self.rotation.without(exclude) if exclude else self.rotation
         if not rotation.records:
             return None
-        tokens = self.tokens_needed(shape)
+        promise = self._promise(shape)
+        tokens = self._needed(shape, promise) if self._predicts else promise
         candidates: Candidates | None = rotation.candidates
         if waiter is not None or not self._is_easy(tokens[1]):
             candidates = self._with_room(rotation, tokens, waiter)
@@ -158,13 +159,17 @@ class Placement:
             return None
         candidates.now_s = now_s = self._clock()
         choice = self._policy.choose(shape, candidates)
-        return self._hold(shape, choice, holder, now_s)
+        return self._hold(shape, promise, choice, holder, now_s)
 
     def tokens_needed(self, shape: RequestShape) -> tuple[int, int]:
         """KV that must be free on prefill and decode; nothing if no worker is large enough: SGLang will
         refuse it at once. On decode room for SGLang's reserve, and for the answer expected."""
         promise = self._promise(shape)
-        if not self._predicts or promise[1] <= promise[0]:
+        return self._needed(shape, promise) if self._predicts else promise
+
+    def _needed(self, shape: RequestShape, promise: tuple[int, int]) -> tuple[int, int]:
+        told = shape.forecast
+        if told is None or not told.is_learned or told.mean <= DECODE_RESERVE_TOKENS or not promise[1]:
             return promise
         mean, _ = expected_answers(shape, 0)
         return promise[0], max(promise[1], promise[0] + mean)
@@ -205,14 +210,15 @@ class Placement:
     def _free(self, worker: Worker) -> int:
         return free_tokens(worker, self._limits, self.growth_tokens(worker))
 
-    def _hold(self, shape: RequestShape, choice: Choice, holder: Holder, now_s: float) -> Reservation:
+    def _hold(
+        self, shape: RequestShape, tokens: tuple[int, int], choice: Choice, holder: Holder, now_s: float
+    ) -> Reservation:
         prefill_id = choice.pair.prefill.info.instance_id
         decode_id = choice.pair.decode.info.instance_id
         record = self.rotation.records[prefill_id, decode_id]
         record.requests += 1
         self.num_open += 1
         prefill, decode, prompt_tokens = record.prefill, record.decode, shape.prompt_tokens
-        tokens = self._promise(shape)
         legs = (
             self._table.dispatch(prefill_id, prompt_tokens, now_s, choice.cached_tokens),
             self._table.dispatch(decode_id, prompt_tokens, now_s),
@@ -236,11 +242,10 @@ class Placement:
         growth = self._growth.get(decode)
         if growth is None:
             growth = self._growth[decode] = Growth()
-        mean, variance = expected_answers(shape, promise[1] - promise[0])
         if not promise[1]:
-            mean = variance = 0
-        growth.add(leg, promise[0] + mean, variance)
-        return growth.tokens > decode.calm_tokens
+            return growth.add(leg, 0, 0) > decode.calm_tokens
+        mean, variance = expected_answers(shape, promise[1] - promise[0])
+        return growth.add(leg, promise[0] + mean, variance) > decode.calm_tokens
 
     def _measure(self) -> None:
         workers = (*self.rotation.prefills, *self.rotation.decodes)
