@@ -52,7 +52,8 @@ class ChildResult:
         if self.returncode is None:
             return f"no end within {limit_s:g} s"
         lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
-        marked = [line for line in lines if "UCX  ERROR" in line]
+        # UCX logs to stdout; what it says is nearer to the cause than the exception that follows
+        marked = [line for line in (*self.stdout.splitlines(), *lines) if "UCX  ERROR" in line]
         words = marked[-1].partition("UCX  ERROR")[2] if marked else lines[-1] if lines else ""
         how = f"killed by signal {-self.returncode}" if self.returncode < 0 else f"status {self.returncode}"
         return f"{how}: {' '.join(words.split())[:MAX_SHOWN]}" if words else how

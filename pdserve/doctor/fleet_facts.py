@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -251,13 +251,19 @@ def worker_info(row: Row) -> WorkerInfo:
     )
 
 
-def spread(pairs: Iterable[tuple[WorkerLook, WorkerLook]]) -> list[tuple[WorkerLook, WorkerLook]]:
-    """Pairs in an order whose beginning has every worker in it, should time run out."""
-    left = list(pairs)
-    prefills = {look.name: index for index, look in enumerate(dict((p.name, p) for p, _ in left).values())}
-    decodes = {look.name: index for index, look in enumerate(dict((d.name, d) for _, d in left).values())}
-    size = max(len(prefills), len(decodes), 1)
-    return sorted(left, key=lambda pair: (decodes[pair[1].name] - prefills[pair[0].name]) % size)
+def spread(
+    prefills: Sequence[WorkerLook], decodes: Sequence[WorkerLook]
+) -> list[tuple[WorkerLook, WorkerLook]]:
+    """All pairs, in rounds that have every worker of the larger side once, should time run out."""
+    num_small = min(len(prefills), len(decodes))
+    is_wide = len(decodes) >= len(prefills)
+
+    def round_of(place: tuple[int, int]) -> int:
+        small, large = place if is_wide else place[::-1]
+        return (small - large) % num_small
+
+    places = [(p, d) for p in range(len(prefills)) for d in range(len(decodes))]
+    return [(prefills[p], decodes[d]) for p, d in sorted(places, key=round_of)]
 
 
 def gather_pairs(facts: FleetFacts, keys: Keys, untried: Mapping[str, str]) -> list[PairLook]:
@@ -285,7 +291,7 @@ async def _gather_pairs(facts: FleetFacts, keys: Keys, untried: Mapping[str, str
 
     try:
         tests: list[Coroutine[Any, Any, PairLook]] = [
-            look_at(prefill, decode) for prefill, decode in spread((p, d) for p in prefills for d in decodes)
+            look_at(prefill, decode) for prefill, decode in spread(prefills, decodes)
         ]
         return list(await asyncio.gather(*tests))
     finally:

@@ -25,7 +25,7 @@ def render_text(report: Report, width: int, *, is_unicode: bool = True) -> str:
     for section in report.sections:
         lines = [line for finding in section.findings for line in _lines(finding, column, width, marks)]
         blocks.append("\n".join([section.title, *lines]))
-    return "\n\n".join([*blocks, summary(report)]) + "\n"
+    return "\n\n".join([*blocks, "\n".join(_wrap(summary(report), "", width))]) + "\n"
 
 
 def _lines(finding: Finding, column: int, width: int, marks: dict[Level, str]) -> list[str]:

@@ -1,0 +1,39 @@
+"""``pdserve doctor`` against real servers: nothing wrong, a real token through every pair, layouts read."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.fleet import Fleet
+from tests.unit.doctor_command import doctor
+
+pytestmark = pytest.mark.engine
+
+WORKERS = {"prefill-0", "decode-0", "decode-1"}
+
+
+async def test_a_real_fleet_is_found_sound(fleet: Fleet) -> None:
+    fleet.wait_ready(2)
+    run = await doctor(fleet.url, "--json", "--device", "cpu")
+    assert run.code == 0, run.out
+    ours = [f for f in run.findings() if f["section"].startswith("Fleet")]
+    assert {f["level"] for f in ours} == {"ok"}, ours
+    assert {f["check"] for f in ours} >= WORKERS
+    assert set(run.finding("a token", "ok")["values"]["took_s"]) == {
+        "prefill-0>decode-0",
+        "prefill-0>decode-1",
+    }
+    assert "equal on 3 workers" in run.finding("KV layouts", "ok")["what"]
+    assert "0.5.23 on every worker" in run.finding("versions", "ok")["what"]
+    skews = run.finding("clocks", "ok")["values"]["skew_s"]
+    assert skews.keys() >= WORKERS
+    assert run.finding("loopback DRAM", "ok")["values"]["bytes_per_s"] > 0
+    fleet.wait_empty()
+
+
+async def test_the_service_of_that_fleet_is_recognised_on_its_port(fleet: Fleet) -> None:
+    run = await doctor("--json", "--model", "tiny", "--port", fleet.url.rpartition(":")[2], "--device", "cpu")
+    assert run.code == 1
+    found = run.finding("port", "error")
+    assert "pdserve" in found["what"]
+    assert fleet.url in found["what_to_do"]
