@@ -14,6 +14,7 @@ the same policies. Two set-ups:
     conv    the first Azure conversation requests, lengths divided by --shrink, own prompts
     shared  few long shared prefixes with short own ends
     turns   many prefixes, each used three times and never again
+    alternate  short prompts in bursts, every second answer long: what taking turns is worst at
 
     out     real and simulated medians of TTFT and TPOT, their ratio, and whether the
             policies' order is the same where reality tells them apart; ``step``: decode
@@ -76,7 +77,7 @@ LARGER = {"layers": 8, "hidden": 256, "heads": 8, "kv_heads": 4}
 DECODE_POLICIES = ("round_robin", "random", "least_load", "pair_cost")
 PREFILL_POLICIES = ("round_robin", "cache_aware", "least_load", "pair_cost")
 SETUPS = {
-    "cores": Setup((1, 2), LARGER, 0.0, 2048, DECODE_POLICIES, {"conv": 2.5, "shared": 1.5}),
+    "cores": Setup((1, 2), LARGER, 0.0, 2048, DECODE_POLICIES, {"conv": 4.0, "alternate": 5.0}),
     "sleep": Setup((1, 2), TINY, SLEEP_S, 2048, DECODE_POLICIES, {"conv": 6.0, "shared": 6.0}),
     "affinity": Setup((2, 2), TINY, SLEEP_S, 128, PREFILL_POLICIES, {"turns": 8.0}),
 }
@@ -165,8 +166,14 @@ def _workload(name: str, setup: Setup, options: argparse.Namespace, turn: int) -
         rows = cut(read_trace(options.trace)[turn * options.requests :], requests=options.requests)
         rows = [_shrunk(row, rows[0].arrival_s, options.shrink) for row in rows]
         return scaled(rows, rate)
-    rows = _shared(options.requests, turn) if name == "shared" else _turns(options.requests, turn)
-    return rearrived(rows, rate, seed=turn)
+    count = options.requests
+    if name == "alternate":
+        rows = [
+            TracedRequest(float(i), 64, (64, 4)[i % 2], None, max_new_tokens=64, serial=i)
+            for i in range(count)
+        ]
+        return rearrived(rows, rate, seed=turn, cv=2.0)
+    return rearrived(_shared(count, turn) if name == "shared" else _turns(count, turn), rate, seed=turn)
 
 
 def _shrunk(row: TracedRequest, start_s: float, factor: int) -> TracedRequest:
