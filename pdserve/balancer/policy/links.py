@@ -38,7 +38,8 @@ MIN_SPEED_GB_S = 1e-4
 
 @dataclass(slots=True, eq=False)
 class LinkFit:
-    """Least squares over measured transfers of one class, each weighed by its relative error."""
+    """Least squares over measured transfers of one class. A transfer weighs by what the prior expects of
+    its size, squared: errors grow with the time, and small and large ones are to count alike."""
 
     prior_gb_s: float
     alpha_s: float = PRIOR_ALPHA_S
@@ -68,7 +69,7 @@ class LinkFit:
         self.beta_s, self.alpha_s = slope, max(0.0, mean_s - slope * mean)
 
     def _add(self, num_bytes: float, took_s: float, count: float) -> None:
-        weight = count / (took_s * took_s)
+        weight = count / (PRIOR_ALPHA_S + num_bytes / (self.prior_gb_s * GIB)) ** 2
         keep = 1.0 if self._sums[0] <= 0 else MAX_WEIGHT / (MAX_WEIGHT + count)
         added = (1.0, num_bytes, num_bytes * num_bytes, took_s, took_s * num_bytes)
         self._sums = [old * keep + weight * value for old, value in zip(self._sums, added, strict=True)]

@@ -37,6 +37,8 @@ from pdserve.types import Forecast, InstanceId, RequestShape, Role
 
 MISS_S = 1000.0
 """A pair that breaks an SLO costs this much more than one that does not: any that keeps it goes first."""
+KEPT_PREFIXES = 64
+"""Prompts of waiting requests that are kept cut; they are looked at at each event."""
 OUT_S = 1.0e6
 """Of a worker that is not to be taken while there is another."""
 
@@ -111,6 +113,7 @@ class PairCost:
         self._batches: Batches = {}
         self._sizes: dict[InstanceId, int] = {}
         self._loads: dict[InstanceId, object] = {}
+        self._prefixes: dict[bytes, Any] = {}
         self._search = PairSearch()
         self._random = random.Random(seed)
 
@@ -119,7 +122,7 @@ class PairCost:
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
         """O(P + D) while links count as alike on a whole grid, else best first."""
         prefills, decodes, now_s = candidates.prefills, candidates.decodes, candidates.now_s
-        prefix = self.tree.read(request.prompt) if self.tree is not None and request.prompt else None
+        prefix = self._prefix_of(request)
         cached, held = self._cached(request, prefix, candidates)
         waits_s, works_s = self._prefill_s(request, prefills, cached, now_s)
         prefill_s = self._weigh(request, prefills, waits_s, works_s)
@@ -152,6 +155,28 @@ class PairCost:
             if self.params.decode_keeps_cache:
                 mark.on_decode = self.tree.send(prefix, decode.info.instance_id, now_s)
         return Choice(PairView(prefill, decode, link_s), why, num_cached, held[d] if held else 0, mark)
+
+    def reach_s(self, request: RequestShape, prefills: Sequence[WorkerView], now_s: float) -> Sequence[float]:
+        """By how many seconds each prefill worker's queue may outlast the balancer's limit for this request,
+        because its prefix is there; empty: by none.
+
+        Where queues are kept short, whoever is first in the balancer's line takes the first worker with
+        room, and seldom finds its prefix there. Waiting for the right one is worth what it saves.
+        """
+        prefix = self._prefix_of(request)
+        if prefix is None or self.tree is None:
+            return ()
+        shares = self.tree.match_coming(prefix, [view.info.instance_id for view in prefills], now_s)
+        if not any(shares):
+            return ()
+        weight, tokens, curve = 1.0 + self.params.delay_weight, request.prompt_tokens, self.curve
+        whole = curve.work(tokens, 0.0)
+        reaches_s = []
+        for view, share in zip(prefills, shares, strict=True):
+            past = most_cached(request, share)
+            saved = (whole - curve.work(tokens - past, past)) / curve.mix
+            reaches_s.append(weight * saved / (view.prefill_tokens_s * view.info.dp_size))
+        return reaches_s
 
     def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
         """The worker where this leg costs least, by what the workers tell of themselves."""
@@ -187,6 +212,18 @@ class PairCost:
         self.links.forget(instance_id)
         if self.tree is not None:
             self.tree.forget(instance_id)
+
+    def _prefix_of(self, request: RequestShape) -> Any:
+        """The prompt cut into blocks, once for all questions about it while it waits; None if empty."""
+        prompt, known = request.prompt, self._prefixes
+        if self.tree is None or not prompt:
+            return None
+        prefix = known.get(prompt)
+        if prefix is None:
+            if len(known) >= KEPT_PREFIXES:
+                known.clear()
+            prefix = known[prompt] = self.tree.read(prompt)
+        return prefix
 
     # -- terms -------------------------------------------------------------------------------
 
@@ -239,15 +276,16 @@ class PairCost:
     ) -> list[float]:
         """The cost of each prefill worker."""
         weight, slo_s, tokens = 1.0 + self.params.delay_weight, self.params.slo_ttft_s, request.prompt_tokens
-        costs = []
-        for view, wait_s, work_s in zip(views, waits_s, works_s, strict=True):
-            cost_s = wait_s + weight * work_s
+        costs = [wait_s + weight * work_s for wait_s, work_s in zip(waits_s, works_s, strict=True)]
+        for index, view in enumerate(views):
             if view.kv_capacity:
-                cost_s += headroom_s(view, tokens)
-            if 0.0 < slo_s < wait_s + work_s:
-                cost_s += MISS_S
-            costs.append(cost_s)
-        return costs
+                costs[index] += headroom_s(view, tokens)
+        if slo_s <= 0.0:
+            return costs
+        is_late = [wait_s + work_s > slo_s for wait_s, work_s in zip(waits_s, works_s, strict=True)]
+        if all(is_late):
+            return costs
+        return [cost + MISS_S if late else cost for cost, late in zip(costs, is_late, strict=True)]
 
     def _decode_s(self, request: RequestShape, views: Sequence[WorkerView]) -> list[float]:
         costs = decode_costs_s(request, views, self._batches, self.params.slo_tpot_s, MISS_S)

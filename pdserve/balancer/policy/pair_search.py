@@ -52,7 +52,7 @@ class PairSearch:
         partners = self._partners_of(candidates)
         for tie_p in ties_p:
             for tie_d in ties_d:
-                if partners is not None and tie_d not in partners[tie_p]:
+                if partners is not None and tie_d not in partners.get(tie_p, ()):
                     continue
                 if extra is None or extra(tie_p, tie_d) <= limit_s:
                     return tie_p, tie_d
@@ -74,7 +74,7 @@ class PairSearch:
             own_s = prefill_s[p]
             if own_s + floor_s >= best_s:
                 break
-            row = None if partners is None else partners[p]
+            row = None if partners is None else partners.get(p, ())
             for d in order_d:
                 cost_s = own_s + decode_s[d]
                 if cost_s >= best_s:
