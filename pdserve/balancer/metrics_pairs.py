@@ -13,7 +13,7 @@ import msgspec
 from pdserve.balancer.member import PairKey
 from pdserve.types import KVLayoutDescriptor, Pair
 
-MAX_PAIRS = 4096
+MAX_PAIRS = 8192
 NUM_TRANSFERS = 64
 """Requests that a pair's median is over."""
 NUM_MARKS = 12
@@ -28,6 +28,7 @@ class PairFlow(msgspec.Struct, eq=False):
     """
 
     prompt_tokens: int = 0
+    used_s: float = 0.0
     marks: deque[tuple[float, int]] = msgspec.field(default_factory=lambda: deque(maxlen=NUM_MARKS))
     transfers: deque[float] = msgspec.field(default_factory=lambda: deque(maxlen=NUM_TRANSFERS))
     is_stale: bool = False
@@ -67,12 +68,14 @@ class PairTraffic:
         if flow is None:
             flow = self._flows[key] = PairFlow()
             flow.marks.append((now_s, 0))
-            if len(self._flows) > MAX_PAIRS:
-                del self._flows[next(iter(self._flows))]
+        flow.used_s = now_s
         flow.add(prompt_tokens, transfer_s)
 
     def mark(self, now_s: float) -> None:
-        """Remember how far each has come; every step."""
+        """Remember how far each has come, every step; forget those that nobody used for longest."""
+        if (surplus := len(self._flows) - MAX_PAIRS) > 0:
+            for key in sorted(self._flows, key=lambda key: self._flows[key].used_s)[:surplus]:
+                del self._flows[key]
         for flow in self._flows.values():
             flow.marks.append((now_s, flow.prompt_tokens))
             flow.is_stale = True
