@@ -23,8 +23,9 @@ GAP_S = 0.05
 """Looks at one worker's sockets come no closer: a busy prefill server publishes with every batch."""
 BATCH = 64
 """Messages taken before other work of the event loop has its turn: a few milliseconds."""
-REPLAY_S = 5.0
-"""Longest silence in an answer; the publisher looks for questions every 0.1 s."""
+REPLAY_S = 2.0
+"""Longest silence in an answer; the publisher looks for questions every 0.1 s. Of a long answer it drops what
+does not fit in its socket's queue of 1000, the end too: what is missing is asked for again."""
 BACKLOG = 20_000
 """Messages that may wait unread; those beyond are a gap."""
 MAX_MESSAGE_BYTES = 2**26
@@ -166,7 +167,7 @@ class _Rank:
         """No answer came for too long; a late one must not be taken for the next one's."""
         if self._feed.is_asking:
             self._hang_up()
-            self._feed.replay_ended()
+            self._feed.replay_ended(is_whole=False)
             self._ask()
 
     def _read_live(self) -> bool:

@@ -221,7 +221,8 @@ class RankFeed:
     """One rank's messages in their order, gaps filled by replay where that can be.
 
     After each call ``ask_from`` is the number from which replay is to be asked, or None; whoever asks sets
-    it to None, and calls ``replay_ended`` when the answer is over or did not come.
+    it to None, and calls ``replay_ended`` when the answer is over or did not come. The question begins with
+    the last message taken, again: if that has changed, a publisher has restarted behind our back.
     """
 
     def __init__(self, rank: int, feed: WorkerFeed, name: str, *, has_replay: bool) -> None:
@@ -235,8 +236,11 @@ class RankFeed:
         self._next = 0
         self._last_live = -1
         self._is_asking = False
-        self._asked = 0
         self._has_answer = False
+        self._has_got = False
+        self._has_hole = False
+        self._is_other = False
+        self._last_hash = 0
         self._waiting: list[tuple[int, bytes]] = []
 
     @property
@@ -253,9 +257,8 @@ class RankFeed:
     def live(self, seq: int, payload: bytes) -> None:
         """A message of the PUB socket, where numbers only grow."""
         if seq <= self._last_live:
-            logger.info("kv events %s: publisher restarted", self._name)
-            self._next, self._waiting, self._is_asking, self.ask_from = 0, [], False, None
-            self._feed.start(self._rank, is_exact=True)
+            self._waiting, self._is_asking, self.ask_from = [], False, None
+            self._restart()
         self._last_live = seq
         if seq < self._next:
             return  # replayed already
@@ -267,21 +270,32 @@ class RankFeed:
 
     def replayed(self, seq: int, payload: bytes) -> None:
         """A message of the answer to what was asked."""
-        if not self._is_asking or seq < self._next:
+        if not self._is_asking or self._is_other:
             return
-        if seq > self._next:
-            if self._has_answer:
-                return  # one was dropped on the way: asked for again when this answer is over
+        is_first, self._has_answer = not self._has_answer, True
+        if seq < self._next:
+            self._is_other = seq == self._next - 1 and hash(payload) != self._last_hash
+            return
+        if seq > self._next and not is_first:
+            self._has_hole = True  # one was dropped on the way
+            return
+        if is_first and (seq > self._next or self._next):
             self._lose(seq)  # the first is the oldest that the worker still has
-        self._has_answer = True
         self._take(seq, payload)
 
-    def replay_ended(self) -> None:
-        """The answer is over."""
+    def replay_ended(self, *, is_whole: bool = True) -> None:
+        """The answer is over; not whole: only because nothing more came for long."""
         if not self._is_asking:
             return
         self._is_asking = False
-        self._go_on(may_ask=self._next > self._asked)
+        if self._is_other:
+            self._restart()
+            self._ask()
+            return
+        if self._has_got and (self._has_hole or not is_whole):
+            self._ask()
+        else:
+            self._go_on(may_ask=self._has_got)
 
     def _go_on(self, *, may_ask: bool = True) -> None:
         """Take what waits, up to the next gap, and ask for that; or jump it if asking is no use."""
@@ -301,11 +315,18 @@ class RankFeed:
         self._go_on(may_ask=False)
 
     def _ask(self) -> None:
-        self._is_asking, self._has_answer = True, False
-        self.ask_from = self._asked = self._next
+        self._is_asking = True
+        self._has_answer = self._has_got = self._has_hole = self._is_other = False
+        self.ask_from = max(0, self._next - 1)
+
+    def _restart(self) -> None:
+        logger.info("kv events %s: publisher restarted", self._name)
+        self._next = 0
+        self._feed.start(self._rank, is_exact=True)
 
     def _take(self, seq: int, payload: bytes) -> None:
-        self._next = seq + 1
+        self._next, self._has_got = seq + 1, True
+        self._last_hash = hash(payload)
         self._feed.apply(self._rank, payload)
 
     def _lose(self, seq: int) -> None:

@@ -243,9 +243,10 @@ def test_gap_is_filled_in_order_before_what_came_after_it() -> None:
     pages, [feed] = feed_of()
     feed.live(0, payload(stored(1)))
     feed.live(3, payload(removed(2)))
-    assert feed.ask_from == 1
+    assert feed.ask_from == 0
     assert pages.held == {1}
     feed.live(4, payload(stored(5)))
+    feed.replayed(0, payload(stored(1)))
     feed.replayed(1, payload(stored(2)))
     feed.replayed(2, payload(stored(3)))
     feed.replayed(3, payload(removed(2)))
@@ -274,8 +275,8 @@ def test_hole_in_the_answer_is_asked_for_again() -> None:
     feed.replayed(0, payload(stored(1)))
     feed.replayed(2, payload(removed(1)))
     feed.replay_ended()
-    assert feed.ask_from == 1
-    for seq in range(1, 6):
+    assert feed.ask_from == 0
+    for seq in range(6):
         feed.replayed(seq, payload(stored(seq + 1)))
     feed.replay_ended()
     assert pages.held == {1, 2, 3, 4, 5, 6}
@@ -288,6 +289,23 @@ def test_restarted_publisher_starts_from_nothing() -> None:
     feed.live(1, payload(stored(2)))
     feed.live(0, payload(stored(7)))
     assert pages.held == {7}
+    assert pages.is_exact
+
+
+def test_publisher_that_restarted_and_is_ahead_already_is_found_out_at_the_next_gap() -> None:
+    pages, [feed] = feed_of()
+    feed.live(0, payload(stored(1)))
+    feed.live(1, payload(stored(2)))
+    feed.live(3, payload(stored(10)))
+    for seq in range(1, 4):
+        feed.replayed(seq, payload(stored(7 + seq)))
+    feed.replay_ended()
+    assert pages.held == set()
+    assert feed.ask_from == 0
+    for seq in range(4):
+        feed.replayed(seq, payload(stored(7 + seq)))
+    feed.replay_ended()
+    assert pages.held == {7, 8, 9, 10}
     assert pages.is_exact
 
 
