@@ -1,7 +1,13 @@
 """Goodput of each policy against the rate of requests, in simulation on public traces.
 
-Why: a policy is worth what it adds to the requests per second that are answered in time. All rows run under
-the same admission, load table, samples and seeds; only the policy differs.
+Why: a policy is worth what it adds to the requests per second that are answered in time. All rows see the
+same requests, load samples and seeds.
+
+Rows: a peer's policy by its name sends each request on at once, first come first served, as its own router
+does; all that holds a request back is decode's KV room. "queued" gives it this balancer's whole admission
+(line, order under overload, room by forecast), so that the policy alone can be compared. pair_cost and
+least_load have that admission; "plain" takes it away. "oracle" and "useless" bound what forecasts of lengths
+are worth; "slo" tells the balancer the limits, so that it refuses what is too late (--slo).
 
 Set-up: `pdserve.sim` runs the balancer's own objects over modelled workers (profile llama-70b-8xh100 unless
 --model says otherwise). Per seed a run of consecutive requests is cut from the trace at a place drawn by the
@@ -29,7 +35,7 @@ import math
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -65,7 +71,17 @@ LARGE_REQUESTS = {"mooncake": 12_000, "azure_code": 16_000, "azure_conv": 16_000
 LARGE_ROWS = ("pair_cost", "pair_cost slo", "least_load")
 SMALL_ROWS = ("random", "round_robin", "router_power_of_two", "pair_cost oracle", "pair_cost useless")
 """Rows that only the smallest fleet runs."""
-OURS = ("pair_cost", "pair_cost oracle", "pair_cost useless", "pair_cost slo", "least_load")
+OURS = ("pair_cost", "least_load")
+VARIANTS = (
+    "pair_cost plain",
+    "pair_cost oracle",
+    "pair_cost useless",
+    "pair_cost slo",
+    "cache_aware queued",
+    "dynamo_kv queued",
+)
+AT_ONCE_S = 1e6
+"""``prefill_queue_s`` of a row that holds nothing back."""
 STEP, TARGET, WARM = 1.08, 0.9, 0.1
 BEYOND = 3
 """Rungs above the reference where rows are compared again."""
@@ -136,12 +152,11 @@ def run_point(cell: Cell, row: str, rung: int, seed: int) -> Point:
     """One simulation."""
     policy, _, variant = row.partition(" ")
     slo, rate = SLOS[cell.trace], rate_at(cell, rung)
-    is_aware = variant == "slo"
-    config = BalancerConfig(
-        policy=policy,
-        slo_ttft_s=slo.ttft_s if is_aware else 0.0,
-        slo_tpot_s=slo.tpot_s if is_aware else 0.0,
-    )
+    config = BalancerConfig(policy=policy)
+    if variant == "slo":
+        config = replace(config, slo_ttft_s=slo.ttft_s, slo_tpot_s=slo.tpot_s)
+    elif variant == "plain" or (policy not in OURS and variant != "queued"):
+        config = replace(config, queue_order="fcfs", prefill_queue_s=AT_ONCE_S)
     lengths = variant if variant in ("oracle", "useless") else "learned"
     report = simulate(
         workload(cell, rate, seed), model_of(cell.model), policy, cell.workers, cell.workers, config, seed,
@@ -222,7 +237,7 @@ def run_cell(
     tasks = [(cell, row, _start(before, row)) for row in rows]
     found = dict(zip(rows, pool.map(_search_task, tasks), strict=True))
     knees = {row: [knee(points, seed) for seed in cell.seeds] for row, points in found.items()}
-    peers = [row for row in rows if row not in OURS]
+    peers = [row for row in rows if is_peer(row)]
     best = max(peers, key=lambda row: mean(knees[row]))
     per_worker = max(mean(knees[best]), 1e-9) / (START[cell.trace] * cell.workers)
     reference = round(math.log(per_worker, STEP))
@@ -236,6 +251,11 @@ def run_cell(
     for (_, row, rung, _), point in zip(missing, pool.map(_point_task, missing), strict=True):
         found[row].setdefault(rung, []).append(point)
     return _judged(cell, rows, found, knees, best, reference)
+
+
+def is_peer(row: str) -> bool:
+    """True for a peer's policy as its own router runs it."""
+    return " " not in row and row not in OURS
 
 
 def _start(before: dict[str, Any] | None, row: str) -> int:
@@ -357,14 +377,14 @@ def plan(args: argparse.Namespace) -> list[Cell]:
 
 def rows_of(cell: Cell, args: argparse.Namespace, before: dict[str, Any] | None) -> list[str]:
     """Which rows a cell runs."""
-    rows = [*POLICIES, "pair_cost oracle", "pair_cost useless", "pair_cost slo"]
+    rows = [*POLICIES, *VARIANTS]
     if args.rows:
         return [row for row in rows if row in args.rows.split(",")]
     if before is None:
         return rows
     if cell.workers <= LARGE:
         return [row for row in rows if row not in SMALL_ROWS]
-    knees = {row: own["knee"]["mean"] for row, own in before["rows"].items() if row not in OURS}
+    knees = {row: own["knee"]["mean"] for row, own in before["rows"].items() if is_peer(row)}
     best = sorted(knees, key=lambda row: -knees[row])[:3]
     return [row for row in rows if row in LARGE_ROWS or row in best]
 
@@ -372,18 +392,18 @@ def rows_of(cell: Cell, args: argparse.Namespace, before: dict[str, Any] | None)
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", required=True, help="folder with the three trace files")
-    parser.add_argument("--quick", action="store_true", help="4P4D only, two seeds, half of the requests")
+    parser.add_argument("--quick", action="store_true", help="4P4D only, half of the requests")
     parser.add_argument("--model", default=next(iter(PROFILES)), help="a published profile or a file")
     parser.add_argument("--workers", type=int, nargs="+", default=None, help="prefill = decode workers")
     parser.add_argument("--only", default="", help="traces with commas between: " + ",".join(SLOS))
     parser.add_argument("--rows", default="", help="rows with commas between; all by default")
-    parser.add_argument("--seeds", type=int, default=0, help="default 3, quick 2")
+    parser.add_argument("--seeds", type=int, default=0, help="default 3")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=35.0, help="begin no cell after so long")
     parser.add_argument("--out", default="", help="folder for policies.json and policies.png")
     args = parser.parse_args()
     args.workers = args.workers or ([4] if args.quick else [4, 8, 64])
-    args.seeds = args.seeds or (2 if args.quick else 3)
+    args.seeds = args.seeds or 3
     args.thin = 2 if args.quick else 1
     args.traces_named = [name for name in SLOS if not args.only or name in args.only.split(",")]
     return args

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
-from math import sqrt
+from math import log, sqrt
 
 from pdserve.sim.cost import CostModel
 from pdserve.sim.engine import Clock, SimRequest
@@ -23,6 +23,10 @@ from pdserve.types import WorkerLoad
 
 RESERVED_TOKENS = 512
 """SGLang's ``--num-reserved-decode-tokens``: kept free for each request that is there."""
+
+
+GAP_BINS = 100
+"""Gaps between tokens are counted in bins of 1 %."""
 
 
 class DecodeServer:
@@ -65,6 +69,8 @@ class DecodeServer:
         self._since_s = 0.0
         self._plan = 0
         self._num_planned = 0
+        self.gaps: dict[int, int] = {}
+        """Tokens by the gap before them, as ``GAP_BINS`` bins per e-fold of seconds."""
         self._moments = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
     # -- requests come and go ----------------------------------------------------------------
@@ -194,7 +200,10 @@ class DecodeServer:
         if steps:
             grown = steps * len(running)
             self._count(self._moments, steps)
-            self.busy_s += self._after(steps)
+            took_s = self._after(steps)
+            self.busy_s += took_s
+            place = round(log(took_s / steps) * GAP_BINS)
+            self.gaps[place] = self.gaps.get(place, 0) + grown
             self._step += steps
             self._context += grown
             self._take(grown)

@@ -82,11 +82,13 @@ class PrefillServer:
         """What ``/v1/loads`` would say."""
         used = self.held_tokens + self.cache.pinned_tokens
         pool = self._model.prefill_pool_tokens
+        chunked = self._chunked
+        uncached = self._waiting_tokens + (chunked.prompt_tokens - chunked.done_tokens if chunked else 0)
         return WorkerLoad(
             timestamp_s=now_s,
             num_running_reqs=len(self._rows),
             num_waiting_reqs=len(self._waiting) + self.num_bootstrapping,
-            num_waiting_uncached_tokens=self._waiting_tokens,
+            num_waiting_uncached_tokens=uncached,
             num_used_tokens=used,
             num_total_tokens=used + self._waiting_tokens,
             max_total_num_tokens=pool,

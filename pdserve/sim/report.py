@@ -109,11 +109,13 @@ class WorkerUse:
 
 @dataclass(frozen=True, slots=True)
 class UseReport:
-    """All workers, and how often decode retracted a request."""
+    """All workers, and how often decode retracted a request. ``gaps``: (seconds, tokens), the gaps between
+    tokens, shortest first; the wait of a retracted request is not among them."""
 
     prefills: list[WorkerUse]
     decodes: list[WorkerUse]
     retractions: int
+    gaps: list[tuple[float, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,15 @@ class SimReport:
     def percentile(self, field: str, share: float) -> float:
         """Of a field of the served requests, such as ``ttft_s``; NaN if none was served."""
         return percentile([getattr(record, field) for record in self.served], share)
+
+    def itl_percentile(self, share: float) -> float:
+        """Of the gaps between two tokens of an answer, over all tokens, within 1 %; NaN if there was none."""
+        left = share * sum(tokens for _, tokens in self.use.gaps)
+        for gap_s, tokens in self.use.gaps:
+            left -= tokens
+            if left <= 0:
+                return gap_s
+        return float("nan")
 
     def cache_hit_rate(self) -> float:
         """Share of prompt tokens that prefill found in its cache."""

@@ -11,8 +11,10 @@ randomness but the policy's own, which ``seed`` fixes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import exp
 
 from pdserve.balancer.member import Worker
 from pdserve.balancer.policy import Policy, policy_of
@@ -21,7 +23,7 @@ from pdserve.balancer.sample import ARRIVAL_S, Sample
 from pdserve.config import BalancerConfig
 from pdserve.errors import ConfigError, NoWorkerError
 from pdserve.sim.cost import CostModel
-from pdserve.sim.decode_server import DecodeServer
+from pdserve.sim.decode_server import GAP_BINS, DecodeServer
 from pdserve.sim.engine import Clock, SimRequest
 from pdserve.sim.fleet import Fleet
 from pdserve.sim.forecasts import LENGTHS, Lengths, make_lengths
@@ -290,7 +292,11 @@ class Simulation:
             WorkerUse(s.busy_s / span_s, s.port.busy_s / span_s, s.received_tokens, s.matched_tokens)
             for s in self.decodes
         ]
-        use = UseReport(prefills, decodes, sum(s.num_retractions for s in self.decodes))
+        gaps: Counter[int] = Counter()
+        for server in self.decodes:
+            gaps.update(server.gaps)
+        spread = [(exp(place / GAP_BINS), gaps[place]) for place in sorted(gaps)]
+        use = UseReport(prefills, decodes, sum(s.num_retractions for s in self.decodes), spread)
         return SimReport(
             policy=self._config.policy,
             model=self._model.name,

@@ -19,6 +19,7 @@ _COLUMNS = (
     ("p99", 8),
     ("TPOT p50", 9),
     ("p99", 8),
+    ("ITL p99", 8),
     ("e2e p50", 8),
     ("hit P", 6),
     ("hit D", 6),
@@ -38,6 +39,7 @@ def summary(report: SimReport, slo: Slo) -> dict[str, Any]:
         }
         for field in ("ttft_s", "tpot_s", "e2e_s", "queue_s", "transfer_s")
     }
+    spans["itl"] = {f"p{round(share * 100)}": _finite(report.itl_percentile(share)) for share in PERCENTILES}
     return {
         "policy": report.policy,
         "model": report.model,
@@ -75,6 +77,7 @@ def render_table(summaries: Sequence[dict[str, Any]]) -> str:
             _seconds(ttft["p99"], 3),
             _seconds(tpot["p50"], 4),
             _seconds(tpot["p99"], 4),
+            _seconds(run["seconds"]["itl"]["p99"], 4),
             _seconds(e2e["p50"], 2),
             f"{run['hit_rate']['prefill']:.0%}",
             f"{run['hit_rate']['decode']:.0%}",

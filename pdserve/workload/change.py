@@ -1,4 +1,4 @@
-"""What is done to a trace before it is replayed. Each function returns a new list; seeds repeat their draws."""
+"""What is done to a trace before it is replayed. Each function returns a new list; draws repeat by seed."""
 
 from __future__ import annotations
 

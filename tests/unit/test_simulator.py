@@ -58,11 +58,13 @@ def simulation(
 
 
 def test_one_request_on_an_idle_pair_takes_what_the_model_says() -> None:
-    (record,) = simulate([one(800, 5)], MODEL, "round_robin", 1, 1).records
+    report = simulate([one(800, 5)], MODEL, "round_robin", 1, 1)
+    (record,) = report.records
     ttft_s = 0.002 + 0.001 + MODEL.prefill_s(800) + MODEL.transfer_s(800) + 0.0005
     assert record.ttft_s == pytest.approx(ttft_s)
     steps_s = sum(MODEL.decode_step_s(1, 800 + step) for step in range(4))
     assert record.tpot_s == pytest.approx(steps_s / 4)
+    assert report.itl_percentile(0.5) == pytest.approx(steps_s / 4, rel=0.01)
     assert record.e2e_s == pytest.approx(ttft_s + steps_s)
 
 
