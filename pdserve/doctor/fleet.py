@@ -55,6 +55,7 @@ def fleet_groups(url: str, api_key: str) -> list[Group]:
         Check("clocks", lambda: looks.judge(fleet_checks.judge_clocks)),
         Check("load", lambda: looks.judge(fleet_checks.judge_load)),
         Check("KV layouts", lambda: looks.judge(pair_checks.judge_layouts)),
+        Check("pairs", lambda: looks.judge(pair_checks.judge_pair_states)),
         Check("a token", lambda: looks.judge(looks.pairs), ALL_PROBES_S + 20.0),
     )
     return [Group(f"Fleet at {looks.url}", checks, in_turn=True)]

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 
+from pdserve.lifeline import die_with_parent
 from pdserve.plugin.hooks import HOOKS, apply_hooks, check_sglang_version
 
 
@@ -23,4 +25,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    die_with_parent(os.getppid())
     sys.exit(main())

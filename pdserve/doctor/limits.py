@@ -24,6 +24,8 @@ THREADS_PER_SERVER = 250
 MIN_DISK = 1 << 30
 STEP_S = 0.05
 UNLIMITED = -1
+CAP_IPC_LOCK = 14
+"""Bit of linux/capability.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class LimitFacts:
     wall_s: float
     drift_s: float
     """By how much the wall clock ran away from the monotonic one in STEP_S."""
+    may_lock: bool = False
+    """CAP_IPC_LOCK: the limit of locked memory does not bind this process."""
 
 
 def gather_limits(folders: tuple[Path, ...], cores: int) -> LimitFacts:
@@ -65,7 +69,17 @@ def gather_limits(folders: tuple[Path, ...], cores: int) -> LimitFacts:
         disks=tuple(_disk(folder) for folder in folders),
         wall_s=wall_s,
         drift_s=(time.time() - wall_s) - (time.monotonic() - monotonic_s),
+        may_lock=_may_lock(),
     )
+
+
+def _may_lock() -> bool:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return False
+    effective = next((line.split()[1] for line in lines if line.startswith("CapEff:")), "0")
+    return bool(int(effective, 16) >> CAP_IPC_LOCK & 1)
 
 
 def _limit(value: int) -> int:
@@ -180,10 +194,11 @@ def _judge_files(facts: LimitFacts) -> Finding:
 
 def _judge_memlock(facts: LimitFacts, has_rdma: bool) -> Finding:
     text = f"{_size(facts.memlock)} of memory may be locked"
-    if facts.memlock == UNLIMITED:
-        return ok(MEMLOCK, text, bytes=facts.memlock)
+    if facts.memlock == UNLIMITED or facts.may_lock:
+        more = "; CAP_IPC_LOCK lifts the limit" if facts.memlock != UNLIMITED else ""
+        return ok(MEMLOCK, text + more, bytes=facts.memlock)
     if has_rdma:
-        return error(
+        return warning(
             MEMLOCK,
             text,
             "an RDMA device locks the whole KV pool; registration fails beyond the limit",

@@ -10,11 +10,13 @@ setting may hang it: the doctor kills it and everything it started.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
 import numpy as np
 
+from pdserve.lifeline import die_with_parent
 from pdserve.transfer.trial import Trial, TrialGeometry
 
 NUM_PAGES = 512
@@ -48,5 +50,6 @@ def measure(gpu: int = -1) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    die_with_parent(os.getppid())
     answer = measure(int(sys.argv[1]) if len(sys.argv) > 1 else -1)
     sys.stdout.write(json.dumps(answer) + "\n")

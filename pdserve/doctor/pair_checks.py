@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from pdserve.balancer.probe import ProbeFailed, ProbePassed
-from pdserve.doctor.finding import Finding, error, note, ok
+from pdserve.doctor.finding import Finding, error, note, ok, warning
 from pdserve.doctor.fleet_facts import FleetFacts, PairLook, WorkerLook
 from pdserve.types import KVLayoutDescriptor, Role
 
-LAYOUTS, TOKENS = "KV layouts", "a token"
+LAYOUTS, STATES, TOKENS = "KV layouts", "pairs", "a token"
 MAX_NAMED = 4
 """Pairs named in one finding; the rest is counted."""
 
@@ -105,6 +105,27 @@ def _remedy(difference: str) -> str:
     if "model" in difference:
         return "serve the same model from every worker of a fleet"
     return "start both roles with the same model, --dtype and --kv-cache-dtype"
+
+
+def judge_pair_states(facts: FleetFacts) -> list[Finding]:
+    """Pairs that the balancer does not use although both workers are there."""
+    ready = {look.name for look in facts.workers if look.is_reached and look.row.get("state") == "ready"}
+    misfits = layout_mismatches(facts)
+    kept_out: dict[str, str] = {}
+    for row in facts.balancer.state.get("pairs") or ():
+        label = f"{row.get('prefill')}>{row.get('decode')}"
+        is_judged = label in misfits or not {row.get("prefill"), row.get("decode")} <= ready
+        if row.get("state") != "ready" and not is_judged:
+            kept_out[label] = f"{row.get('state')}: {row.get('error') or 'no token yet'}"
+    return [
+        warning(
+            STATES,
+            f"the balancer does not use {_named(labels)}: {reason}",
+            "it sends requests only where its own token came through; other pairs carry the load",
+            "it tries again by itself; if the token below passes, wait a moment",
+        )
+        for reason, labels in _grouped(kept_out).items()
+    ]
 
 
 def judge_pairs(looks: Iterable[PairLook]) -> list[Finding]:

@@ -10,8 +10,9 @@ from pdserve.cluster.machine import FIRST_WORKER_PORT
 from pdserve.cluster.ports import SystemPorts, port_owner
 from pdserve.doctor.finding import Finding, error, note, ok
 from pdserve.errors import ConfigError
+from pdserve.leftovers import live_workers
 
-PORT, WORKERS, BOOTSTRAP = "port", "worker ports", "bootstrap ports"
+PORT, WORKERS, BOOTSTRAP, RUNNING = "port", "worker ports", "bootstrap ports", "servers"
 LOOPBACK = "127.0.0.1"
 NUM_BOOTSTRAP = 1
 """The service itself; it opens one more for each prefill server."""
@@ -27,6 +28,8 @@ class PortFacts:
     owner: tuple[int, str] | None = None
     workers: tuple[int, ...] = ()
     bootstrap: int = 0
+    running: tuple[int, ...] = ()
+    """Process ids of pdserve's servers that run here already."""
     ephemeral: tuple[int, int] = (0, 0)
     """First and last port that the kernel gives to outgoing connections."""
 
@@ -50,6 +53,7 @@ def gather_ports(port: int, num_servers: int, num_prefill: int) -> PortFacts:
         owner=port_owner(port) if refusal else None,
         workers=tuple(workers),
         bootstrap=len(bootstrap),
+        running=tuple(live_workers()),
         ephemeral=_ephemeral(),
     )
 
@@ -66,6 +70,10 @@ def judge_ports(facts: PortFacts) -> list[Finding]:
     """The service's port must be free; servers take the next free ones."""
     findings = [_judge_port(facts), _judge_workers(facts.workers)]
     findings.append(ok(BOOTSTRAP, f"{facts.bootstrap} more are free for the bootstrap service"))
+    if facts.running:
+        pids = ", ".join(map(str, facts.running))
+        why = "they take cores and memory that a new service would need"
+        findings.append(note(RUNNING, f"{len(facts.running)} of pdserve's run here already: pid {pids}", why))
     taken = [
         port for port in (facts.port, *facts.workers) if facts.ephemeral[0] <= port <= facts.ephemeral[1]
     ]

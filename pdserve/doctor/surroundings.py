@@ -8,7 +8,7 @@ from pdserve.config import DataPlaneConfig, WorkerEnv
 from pdserve.doctor.finding import Finding, error, note, ok, warning
 from pdserve.errors import ConfigError
 
-PROXY, OWNED, ENGINE, THREADS = "proxies", "PDSERVE_*", "SGLANG_*", "OMP_NUM_THREADS"
+PROXY, OWNED, ENGINE, THREADS, CUDA = "proxies", "PDSERVE_*", "SGLANG_*", "OMP_NUM_THREADS", "CUDA"
 _LOOPBACK = ("127.0.0.1", "localhost")
 _LAUNCHER_SETS = (
     "PDSERVE_ACTIVE", "PDSERVE_ROLE", "PDSERVE_WORKER_ID", "PDSERVE_INSTANCE_ID", "PDSERVE_BOOTSTRAP_URL",
@@ -27,7 +27,7 @@ def judge_environment(
         *_judge_proxies(environ),
         *_judge_owned(environ),
         *_judge_engine(environ),
-        *([] if on_gpu else _judge_threads(environ, num_servers, cores)),
+        *(_judge_cuda(environ) if on_gpu else _judge_threads(environ, num_servers, cores)),
     ]
     return findings or [ok("environment", "nothing set that gets in the way")]
 
@@ -112,6 +112,25 @@ def _judge_engine(environ: Mapping[str, str]) -> Iterator[Finding]:
     overwritten = [name for name in _LAUNCHER_OVERWRITES if environ.get(name)]
     if overwritten:
         yield note(ENGINE, f"set here, but pdserve's launcher overwrites it: {', '.join(overwritten)}")
+
+
+def _judge_cuda(environ: Mapping[str, str]) -> Iterator[Finding]:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if "expandable_segments:true" in environ.get(name, "").replace(" ", "").lower():
+            yield warning(
+                CUDA,
+                f"{name}={environ[name]}",
+                "cuda_ipc cannot share memory of expandable segments: KV between GPUs of this machine fails "
+                "or goes through host memory",
+                "leave expandable_segments out",
+            )
+    if environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
+        yield warning(
+            CUDA,
+            f"CUDA_LAUNCH_BLOCKING={environ['CUDA_LAUNCH_BLOCKING']}",
+            "every kernel is waited for; servers are several times slower",
+            "unset it",
+        )
 
 
 def _judge_threads(environ: Mapping[str, str], num_servers: int, cores: int) -> Iterator[Finding]:

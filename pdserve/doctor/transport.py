@@ -14,9 +14,7 @@ from pdserve.transfer.engine import MemoryKind
 from pdserve.transfer.rails import BETWEEN_PROCESSES, transport_problem
 
 UCX_S = 20.0
-NIXL, UCX, TLS, NET, RDMA, PLUGIN_DIR = (
-    "nixl", "ucx", "UCX_TLS", "UCX_NET_DEVICES", "rdma", "NIXL_PLUGIN_DIR",
-)  # fmt: skip
+NIXL, UCX, MODULES, TLS, NET, RDMA = "nixl", "ucx", "UCX_MODULE_DIR", "UCX_TLS", "UCX_NET_DEVICES", "rdma"
 
 _ALIASES = {
     "sm": {"posix", "sysv", "xpmem", "cma", "knem"},
@@ -53,6 +51,8 @@ class TransportFacts:
     ucx_trouble: str = ""
     rdma: Mapping[str, str] | None = None
     networks: tuple[str, ...] = ()
+    module_dir: str = ""
+    """UCX_MODULE_DIR, if it is set and holds no UCX modules."""
     ucx_tls: str = ""
     ucx_net_devices: str = ""
 
@@ -81,6 +81,7 @@ def gather_transport(environ: Mapping[str, str]) -> TransportFacts:
         ucx_trouble="" if answer else child.complaint(UCX_S),
         rdma={device.name: _link_state(device) for device in Path("/sys/class/infiniband").glob("*")},
         networks=tuple(sorted(link.name for link in Path("/sys/class/net").glob("*"))),
+        module_dir=_useless_module_dir(environ.get("UCX_MODULE_DIR", "")),
         ucx_tls=environ.get("UCX_TLS", ""),
         ucx_net_devices=environ.get("UCX_NET_DEVICES", ""),
     )
@@ -93,6 +94,10 @@ def _libraries(package: str) -> Path:
     spec = importlib.util.find_spec(module)
     locations = list(spec.submodule_search_locations or ()) if spec else []
     return Path(locations[0]).parent / f"{module}.libs" if locations else Path(f"{module}.libs")
+
+
+def _useless_module_dir(folder: str) -> str:
+    return folder if folder and not any(Path(folder).glob("libuct_*.so*")) else ""
 
 
 def _plugins(folder: Path) -> list[Path]:
@@ -115,6 +120,7 @@ def judge_transport(facts: TransportFacts, *, on_gpu: bool) -> list[Finding]:
     return [
         *_judge_nixl(facts),
         _judge_ucx(facts, on_gpu),
+        *_judge_modules(facts),
         *_judge_tls(facts, kind),
         *_judge_net_devices(facts),
         *_judge_rdma(facts),
@@ -183,6 +189,14 @@ def _judge_ucx(facts: TransportFacts, on_gpu: bool) -> Finding:
             **values,
         )
     return ok(UCX, f"UCX {facts.ucx_version}: {text}", **values)
+
+
+def _judge_modules(facts: TransportFacts) -> list[Finding]:
+    if not facts.module_dir:
+        return []
+    what = f"UCX_MODULE_DIR={facts.module_dir} holds no UCX modules"
+    why = "CUDA and RDMA are modules of UCX: without them only shared memory and TCP are left"
+    return [warning(MODULES, what, why, "unset UCX_MODULE_DIR: NIXL's package brings its own")]
 
 
 def _judge_tls(facts: TransportFacts, kind: MemoryKind) -> list[Finding]:

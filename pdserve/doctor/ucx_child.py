@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from pdserve.lifeline import die_with_parent
 
 UCT_COMPONENT_NAME_MAX = 16
 UCT_TL_NAME_MAX = 10
@@ -106,4 +109,5 @@ def _of_domain(
 
 
 if __name__ == "__main__":
+    die_with_parent(os.getppid())
     sys.stdout.write(json.dumps(list_resources(Path(sys.argv[1]))) + "\n")

@@ -36,7 +36,7 @@ from pdserve.doctor.fleet_facts import (
     spread,
     worker_info,
 )
-from pdserve.doctor.pair_checks import judge_layouts, judge_pairs, layout_mismatches
+from pdserve.doctor.pair_checks import judge_layouts, judge_pair_states, judge_pairs, layout_mismatches
 from pdserve.errors import ConfigError
 from pdserve.types import KVLayoutDescriptor, Role, WorkerInfo
 from tests.fakes import FakeSGLang, until
@@ -283,6 +283,24 @@ def test_many_pairs_of_one_fault_make_one_finding() -> None:
     found = bad(judge_layouts(fleet(*workers, layouts=layouts)), Level.ERROR)
     assert "and 32 more" in found.what
     assert len(found.values["pairs"]) == 36  # type: ignore[arg-type]
+
+
+def test_pairs_that_the_balancer_keeps_out_are_named_unless_it_was_said_already() -> None:
+    pairs = [
+        {"prefill": "prefill-0", "decode": "decode-0", "state": "ready", "error": ""},
+        {"prefill": "prefill-0", "decode": "decode-1", "state": "failed", "error": "HTTP 500"},
+        {"prefill": "prefill-0", "decode": "decode-2", "state": "untested", "error": ""},
+        {
+            "prefill": "prefill-0",
+            "decode": "decode-3",
+            "state": "failed",
+            "error": "KV layouts differ: a: 1 != 2",
+        },
+    ]
+    workers = [look(name) for name in ("prefill-0", "decode-0", "decode-1", "decode-3")]
+    dead = look("decode-2", health="cannot connect")
+    found = bad(judge_pair_states(fleet(*workers, dead, pairs=pairs)), Level.WARNING)
+    assert "prefill-0>decode-1: failed: HTTP 500" in found.what
 
 
 def test_pairs_are_judged_by_the_token() -> None:

@@ -227,6 +227,7 @@ def test_network_devices_must_be_there(devices: str, level: Level) -> None:
         ({"backend_version": "1.4.0"}, Level.WARNING, "1.4.0"),
         ({"transports": (("self", "memory"),)}, Level.ERROR, "no way to another process"),
         ({"transports": None, "ucx_trouble": "no end within 20 s"}, Level.WARNING, "no end within 20 s"),
+        ({"module_dir": "/empty"}, Level.WARNING, "UCX_MODULE_DIR=/empty"),
         ({"rdma": {"mlx5_0": "DOWN"}}, Level.WARNING, "mlx5_0 (DOWN)"),
         ({"rdma": {"mlx5_0": "ACTIVE"}}, Level.WARNING, "UCX cannot use it"),
     ],
@@ -300,7 +301,8 @@ def test_remedy_for_open_files_depends_on_the_hard_limit() -> None:
 
 def test_locked_memory_matters_with_rdma_only() -> None:
     assert worst(limits(LIMITS)) is Level.OK
-    assert the(limits(LIMITS, rdma=True), Level.ERROR).check == "memlock"
+    assert the(limits(LIMITS, rdma=True), Level.WARNING).check == "memlock"
+    assert worst(limits(replace(LIMITS, may_lock=True), rdma=True)) is Level.OK
     assert worst(limits(replace(LIMITS, memlock=UNLIMITED), rdma=True)) is Level.OK
 
 
@@ -324,6 +326,11 @@ def test_a_taken_port_names_its_owner_and_what_else_to_do() -> None:
     assert "pid 7 (nginx)" in the(other, Level.ERROR).what
     assert "--port" in the(other, Level.ERROR).what_to_do
     assert "pdserve doctor http://127.0.0.1:30000" in the(ours, Level.ERROR).what_to_do
+
+
+def test_servers_that_run_already_are_noted() -> None:
+    findings = judge_ports(PortFacts(30000, workers=(31000,), running=(7, 8)))
+    assert "pid 7, 8" in next(finding.what for finding in findings if finding.level is Level.NOTE)
 
 
 def test_ports_that_the_kernel_gives_away_are_noted() -> None:
@@ -363,6 +370,15 @@ def test_bad_settings_are_named(values: dict[str, str], level: Level, words: str
     found = the(environment(values), level)
     assert words in found.what
     assert "secret" not in found.what
+
+
+@pytest.mark.parametrize(
+    "values", [{"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments: True"}, {"CUDA_LAUNCH_BLOCKING": "1"}]
+)
+def test_settings_that_hurt_gpu_servers_are_named_on_gpus_only(values: dict[str, str]) -> None:
+    (name,) = values
+    assert name in the(environment(values, on_gpu=True), Level.WARNING).what
+    assert worst(environment(values)) is Level.OK
 
 
 @pytest.mark.parametrize(
