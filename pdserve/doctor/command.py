@@ -55,11 +55,15 @@ def run_doctor(
 
         groups += fleet_groups(url, api_key)
     report = Report(run_groups(groups), time.monotonic() - started_s)
+    _print(report, as_json)
+    return report.exit_code
+
+
+def _print(report: Report, as_json: bool) -> None:
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     width = shutil.get_terminal_size((100, 24)).columns
     sys.stdout.write(render_json(report) if as_json else render_text(report, width, is_unicode=is_unicode))
     sys.stdout.flush()
-    return report.exit_code
 
 
 def _check(question: MachineQuestion) -> None:

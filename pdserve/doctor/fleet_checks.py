@@ -63,7 +63,7 @@ def _no_state(facts: FleetFacts) -> Finding:
 
 def judge_workers(facts: FleetFacts) -> list[Finding]:
     """Is each one there, well, and itself; did any leave."""
-    findings = [finding for look in facts.workers for finding in _judge_worker(look)]
+    findings = [_judge_worker(look) for look in facts.workers]
     for role in Role:
         if not any(look.role is role for look in facts.workers):
             findings.append(
@@ -77,49 +77,46 @@ def judge_workers(facts: FleetFacts) -> list[Finding]:
     return [*findings, *_judge_departures(facts)]
 
 
-def _judge_worker(look: WorkerLook) -> Iterator[Finding]:
-    row, name = look.row, look.name
+def _judge_worker(look: WorkerLook) -> Finding:
+    row = look.row
     state, breaker = row.get("state", "?"), row.get("breaker", "?")
     told = f"{state}, breaker {breaker}"
-    last = f", last error: {row['last_error']}" if row.get("last_error") else ""
+    instance = look.instance.get("instance_id")
     if look.is_hidden:
-        yield note(
-            name,
+        return note(
+            look.name,
             f"{told}; {row.get('url')} cannot be reached from this machine",
             "it listens on the loopback of the balancer's machine",
             "run the doctor there to look at it and its pairs",
         )
-        return
-    if look.health:
-        yield error(
-            name,
-            f"{row.get('url')} does not answer: {look.health} ({told})",
-            "requests for it fail or wait; its pairs take no traffic",
-            f"look at its log; start it again: `pdserve {row.get('role')} --join HOST:PORT`",
-            state=state,
-        )
-        return
-    instance = look.instance.get("instance_id")
+    if look.health or look.info_trouble:
+        return _silent(look, told)
     if instance and row.get("instance_id") and instance != row["instance_id"]:
-        yield error(
-            name,
+        return error(
+            look.name,
             f"another server answers at {row.get('url')}: {look.instance.get('worker_id')} ({instance[:8]}…)",
             "the balancer would send it requests meant for a process that is gone",
             "wait until the old lease runs out (10 s); if it stays, remove the worker (DELETE /workers)",
         )
-    elif look.info_trouble:
-        yield error(
-            name,
-            f"its HTTP server answers, its scheduler does not: {look.info_trouble} ({told})",
-            "the process behind the HTTP server hangs or is gone; requests would never end",
-            "look at its log and restart it",
-            state=state,
-        )
-    elif state != "ready" or breaker not in ("closed", "?"):
-        yield _not_serving(look, f"{told}{last}")
+    if state != "ready" or breaker not in ("closed", "?"):
+        last = f", last error: {row['last_error']}" if row.get("last_error") else ""
+        return _not_serving(look, told + last)
+    kind = "pdserve" if look.instance else "stock SGLang"
+    what = f"{told}, {kind}, {row.get('inflight', 0)} in flight"
+    return ok(look.name, what, state=state, breaker=breaker)
+
+
+def _silent(look: WorkerLook, told: str) -> Finding:
+    """The HTTP server, or the scheduler behind it, does not answer."""
+    if look.health:
+        what = f"{look.row.get('url')} does not answer: {look.health} ({told})"
+        why = "requests for it fail or wait; its pairs take no traffic"
+        todo = f"look at its log; start it again: `pdserve {look.row.get('role')} --join HOST:PORT`"
     else:
-        kind = "pdserve" if look.instance else "stock SGLang"
-        yield ok(name, f"{told}, {kind}, {row.get('inflight', 0)} in flight", state=state, breaker=breaker)
+        what = f"its HTTP server answers, its scheduler does not: {look.info_trouble} ({told})"
+        why = "the process behind the HTTP server hangs or is gone; requests would never end"
+        todo = "look at its log and restart it"
+    return error(look.name, what, why, todo, state=look.row.get("state"))
 
 
 def _not_serving(look: WorkerLook, told: str) -> Finding:

@@ -156,13 +156,7 @@ def _judge_ucx(facts: TransportFacts, on_gpu: bool) -> Finding:
             "a driver may hang or crash it; the loopback transfer below is what counts",
             "run `python -m pdserve.doctor.ucx_child FOLDER` with the .libs folder of NIXL's package",
         )
-    by_name: dict[str, list[str]] = {}
-    for name, device in facts.transports:
-        by_name.setdefault(name, []).append(device)
-    text = "; ".join(
-        name if devices == ["memory"] else f"{name} on {', '.join(devices)}"
-        for name, devices in sorted(by_name.items())
-    )
+    text, by_name = _described(facts.transports)
     values = dict(version=facts.ucx_version, transports=by_name)
     if not facts.names & BETWEEN_PROCESSES:
         return error(
@@ -189,6 +183,18 @@ def _judge_ucx(facts: TransportFacts, on_gpu: bool) -> Finding:
             **values,
         )
     return ok(UCX, f"UCX {facts.ucx_version}: {text}", **values)
+
+
+def _described(transports: tuple[tuple[str, str], ...]) -> tuple[str, dict[str, list[str]]]:
+    """One line on the transports, and their devices by name."""
+    by_name: dict[str, list[str]] = {}
+    for name, device in transports:
+        by_name.setdefault(name, []).append(device)
+    parts = (
+        name if devices == ["memory"] else f"{name} on {', '.join(devices)}"
+        for name, devices in sorted(by_name.items())
+    )
+    return "; ".join(parts), by_name
 
 
 def _judge_modules(facts: TransportFacts) -> list[Finding]:

@@ -14,7 +14,7 @@ from pdserve.doctor.loopback import judge_loopback, send_over_loopback
 from pdserve.model.tiny import write_tiny_model
 from tests.unit.balancer_client import running_site
 from tests.unit.doctor_command import DoctorRun, doctor
-from tests.unit.test_doctor_fleet import fleet_with_page_sizes
+from tests.unit.test_doctor_asking import fleet_with_page_sizes
 
 pytestmark = pytest.mark.slow
 

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 
 from pdserve import SUPPORTED_SGLANG, __version__
-from pdserve.balancer.app import Balancer
 from pdserve.balancer.probe import ProbeFailed, ProbePassed
-from pdserve.bootstrap.messages import FleetView
-from pdserve.config import BalancerConfig
 from pdserve.doctor.finding import Finding, Level
-from pdserve.doctor.fleet import fleet_url
 from pdserve.doctor.fleet_checks import (
     judge_balancer,
     judge_clocks,
@@ -27,20 +19,14 @@ from pdserve.doctor.fleet_checks import (
 )
 from pdserve.doctor.fleet_facts import (
     FleetFacts,
-    Keys,
     PairLook,
     StateLook,
     WorkerLook,
-    gather_fleet,
-    gather_pairs,
     spread,
     worker_info,
 )
 from pdserve.doctor.pair_checks import judge_layouts, judge_pair_states, judge_pairs, layout_mismatches
-from pdserve.errors import ConfigError
-from pdserve.types import KVLayoutDescriptor, Role, WorkerInfo
-from tests.fakes import FakeSGLang, until
-from tests.unit.balancer_client import running_site
+from pdserve.types import KVLayoutDescriptor, Role
 
 LAYOUT = KVLayoutDescriptor(
     page_size=16, dtype="bfloat16", num_layers=30, num_kv_heads=3, token_bytes=768, converts_pages=True
@@ -326,100 +312,3 @@ def test_the_first_pairs_tried_have_every_worker_in_them(num_prefill: int, num_d
     if order:
         assert {p for p, _ in first} == {p.name for p in prefills}
         assert {d for _, d in first} == {d.name for d in decodes}
-
-
-# -- asking ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "url"),
-    [
-        ("h:1", "http://h:1"),
-        ("http://h:1/", "http://h:1"),
-        ("https://h", "https://h"),
-        ("[::1]:5", "http://[::1]:5"),
-    ],
-)
-def test_an_address_is_completed(text: str, url: str) -> None:
-    assert fleet_url(text) == url
-
-
-@pytest.mark.parametrize("text", ["ftp://h:1", "http://h:1/path", "http://h:port", "http://", "h:99999"])
-def test_what_is_no_address_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="HOST:PORT"):
-        fleet_url(text)
-
-
-def test_the_key_given_wins_over_the_environment() -> None:
-    keys = Keys.of("given", {"api_key": "client", "admin_api_key": "admin"})
-    assert keys.admin == "given"
-    assert Keys.of("", {"api_key": "client"}).admin == "client"
-    assert keys.workers.plain == ((b"authorization", b"Bearer client"),)
-
-
-class FixedMembers:
-    """A membership that never changes, with KV layouts."""
-
-    is_connected, epoch = True, "epoch"
-
-    def __init__(self, workers: list[WorkerInfo]) -> None:
-        self._workers = workers
-
-    async def watch(self) -> AsyncIterator[FleetView]:
-        yield FleetView(epoch="epoch", version=1, workers=self._workers)
-        await asyncio.Event().wait()
-
-
-@asynccontextmanager
-async def fleet_with_page_sizes(prefill: int, decode: int) -> AsyncIterator[Balancer]:
-    """One pair of fakes whose layouts the bootstrap service would have told."""
-    async with AsyncExitStack() as stack:
-        infos = []
-        for role, page_size in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
-            fake = await stack.enter_async_context(FakeSGLang(role))
-            layout = msgspec.structs.replace(LAYOUT, page_size=page_size, converts_pages=False)
-            infos.append(msgspec.structs.replace(fake.info, kv_layout=layout))
-        balancer = Balancer(BalancerConfig(port=0), FixedMembers(infos))
-        await balancer.start()
-        stack.push_async_callback(balancer.stop)
-        await until(
-            lambda: [str(pair.state) in ("ready", "failed") for pair in balancer.fleet.pairs()] == [True]
-        )
-        yield balancer
-
-
-async def test_a_fleet_of_fakes_is_asked_and_tried() -> None:
-    async with running_site(prefill=2, decode=2) as site:
-        facts = await asyncio.to_thread(gather_fleet, site.balancer.url, Keys())
-        pairs = await asyncio.to_thread(gather_pairs, facts, Keys(), {"prefill-0>decode-1": "not wanted"})
-    assert [each.name for each in facts.workers if each.is_reached] == [f.name for f in site.fakes]
-    assert {pair.label for pair in pairs if isinstance(pair.result, ProbePassed)} == {
-        "prefill-0>decode-0", "prefill-1>decode-0", "prefill-1>decode-1",
-    }  # fmt: skip
-    assert [pair.untried for pair in pairs if pair.result is None] == ["not wanted"]
-    rooms = [site.prefills[0].rooms, site.decodes[1].rooms]
-    assert rooms == [[site.prefills[0].rooms[0]], [site.decodes[1].rooms[0]]]
-
-
-async def test_a_locked_balancer_wants_its_key() -> None:
-    async with running_site(admin_api_key="secret") as site:
-        without = await asyncio.to_thread(gather_fleet, site.balancer.url, Keys())
-        with_key = await asyncio.to_thread(gather_fleet, site.balancer.url, Keys.of("secret", {}))
-    assert without.balancer.status == 401
-    assert not without.workers
-    assert len(with_key.workers) == 2
-
-
-async def test_a_pair_whose_layouts_differ_is_found_from_the_balancers_own_words() -> None:
-    async with fleet_with_page_sizes(16, 32) as balancer:
-        facts = await asyncio.to_thread(gather_fleet, balancer.url, Keys())
-    assert layout_mismatches(facts) == {"prefill-0>decode-0": "page_size: 16 != 32"}
-
-
-def test_workers_on_another_machines_loopback_are_not_asked() -> None:
-    from pdserve.doctor.fleet_facts import is_hidden
-
-    assert is_hidden("http://127.0.0.1:31000", "http://10.0.0.5:30000")
-    assert not is_hidden("http://127.0.0.1:31000", "http://localhost:30000")
-    assert not is_hidden("http://10.0.0.6:31000", "http://10.0.0.5:30000")
-    assert replace(look("prefill-0"), is_hidden=True).is_reached is False
