@@ -20,7 +20,7 @@ MIN_FILES, GOOD_FILES = 1024, 4096
 MIN_SHM, GOOD_SHM = 64 << 20, 1 << 30
 """Docker's default is 64 MiB: UCX's and NCCL's segments of a few ranks do not fit."""
 THREADS_PER_SERVER = 250
-"""Threads of one CPU server: about 100 on 2 cores, measured; libraries start more where there are more cores."""
+"""Of one CPU server: about 100 on 2 cores, measured; libraries start more where there are more cores."""
 MIN_DISK = 1 << 30
 STEP_S = 0.05
 UNLIMITED = -1
