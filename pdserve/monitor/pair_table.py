@@ -43,8 +43,7 @@ def matrix_cell(snapshot: Snapshot, view: ViewState, width: int) -> int:
     """How wide a cell of the matrix may be; 0 if the pairs are better listed."""
     if order_of(view, Pane.PAIRS).name != "name" or not snapshot.pairs:
         return 0
-    num_decode = len({pair.decode for pair in snapshot.pairs})
-    num_prefill = len({pair.prefill for pair in snapshot.pairs})
+    num_prefill, num_decode = map(len, snapshot.pair_roles)
     room = (width - NAME_WIDTH - 1) // num_decode - 2
     if num_prefill > MOST_ROWS or room < SMALL_CELL:
         return 0

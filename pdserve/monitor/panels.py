@@ -51,16 +51,8 @@ def joined(parts: Sequence[Part], width: int, separator: str = " · ") -> Line:
     return Line()
 
 
-def header(snapshot: Snapshot, view: ViewState, width: int) -> list[Line]:
-    """Three lines: whose fleet and since when; regime, queue, membership; what needs attention."""
-    return [
-        _title(snapshot, view, width),
-        joined(_condition(snapshot), width),
-        attention(snapshot, view, width),
-    ]
-
-
-def _title(snapshot: Snapshot, view: ViewState, width: int) -> Line:
+def title(snapshot: Snapshot, view: ViewState, width: int) -> Line:
+    """Whose fleet it is, how long it has been up, and whether what is shown is current."""
     state = snapshot.state
     status, style = _status(view)
     version, uptime_s = text(state.get("version"), 24), number(state.get("uptime_s"))
@@ -83,24 +75,25 @@ def _status(view: ViewState) -> tuple[str, str]:
     return ("○ connecting", WARN) if view.received_s is None else ("● live", GOOD)
 
 
-def _condition(snapshot: Snapshot) -> list[Part]:
+def condition(snapshot: Snapshot, width: int) -> Line:
+    """Regime, queue, what was shed, what is in flight, policy, membership."""
     queue, requests = snapshot.section("queue"), snapshot.section("requests")
     length = first_number(queue.get("length"), snapshot.state.get("waiting"))
     oldest_s, size = number(queue.get("oldest_wait_s")), count(queue.get("size"))
     waiting = f"queue {format_count(length)}" + (f"/{format_count(size)}" if size is not None else "")
     if length and oldest_s is not None:
         waiting += f", oldest {format_seconds(oldest_s)}"
-    parts = [(*_regime(snapshot), 0), (waiting, WARN if length else "", 0), *_shed(snapshot)]
+    parts: list[Part] = [(*_regime(snapshot), 0), (waiting, WARN if length else "", 0), *_shed(snapshot)]
     parts.append((f"in flight {format_count(number(requests.get('inflight')))}", "", 1))
     policy = text(snapshot.state.get("policy"), 40)
-    parts.append((f"policy {policy}" if policy else "", "", 2))
+    parts.append((f"policy {policy}" if policy else "", "", 3))
     limit = number(queue.get("max_dispatched"))
     if limit:
         parts.append(
             (f"dispatched {format_count(number(queue.get('dispatched')))} of {format_count(limit)}", "", 4)
         )
-    parts.append((f"retried {format_count(number(requests.get('retried')))}", "", 3))
-    return [*parts, _membership(snapshot)]
+    parts.append((f"retried {format_count(number(requests.get('retried')))}", "", 4))
+    return joined([*parts, _membership(snapshot)], width)
 
 
 def _shed(snapshot: Snapshot) -> list[Part]:
@@ -109,7 +102,7 @@ def _shed(snapshot: Snapshot) -> list[Part]:
     total = first_number(snapshot.section("requests").get("shed"), counted)
     named = ", ".join(f"{text(why, 24)} {format_count(number(n))}" for why, n in list(reasons.items())[:3])
     style = WARN if total else ""
-    return [(f"shed {format_count(total)}", style, 0), (f"shed by {named}" if named else "", style, 4)]
+    return [(f"shed {format_count(total)}", style, 0), (f"by {named}" if named else "", style, 2)]
 
 
 def _membership(snapshot: Snapshot) -> Part:
@@ -132,33 +125,39 @@ def _regime(snapshot: Snapshot) -> tuple[str, str]:
     return f"regime {_REGIMES.get(name, name)}{lasted}", "" if name == "normal" else WARN
 
 
-def attention(snapshot: Snapshot, view: ViewState, width: int) -> Line:
-    """What an operator should look at first, the worst first; one line."""
+def attention(snapshot: Snapshot, view: ViewState, width: int, num_lines: int = 1) -> list[Line]:
+    """What an operator should look at first, the worst first: one to ``num_lines`` lines."""
     if view.lost is not None:
-        return _loss(view, width)
+        return [_loss(view, width)]
     if view.received_s is None and not snapshot.state:
-        return Line(fit("○ no answer of the balancer yet", width), DIM)
+        return [Line("○ no answer of the balancer yet", DIM)]
     if not snapshot.workers:
-        return Line(
-            "○ no workers: start some with pdserve launch, or pdserve prefill and decode --join", WARN
-        )
+        return [
+            Line("○ no workers: start some with pdserve launch, or pdserve prefill and decode --join", WARN)
+        ]
     problems = _problems(snapshot)
     if not problems:
-        return Line("● nothing needs attention", GOOD)
-    parts: list[Part] = [(problem, style, rank) for rank, (problem, style) in enumerate(problems)]
-    shown = joined(parts, width - 10)
-    num_left = len(problems) - sum(problem in shown.plain for problem, _ in problems)
-    return shown.add(f" · {num_left} more" if num_left > 0 else "", DIM)
+        return [Line("● nothing needs attention", GOOD)]
+    lines = [Line(*problem) for problem in problems[: num_lines - 1]]
+    rest: list[Part] = [(*problem, rank) for rank, problem in enumerate(problems[num_lines - 1 :])]
+    if rest:
+        last = joined(rest, width - 10)
+        num_left = sum(problem not in last.plain for problem, _, _ in rest)
+        lines.append(last.add(f" · {num_left} more" if num_left else "", DIM))
+    return lines
 
 
 def _loss(view: ViewState, width: int) -> Line:
     assert view.lost is not None
     since_s = view.lost.since_s
     at = time.strftime("%H:%M:%S", time.localtime(max(0.0, min(since_s, 4e9))))
-    what = "; below is its last answer" if view.received_s is not None else ""
-    line = f"× no answer since {at} ({format_age(view.now_s - since_s)}): {text(view.lost.reason, 300)}"
-    tail = f"; next try in {format_age(view.lost.retry_s)}{what}"
-    return Line(fit(line, max(0, width - len(tail))).rstrip(), BAD).add(tail, BAD)
+    what = f"× no answer since {at} ({format_age(view.now_s - since_s)}): {text(view.lost.reason, 300)}"
+    parts: list[Part] = [
+        (what, BAD, 0),
+        (f"next try in {format_age(view.lost.retry_s)}", BAD, 2),
+        ("below is its last answer" if view.received_s is not None else "", BAD, 1),
+    ]
+    return joined(parts, width, "; ")
 
 
 def _problems(snapshot: Snapshot) -> list[tuple[str, str]]:
@@ -166,7 +165,8 @@ def _problems(snapshot: Snapshot) -> list[tuple[str, str]]:
     for worker in snapshot.workers:
         if worker.is_troubled:
             why = f": {worker.last_error[:100]}" if worker.last_error else ""
-            found.append((f"▲ {worker.name} {worker.state or worker.breaker}{why}", BAD))
+            what = worker.state if worker.state in ("suspect", "gone") else f"breaker {worker.breaker}"
+            found.append((f"▲ {worker.name} {what}{why}", BAD))
     for role in ("prefill", "decode"):
         if not any(worker.role == role for worker in snapshot.workers):
             found.append((f"▲ no {role} worker", BAD))

@@ -122,6 +122,8 @@ class Snapshot:
 
     def __init__(self, state: Mapping[str, Any], now_s: float | None = None) -> None:
         self.state = mapping(state)
+        self.listed: dict[object, list[Any]] = {}
+        """Sorted and filtered rows, kept by whoever made them: a frame needs them more than once."""
         self.now_s = first_number(self.state.get("now_s"), now_s)
 
     @property
@@ -145,6 +147,12 @@ class Snapshot:
     def pairs(self) -> list[PairRow]:
         """In the document's order."""
         return [_pair(row, i) for i, row in enumerate(rows(self.state.get("pairs")))]
+
+    @cached_property
+    def pair_roles(self) -> tuple[list[str], list[str]]:
+        """The prefill and the decode workers that pairs name."""
+        pairs = self.pairs
+        return list({pair.prefill: None for pair in pairs}), list({pair.decode: None for pair in pairs})
 
     @cached_property
     def requests(self) -> list[RequestRow]:

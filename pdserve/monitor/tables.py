@@ -39,7 +39,7 @@ def wanted_rows(pane: Pane, snapshot: Snapshot, view: ViewState, width: int) -> 
     """How many lines ``pane`` would take to show everything."""
     num = len(listed(snapshot, view, pane))
     if pane is Pane.PAIRS and matrix_cell(snapshot, view, width):
-        num = len({pair.prefill for pair in snapshot.pairs})
+        num = len(snapshot.pair_roles[0])
     return max(num, 1) + (1 if pane is Pane.EVENTS else 2)
 
 
@@ -70,7 +70,7 @@ def _about(area: Area) -> list[str]:
             ready = sum(pair.state == "ready" for pair in snapshot.pairs)
             told = f"{ready} ready" + (f", KV {format_bytes(total, 'B/s')} in all" if total else "")
             if 0 < matrix_cell(snapshot, area.view, area.width) < FULL_CELL:
-                return [told, "KV rate; d direct, p packed, m mixed"]
+                return [told, "d direct, p packed, m mixed"]
             return [told, "KV rate, path, median transfer"]
         case Pane.REQUESTS:
             return ["time in each stage", "first tok, done: since arrival"]

@@ -16,7 +16,7 @@ from typing import Any
 from pdserve.monitor.details import details_page, help_page
 from pdserve.monitor.figures import format_age
 from pdserve.monitor.lines import Frame, Line, beside, fit
-from pdserve.monitor.panels import DIM, attention, header, latencies, latency_line, traffic
+from pdserve.monitor.panels import DIM, attention, condition, latencies, latency_line, title, traffic
 from pdserve.monitor.snapshot import Snapshot
 from pdserve.monitor.tables import pane_lines, wanted_rows
 from pdserve.monitor.view_state import Pane, ViewState
@@ -24,6 +24,8 @@ from pdserve.monitor.view_state import Pane, ViewState
 MIN_COLUMNS = 40
 """A narrower screen shows the left part of a frame of so many columns."""
 TWO_COLUMNS = 150
+TALL = 34
+"""From so many rows on, what needs attention may take three lines."""
 _LEAST = {Pane.WORKERS: 3, Pane.PAIRS: 3, Pane.REQUESTS: 4, Pane.EVENTS: 2}
 _SHARE = {Pane.WORKERS: 4, Pane.PAIRS: 2, Pane.REQUESTS: 3, Pane.EVENTS: 2}
 _KEYS = (
@@ -61,9 +63,9 @@ def _page(
 ) -> tuple[list[Line], int]:
     """A page that is scrolled, under a short header."""
     width, rows = size
-    top = header(snapshot, view, width)[:1]
+    top = [title(snapshot, view, width)]
     if view.lost is not None:
-        top.append(attention(snapshot, view, width))
+        top += attention(snapshot, view, width)
     room = max(1, rows - len(top) - 2)
     scroll = max(0, min(view.scroll, len(page) - room))
     shown = list(page[scroll : scroll + room])
@@ -87,12 +89,14 @@ def _overview(snapshot: Snapshot, view: ViewState, size: tuple[int, int]) -> lis
 
 def _top(snapshot: Snapshot, view: ViewState, width: int, rows: int) -> list[Line]:
     """What stands above the lists, by how many rows there are."""
-    title, condition, alarm = header(snapshot, view, width)
+    first = title(snapshot, view, width)
+    alarm = attention(snapshot, view, width, 3 if rows >= TALL else 1)
     if rows < 10:
-        return [title, alarm] if rows >= 5 else [alarm if view.lost else title]
+        return [first, *alarm] if rows >= 5 else alarm if view.lost else [first]
+    top = [first, condition(snapshot, width), *alarm]
     if rows < 20:
-        return [title, condition, alarm, latency_line(snapshot, width)]
-    return [title, condition, alarm, traffic(snapshot, width), *latencies(snapshot, width)]
+        return [*top, latency_line(snapshot, width)]
+    return [*top, traffic(snapshot, width), *latencies(snapshot, width)]
 
 
 def _panes(snapshot: Snapshot, view: ViewState, width: int, rows: int) -> list[Line]:

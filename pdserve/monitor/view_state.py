@@ -10,6 +10,7 @@ import enum
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from pdserve.monitor.snapshot import EventRow, PairRow, RequestRow, Snapshot, WorkerRow
@@ -91,6 +92,7 @@ class Order:
     key: Callable[[Any], Any]
 
 
+@lru_cache(maxsize=4096)
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """``decode-10`` after ``decode-9``."""
     return [
@@ -158,20 +160,23 @@ def order_of(view: ViewState, pane: Pane) -> Order:
 
 def listed(snapshot: Snapshot, view: ViewState, pane: Pane) -> list[Any]:
     """The rows of ``pane`` in their order; the role filter holds for workers and events of workers."""
-    rows: list[Any]
+    order = order_of(view, pane)
+    made = (pane, order.name, view.role)
+    if made not in snapshot.listed:
+        snapshot.listed[made] = sorted(_passed(snapshot, view.role, pane), key=order.key)
+    return snapshot.listed[made]
+
+
+def _passed(snapshot: Snapshot, role: str, pane: Pane) -> Sequence[AnyRow]:
     match pane:
         case Pane.WORKERS:
-            rows = [row for row in snapshot.workers if view.role in ("", row.role)]
+            return [row for row in snapshot.workers if role in ("", row.role)]
         case Pane.PAIRS:
-            rows = list(snapshot.pairs)
+            return snapshot.pairs
         case Pane.REQUESTS:
-            rows = list(snapshot.requests)
-        case Pane.EVENTS:
-            rows = list(snapshot.events)
-            if view.role:
-                names = {row.name for row in snapshot.workers if row.role == view.role}
-                rows = [row for row in rows if row.worker in names or row.worker.startswith(view.role)]
-    return sorted(rows, key=order_of(view, pane).key)
+            return snapshot.requests
+    names = {row.name for row in snapshot.workers if row.role == role}
+    return [row for row in snapshot.events if not role or row.worker in names or row.worker.startswith(role)]
 
 
 def selected_index(rows: Sequence[AnyRow], view: ViewState, pane: Pane) -> int:

@@ -22,6 +22,8 @@ _BREAKERS = {"closed": ("ok", ""), "open": ("open", BAD), "half_open": ("half", 
 
 
 def _state_cell(row: WorkerRow) -> Cell:
+    if not row.key:  # the sum of a role
+        return row.state, ""
     symbol, word, style = _WORKER_STATES.get(row.state, ("?", row.state or "-", DIM))
     return f"{symbol} {word}", style
 

@@ -46,8 +46,8 @@ def large_fleet(num_workers: int = 64) -> dict[str, Any]:
     for role, template in (("prefill", prefill), ("decode", decode)):
         for i in range(half):
             worker = json.loads(json.dumps(template))
-            workers.append(worker | {"worker_id": f"{role}-{i}", "instance_id": f"{role}{i:026}"})
-            worker["kv_usage"] = i / half
+            names = {"worker_id": f"{role}-{i}", "instance_id": f"{role}{i:026}"}
+            workers.append(worker | names | {"kv_usage": i / half})
     for i in range(half):
         for j in range(half):
             rate = float(1e6 * (i * half + j))
@@ -121,6 +121,8 @@ class VirtualScreen:
         self.columns, self.row_count = columns, rows
         self.is_alternate = self.is_cursor_hidden = self.is_unwrapped = False
         self.unknown: list[str] = []
+        self.strange: set[str] = set()
+        """Characters that are not ASCII, of all that was written."""
         self.overflows = 0
         self.num_bytes = 0
         self._row = self._column = 0
@@ -184,6 +186,7 @@ class VirtualScreen:
             self.unknown.append(escape)
 
     def _write(self, text: str) -> None:
+        self.strange.update(character for character in text if not character.isascii())
         for character in text:
             size = cell_len(character)
             if self._column + size > self.columns or self._row >= self.row_count:

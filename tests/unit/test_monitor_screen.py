@@ -37,11 +37,17 @@ def ended(session: Session, code: int = 0) -> None:
     session.end(code)
 
 
+def first_worker(text: str) -> str:
+    """The name in the first row of the list of workers."""
+    rows = text.splitlines()
+    heading = next((i for i, row in enumerate(rows) if "worker" in row and "brk" in row), len(rows))
+    return "".join(rows[heading + 1 : heading + 2]).partition(" ")[0]
+
+
 def test_it_shows_the_fleet_and_q_leaves_the_terminal_as_it_was() -> None:
     with monitored(recorded("healthy")) as (session, _):
-        text = session.shows("SmolLM2-135M-Instruct", "prefill-0", "decode-1", "● live", "TTFT")
+        session.shows("SmolLM2-135M-Instruct", "prefill-0", "decode-1", "● live", "TTFT", "q quit")
         assert session.screen.is_alternate
-        assert len(text.splitlines()) == 30
         ended(session)
         assert not session.screen.overflows
 
@@ -88,8 +94,7 @@ def test_help_opens_scrolls_and_closes() -> None:
     with monitored(recorded("healthy"), (80, 24)) as (session, _):
         session.shows("workers 3")
         session.press("?")
-        text = session.shows("Keys", "lines 1-")
-        assert "workers 3" not in text
+        session.until(lambda text: "Keys" in text and "lines 1-" in text and "workers 3" not in text)
         session.press("\x1b[6~")
         session.shows("lines 11-")
         session.press("\x1b[F")
@@ -134,12 +139,11 @@ def test_s_sorts_and_r_filters() -> None:
     with monitored(recorded("failing"), (100, 30)) as (session, _):
         session.shows("by name")
         session.press("s")
-        text = session.shows("by trouble")
-        assert text.index("decode-1") < text.index("prefill-0 ")
+        session.until(lambda text: "by trouble" in text and first_worker(text) == "decode-1")
         session.press("S")
-        session.shows("by name")
+        session.until(lambda text: "by name" in text and first_worker(text) == "prefill-0")
         session.press("r")
-        text = session.shows("prefill only", "workers 2")
+        session.shows("prefill only", "workers 2")
         session.press("r")
         session.shows("decode only", "workers 3")
         session.press("r")
@@ -198,9 +202,8 @@ def test_a_balancer_that_goes_away_keeps_its_last_frame_and_comes_back() -> None
     with monitored(recorded("healthy")) as (session, server):
         session.shows("● live", "prefill-0")
         server.stop()
-        text = session.shows("× no answer", "no answer since", "Connection refused")
-        assert "prefill-0" in text
-        assert "below is its last answer" in text
+        session.shows("× no answer", "no answer since", "Connection refused", "below is its last answer")
+        assert "prefill-0" in session.screen.text
         server.document = recorded("overloaded")
         server.start()
         session.shows("● live", "workers 6")
@@ -225,10 +228,9 @@ def test_a_missing_key_says_what_to_do() -> None:
 
 def test_it_works_without_colours_and_in_ascii() -> None:
     with monitored(recorded("failing"), (100, 30), NO_COLOR="1", PYTHONIOENCODING="ascii") as (session, _):
-        text = session.shows("prefill-0", "suspect")
-        assert text.isascii()
-        assert "! suspect" in text
+        session.shows("prefill-0", "! suspect", "q quit")
         ended(session)
+        assert not session.screen.strange
 
 
 def test_in_a_thread_it_is_ended_from_outside_and_shows_notes() -> None:
@@ -251,8 +253,8 @@ def test_hostile_texts_do_not_reach_the_terminal() -> None:
         row["detail"] = row["event"] = evil
     document["model"] = document["version"] = evil
     with monitored(document, (120, 40)) as (session, _):
-        text = session.shows("[bold]x[/bold]")
-        assert "\u202e" not in text
+        session.shows("[bold]x[/bold]")
         session.press("\r")
         session.shows("last error")
         ended(session)
+        assert not set("\u202e\u200b\x9b") & session.screen.strange
