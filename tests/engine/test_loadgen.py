@@ -66,7 +66,7 @@ def test_every_request_is_whole_and_counted(fleet: Fleet, tmp_path: Path, route:
     assert (figures["completed"], figures["failed"], figures["errors"]) == (NUM, 0, {})
     assert figures["output_tokens"] == NUM * OUT
     assert figures["tpot"]["count"] == NUM
-    # A slow reader gets several tokens in one event: of the first no gap is known, OpenAI's do not tell how many.
+    # An event may bring several tokens: of the first no gap is known, OpenAI's do not tell how many.
     assert NUM * OUT / 2 < figures["itl"]["count"] <= NUM * (OUT - 1)
     if route != "chat":
         assert figures["input_tokens"] == NUM * IN
