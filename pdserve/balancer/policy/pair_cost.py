@@ -113,7 +113,10 @@ class PairCost:
         self._batches: Batches = {}
         self._sizes: dict[InstanceId, int] = {}
         self._loads: dict[InstanceId, object] = {}
-        self._prefixes: dict[bytes, Any] = {}
+        self._prefixes: dict[int, tuple[bytes, Any]] = {}
+        self._rows: tuple[Sequence[WorkerView], Sequence[WorkerView]] = (), ()
+        self._hosts: tuple[list[str], list[str]] = [], []
+        self._present: set[str] = set()
         self._search = PairSearch()
         self._random = random.Random(seed)
 
@@ -218,12 +221,12 @@ class PairCost:
         prompt, known = request.prompt, self._prefixes
         if self.tree is None or not prompt:
             return None
-        prefix = known.get(prompt)
-        if prefix is None:
+        kept = known.get(id(prompt))
+        if kept is None:
             if len(known) >= KEPT_PREFIXES:
                 known.clear()
-            prefix = known[prompt] = self.tree.read(prompt)
-        return prefix
+            kept = known[id(prompt)] = prompt, self.tree.read(prompt)  # with the prompt, or its id is reused
+        return kept[1]
 
     # -- terms -------------------------------------------------------------------------------
 
@@ -310,18 +313,21 @@ class PairCost:
             return (lambda p, d: max(0.0, told(prefills[p], decodes[d], request))), ()
         self._learn_links(prefills)
         tokens, same, other = request.prompt_tokens, self.links.same_host, self.links.other_host
-        here, there = self.links.hosts(prefills), self.links.hosts(decodes)
-        present = set(here)
-        near_s: list[float] = []
-        far_s: list[float] = []
-        for index, view in enumerate(decodes):
-            size = (tokens - (held[index] if held else 0)) * token_bytes(view)
-            near_s.append(same.seconds(size))
-            far_s.append(other.seconds(size))
-        if len(present) == 1 and present == set(there):
-            return None, near_s
+        if self._rows[0] is not prefills or self._rows[1] is not decodes:
+            self._rows = prefills, decodes
+            self._hosts = self.links.hosts(prefills), self.links.hosts(decodes)
+            self._present = set(self._hosts[0])
+        (here, there), present = self._hosts, self._present
+        if held:
+            sizes = [(tokens - have) * token_bytes(view) for view, have in zip(decodes, held, strict=True)]
+        else:
+            sizes = [tokens * token_bytes(view) for view in decodes]
+        if len(present) == 1 and present.issuperset(there):
+            return None, [same.seconds(size) for size in sizes]
+        far_s = [other.seconds(size) for size in sizes]
         if present.isdisjoint(there):
             return None, far_s
+        near_s = [same.seconds(size) for size in sizes]
         floor_s = [
             min(near, far) if host in present else far
             for near, far, host in zip(near_s, far_s, there, strict=True)
