@@ -33,8 +33,8 @@ LINK_TERMS = ("transfer", "byte")
 
 @dataclass(frozen=True, slots=True)
 class CalibrationOptions:
-    """What to calibrate and how far to go. ``prefill`` and ``decode`` name servers where ``url`` has no
-    state document to name them; ``out`` empty: write nothing."""
+    """What to calibrate and how far to go. ``prefill`` and ``decode`` name the servers themselves, and
+    ``url`` is left alone then; ``out`` empty: write nothing."""
 
     url: str = ""
     out: str = ""
@@ -81,7 +81,7 @@ async def calibrate(options: CalibrationOptions) -> Calibration:
     if bool(options.prefill) != bool(options.decode) or not (options.url or options.prefill):
         raise ConfigError("name a service by its URL, or servers by --prefill URL PORT and --decode URL")
     workers = named_workers(options.prefill, options.decode)
-    async with LiveService(workers, options.url, options.api_key) as service:
+    async with LiveService(workers, "" if workers else options.url, options.api_key) as service:
         if not workers:
             await service.find()
         try:
