@@ -8,6 +8,7 @@ all facts together, and a time to live; in each the least recently used leaves g
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from math import inf
 
 from pdserve.balancer.policy.prefix import block_ends
@@ -17,6 +18,7 @@ FIRST_BYTES = 128
 """The first blocks: 32 tokens, two of SGLang's usual pages of 16. bench/prompt_tree.py compares sizes."""
 ENDS = block_ends(FIRST_BYTES)
 """Where blocks end, in bytes."""
+_SIZES = tuple(end - start for start, end in pairwise((0, *ENDS)))
 UNSIZED_BYTES = 2**24
 """Text remembered of a worker whose KV pool is not known: 4 M tokens."""
 EVICT_SHARE = 256
@@ -79,13 +81,17 @@ class BlockMemory:
         counted = [key for key in hashes if stamp_of(key, -inf) <= deadline_s]
         if not self._make_room(len(counted), holders):
             return []
-        counts, bit = holder.coming, holder.bit
-        for index, key in enumerate(counted, len(hashes) - len(counted)):
-            count = counts.get(key, 0)
-            counts[key] = count + 1
-            if not count:
-                self._block(key, index).coming |= bit
-                self.num_facts += 1
+        counts, blocks, bit = holder.coming, self.blocks, holder.bit
+        for size, key in zip(_SIZES[len(hashes) - len(counted) : len(hashes)], counted, strict=True):
+            if key in counts:
+                counts[key] += 1
+                continue
+            counts[key] = 1
+            block = blocks.get(key)
+            if block is None:
+                block = blocks[key] = Block(size)
+            block.coming |= bit
+            self.num_facts += 1
         return counted
 
     def settle(self, holder: Holder, counted: Iterable[int], *, is_kept: bool = False) -> None:
@@ -104,13 +110,14 @@ class BlockMemory:
 
     def hold(self, holder: Holder, hashes: Sequence[int], now_s: float, holders: Iterable[Holder]) -> None:
         """The worker holds this prompt, and used it just now."""
-        stamps, bit = holder.stamps, holder.bit
-        for index in range(len(hashes) - 1, -1, -1):
-            key = hashes[index]
+        stamps, blocks, bit = holder.stamps, self.blocks, holder.bit
+        for size, key in zip(reversed(_SIZES[: len(hashes)]), reversed(hashes), strict=True):
             if stamps.pop(key, None) is None:
-                block = self._block(key, index)
+                block = blocks.get(key)
+                if block is None:
+                    block = blocks[key] = Block(size)
                 block.held |= bit
-                holder.size_bytes += block.size
+                holder.size_bytes += size
                 self.num_facts += 1
             stamps[key] = now_s
         self.fit(holder, holder.max_bytes)
@@ -147,12 +154,6 @@ class BlockMemory:
                 budget -= 1
         self.is_behind = not budget
         self._sweep_s = now_s if self.is_behind else now_s + tick_s
-
-    def _block(self, key: int, index: int) -> Block:
-        block = self.blocks.get(key)
-        if block is None:
-            block = self.blocks[key] = Block(ENDS[index] - (ENDS[index - 1] if index else 0))
-        return block
 
     def _drop(self, holder: Holder, key: int) -> None:
         del holder.stamps[key]
