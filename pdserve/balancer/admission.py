@@ -271,8 +271,9 @@ class Admission:
     def _limits(self) -> Limits:
         config = self._config
         is_ordered = self.line.order.is_shortest
-        queue_s = prefill_queue_s(config.prefill_queue_s, config.slo_ttft_s, is_ordered=is_ordered)
-        return Limits(queue_s, config.slo_tpot_s)
+        longest_s = prefill_queue_s(config.prefill_queue_s, config.slo_ttft_s, is_ordered=is_ordered)
+        self.regime.longest_queue_s = longest_s
+        return Limits(longest_s, config.slo_tpot_s)
 
     # -- the line ----------------------------------------------------------------------------
 

@@ -24,8 +24,9 @@ WEIGHTS = {"queue": 0.8, "prefill_kv": 0.2, "slots": 0.4, "decode_kv": 0.6, "lin
 """Ours. A prefill server is full when its queue is long, its pool seldom matters; a decode server by its
 slots or by its KV, more often the latter. Each role's own weights add up to 1; a line adds to them."""
 QUEUE_REFERENCE_S = 2.0
-"""A prefill queue of so many seconds counts 1; with a TTFT objective half of that objective does."""
 QUEUE_REFERENCE_SHARE = 0.5
+"""A prefill queue of so many seconds counts 1; with a TTFT objective half of that objective does; and
+one as long as it may get counts 1 at the latest, for the rest waits elsewhere."""
 LINE_REFERENCE = 2.0
 """So many requests waiting for a pair for each worker count 1, and more no more than that."""
 MAX_SIGNAL = 2.0
@@ -82,6 +83,7 @@ class RegimeMonitor:
         self.regime = Regime.NORMAL
         self.on_change: list[Callable[[RegimeChange], None]] = []
         self.changes: deque[RegimeChange] = deque(maxlen=NUM_CHANGES)
+        self.longest_queue_s = math.inf  # kept right by whoever limits prefill queues
         self.scores: dict[Role, float] = {Role.PREFILL: 0.0, Role.DECODE: 0.0}
         self._queue_reference_s = QUEUE_REFERENCE_SHARE * slo_ttft_s or QUEUE_REFERENCE_S
         self._slo_tpot_s = slo_tpot_s
@@ -157,7 +159,7 @@ class RegimeMonitor:
 
     def _prefill_load(self, view: WorkerView) -> float:
         queue_s = view.queued_tokens / (view.prefill_tokens_s * view.info.dp_size)
-        queue = min(MAX_SIGNAL, queue_s / self._queue_reference_s)
+        queue = min(MAX_SIGNAL, queue_s / min(self._queue_reference_s, self.longest_queue_s))
         kv = view.kv_tokens / view.kv_capacity if view.kv_capacity > 0 else 0.0
         return WEIGHTS["queue"] * queue + WEIGHTS["prefill_kv"] * min(1.0, kv)
 
