@@ -56,6 +56,7 @@ class MonitorDisplay:
         self._thread: threading.Thread | None = None
         self._held: deque[tuple[int, str]] = deque(maxlen=MAX_HELD)
         self._lock = threading.Lock()
+        self._is_closing = False
 
     def stage(self, name: str, *, role: str, url: str, stage: str, log_file: str) -> None:
         """A process reached another stage; under the monitor only its return to life is told."""
@@ -90,6 +91,7 @@ class MonitorDisplay:
         """End the monitor; the terminal is as before when this returns. More calls do no harm."""
         watch, thread = self._watch, self._thread
         if watch is not None and thread is not None and thread is not threading.current_thread():
+            self._is_closing = True
             watch.stop()
             thread.join(JOIN_S)
         self._inner.close()
@@ -120,4 +122,5 @@ class MonitorDisplay:
                 self._held.clear()
             for level, text in held:
                 self._inner.event(level, text)
-        self._inner.event(logging.INFO, told)
+        if not self._is_closing:
+            self._inner.event(logging.INFO, told)

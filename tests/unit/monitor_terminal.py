@@ -126,6 +126,7 @@ class VirtualScreen:
         self.overflows = 0
         self.num_bytes = 0
         self._row = self._column = 0
+        self._at = (0, 0)
         self._cells = self._other = self._blank()
         self._pending = b""
 
@@ -177,12 +178,14 @@ class VirtualScreen:
             setattr(self, modes[body], is_set if body == "?1049" else not is_set)
             if body == "?1049":  # another page of text; the first one comes back afterwards
                 self._other, self._cells = self._cells, self._blank() if is_set else self._other
-                self._row = self._column = 0
+                at, self._at = (self._row, self._column), (0, 0) if is_set else self._at
+                self._row, self._column = self._at
+                self._at = at
         elif escape == "\r":
             self._column = 0
         elif escape == "\n":
             self._row = min(self._row + 1, self.row_count - 1)
-        elif final != "m" and body != "?2026":
+        elif final != "m" and body != "?2026" and self.is_alternate:
             self.unknown.append(escape)
 
     def _write(self, text: str) -> None:
