@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp
 
+from pdserve.balancer.keeper import IDLE_FACTOR
 from pdserve.balancer.member import Worker
 from pdserve.balancer.policy import Policy, policy_of
 from pdserve.balancer.reservation import Reservation
@@ -83,11 +84,11 @@ def simulate(
 
 @dataclass(slots=True, eq=False)
 class _Polled:
-    """A worker whose load is asked for in turn; ``was_idle`` at the last look."""
+    """A worker whose load is asked for in turn; ``num_idle`` looks in a row found nothing to do there."""
 
     worker: Worker
     server: PrefillServer | DecodeServer
-    was_idle: bool = False
+    num_idle: int = 0
 
 
 class _Grant:
@@ -268,14 +269,14 @@ class Simulation:
     def _poll(self, subject: _Polled) -> None:
         worker, server = subject.worker, subject.server
         now_s = self.clock.now_s
-        is_idle = server.is_idle
-        # Two samples of an idle worker say the same, and nothing of ours is open that one could cover.
-        if not (is_idle and subject.was_idle and not worker.num_inflight):
+        is_idle = server.is_idle and not worker.num_inflight
+        subject.num_idle = subject.num_idle + 1 if is_idle else 0
+        # As keepers do: idle workers are asked more seldom.
+        if not subject.num_idle or subject.num_idle % IDLE_FACTOR == 1:
             sample = Sample(server.load(now_s), now_s - ARRIVAL_S)
             self.fleet.table.record(worker.instance_id, sample)
             worker.is_overloaded = False
             self._admission.sampled(worker)
-        subject.was_idle = is_idle
         if self._num_open:
             self.clock.at(now_s + self._config.load_poll_s, self._poll, subject)
 
