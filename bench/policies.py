@@ -214,10 +214,10 @@ def knee(points: dict[int, list[Point]], seed: int) -> float:
     return own[-1][0] if own[-1][1] >= TARGET else 0.0
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval."""
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean and half width of its 95 % interval; None for one seed alone."""
     if len(values) < 2:
-        return values[0], math.nan
+        return values[0], None
     return mean(values), T95[len(values) - 1] * stdev(values) / math.sqrt(len(values))
 
 
@@ -277,7 +277,7 @@ def _judged(
     for row in rows:
         own: dict[str, Any] = {"knee": _told(knees[row])}
         pairs = zip(knees[row], knees[best], strict=True)
-        own["knee_ratio"] = _told([ours / peer if peer else math.nan for ours, peer in pairs])
+        own["knee_ratio"] = _told([ours / max(peer, 1e-9) for ours, peer in pairs])
         for name, rung in (("reference", reference), ("beyond", reference + BEYOND)):
             here, there = _by_seed(found[row][rung]), _by_seed(found[best][rung])
             own[name] = {
@@ -314,9 +314,9 @@ def _by_seed(points: list[Point]) -> list[Point]:
     return sorted(points, key=lambda point: point.seed)
 
 
-def _told(values: list[float]) -> dict[str, float]:
+def _told(values: list[float]) -> dict[str, float | None]:
     middle, half = interval(values)
-    return {"mean": round(middle, 4), "half": round(half, 4)}
+    return {"mean": round(middle, 4), "half": None if half is None else round(half, 4)}
 
 
 def print_cell(cell: Cell, judged: dict[str, Any]) -> None:
@@ -342,8 +342,8 @@ def print_cell(cell: Cell, judged: dict[str, Any]) -> None:
     print(flush=True)
 
 
-def _pm(told: dict[str, float]) -> str:
-    return f"{told['mean']:.2f} ±{told['half']:.2f}"
+def _pm(told: dict[str, Any]) -> str:
+    return f"{told['mean']:.2f}" + ("" if told["half"] is None else f" ±{told['half']:.2f}")
 
 
 def plot(cells: list[dict[str, Any]], path: Path) -> None:
@@ -354,9 +354,7 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
         for row, own in judged["rows"].items():
             curve = own["curve"]
             y = [point["goodput"]["mean"] for point in curve]
-            half = [
-                0.0 if math.isnan(point["goodput"]["half"]) else point["goodput"]["half"] for point in curve
-            ]
+            half = [point["goodput"]["half"] or 0.0 for point in curve]
             low = [a - b for a, b in zip(y, half, strict=True)]
             high = [a + b for a, b in zip(y, half, strict=True)]
             lines.append(Line(row, [point["rate"] for point in curve], y, low, high))
