@@ -19,31 +19,39 @@ import numpy as np
 from pdserve.lifeline import die_with_parent
 from pdserve.transfer.trial import Trial, TrialGeometry
 
-NUM_PAGES = 512
+NUM_PAGES = 128
+"""Of 128 KiB each: 16 MiB a send."""
+SHIFT = 5
+"""Pages go to others on the far side, or a write that lands nowhere would go unseen."""
 SENDS = 5
 
 
 def measure(gpu: int = -1) -> dict[str, Any]:
-    """Send the pages several times; the median counts.
+    """Send the pages several times; the fastest counts, for others may use the cores meanwhile.
 
     Returns:
-        ``nbytes`` per send, ``seconds`` (median), ``bytes_per_s``, ``sends``, ``is_intact``.
+        ``nbytes`` per send; ``seconds`` and ``bytes_per_s`` of the fastest; ``median_s``, ``sends``,
+        ``is_intact``.
     """
-    # 8 layers of 4 heads of 64 two-byte numbers: 128 KiB a page, 16 MiB a send
-    shape = dict(num_layers=8, num_pages=NUM_PAGES, page_size=16, num_kv_heads=4, head_bytes=128, gpu=gpu)
+    # 8 layers of 4 heads of 64 two-byte numbers: 128 KiB a page
+    shape = dict(
+        num_layers=8, num_pages=NUM_PAGES + SHIFT, page_size=16, num_kv_heads=4, head_bytes=128, gpu=gpu
+    )
     source = TrialGeometry(**shape, seed=1)
-    pages = np.arange(1, 129, dtype=np.int32)
+    here = np.arange(NUM_PAGES, dtype=np.int32)
+    there = here + np.int32(SHIFT)
     with Trial(source, TrialGeometry(**shape, seed=2)) as trial:
-        reports = [trial.send(pages, pages + np.int32(SENDS)) for _ in range(SENDS)]
-        tokens = len(pages) * source.page_size
-        sent = trial.pool.digest(pages, tokens, 0, source.num_kv_heads).regions
-        got = trial.digest_target(pages + np.int32(SENDS), tokens).regions
-    seconds = sorted(report.total_s for report in reports)[SENDS // 2]
+        reports = [trial.send(here, there) for _ in range(SENDS)]
+        tokens = len(here) * source.page_size
+        sent = trial.pool.digest(here, tokens, 0, source.num_kv_heads).regions
+        got = trial.digest_target(there, tokens).regions
+    times = sorted(report.total_s for report in reports)
     nbytes = tokens * source.token_bytes
     return {
         "nbytes": nbytes,
-        "seconds": seconds,
-        "bytes_per_s": nbytes / seconds,
+        "seconds": times[0],
+        "bytes_per_s": nbytes / times[0],
+        "median_s": times[SENDS // 2],
         "sends": SENDS,
         "is_intact": sent == got,
     }

@@ -31,12 +31,12 @@ class DoctorRun:
         """Those of these levels, of all without any."""
         return [f for f in self.report["findings"] if not levels or f["level"] in levels]
 
-    def finding(self, check: str, level: str) -> dict[str, Any]:
-        """The first one of this check and level; fails with what there is instead."""
-        for each in self.findings():
-            if each["check"] == check and each["level"] == level:
+    def finding(self, check: str, *levels: str) -> dict[str, Any]:
+        """The first one of this check, of these levels; fails with what there is instead."""
+        for each in self.findings(*levels):
+            if each["check"] == check:
                 return dict(each)
-        raise AssertionError(f"no {level} of {check}: {self.findings('warning', 'error')}")
+        raise AssertionError(f"no {levels} of {check}: {self.findings('warning', 'error')}")
 
 
 async def doctor(

@@ -59,7 +59,7 @@ async def test_a_healthy_machine_passes(model: str, port: str) -> None:
         "python", "sglang", "hook targets", "plugin", "gpu", "open files", "memlock", "/dev/shm", "memory",
         "disk", "clock", "port", "weights", "config.json", "nixl", "ucx", "UCX_TLS", "loopback DRAM",
     }  # fmt: skip
-    loopback = run.finding("loopback DRAM", "ok")["values"]
+    loopback = run.finding("loopback DRAM", "ok", "warning")["values"]
     assert loopback["bytes_per_s"] > 0
     assert loopback["is_intact"] is True
 
@@ -128,13 +128,11 @@ async def test_a_low_limit_of_open_files_is_named(model: str, port: str) -> None
 async def test_page_sizes_that_do_not_fit_are_named() -> None:
     async with fleet_with_page_sizes(16, 32) as balancer:
         run = await doctor(balancer.url, "--json")
-        text = await doctor(balancer.url)
-    assert (run.code, text.code) == (1, 1)
+    assert run.code == 1
     assert errors(run) == {"KV layouts"}
     assert "page_size: 16 != 32" in run.finding("KV layouts", "error")["what"]
     assert "--page-size" in run.finding("KV layouts", "error")["what_to_do"]
     assert "prefill-0>decode-0" in run.finding("a token", "note")["what"]
-    assert "page_size: 16 != 32" in text.out
 
 
 async def test_a_dead_worker_is_named() -> None:
