@@ -19,7 +19,10 @@ from collections.abc import Collection, Container, Iterable, Sequence
 logger = logging.getLogger(__name__)
 
 MAX_PAGES = 2**19
-"""Pages kept of all workers, about 100 MB when no two hold the same; with more, every second is left out."""
+"""Pages kept of all workers, about 100 MB when no two hold the same. From three quarters of it on, every
+second one is left out: a tie then reaches on to the next page that is kept."""
+THIN_RATE = 8
+"""Old pages looked through for each new one meanwhile, so that no pause grows with their number."""
 MAX_TIES = 2**18
 """Text blocks tied, about 40 MB; those tied least recently go first."""
 KEPT_TOKENS = 16
@@ -38,6 +41,7 @@ class PageIndex:
         self._max_ties = max_ties
         self._skip = 0  # a page is kept if none of these bits of its hash is set
         self._pages: dict[int, int] = {}
+        self._old: list[int] = []
         self._held: dict[int, set[int]] = {}
         self._ties: dict[int, int] = {}
 
@@ -80,12 +84,14 @@ class PageIndex:
         if not self.followed & bit:
             return
         skip, known, held = self._skip, self._pages, self._held.setdefault(bit, set())
+        num_new = -len(known)
         for page in pages:
             if not page & skip:
                 held.add(page)
                 known[page] = known.get(page, 0) | bit
-        if len(known) > self._max_pages:
-            self._thin()
+        num_new += len(known)
+        if len(known) > self._max_pages * 3 // 4 or self._old:
+            self._thin(THIN_RATE * (num_new + 1))
 
     def remove(self, bit: int, pages: Iterable[int]) -> None:
         """The worker holds these pages no more."""
@@ -114,14 +120,27 @@ class PageIndex:
         else:
             del self._pages[page]
 
-    def _thin(self) -> None:
-        """Leave out every second page, by one more bit of its hash, until they are few enough."""
-        while len(self._pages) > self._max_pages:
-            skip = self._skip = 2 * self._skip + 1
-            self._pages = {page: bits for page, bits in self._pages.items() if not page & skip}
-            self._held = {bit: {p for p in held if not p & skip} for bit, held in self._held.items()}
-            self._ties.clear()  # they may name pages that are left out; repeated prompts are tied again
-            logger.info("kv events: one page in %d is kept, %d pages", skip + 1, len(self._pages))
+    def _thin(self, budget: int) -> None:
+        """Leave out every second page, by one more bit of its hash; a part of the work at each call.
+
+        What is left out and not dropped yet does no harm: no tie names it.
+        """
+        while True:
+            if not self._old and len(self._pages) > self._max_pages * 3 // 4:
+                self._skip = 2 * self._skip + 1
+                self._old = list(self._pages)
+                self._ties.clear()  # they may name pages that are left out; repeated prompts are tied again
+                logger.info("kv events: from now on one page in %d is kept", self._skip + 1)
+            for page in self._old[-budget:]:
+                if page & self._skip:
+                    bits = self._pages.pop(page, 0)
+                    while bits:
+                        bit = bits & -bits
+                        self._held[bit].discard(page)
+                        bits ^= bit
+            del self._old[-budget:]
+            if len(self._pages) <= self._max_pages:
+                return
 
     # -- ties --------------------------------------------------------------------------------------
 

@@ -8,10 +8,11 @@ The tree answers for any worker; prefill affinity saves computing and decode aff
 transfer, so the policy asks twice. A decode worker keeps a prompt only with SGLang's decode radix
 cache: for one without, the policy neither sends nor matches. An answer's own tokens are never counted.
 
-Exact: the match of a prefix that is tied to token pages (prompt_pages.py), on a worker whose KV events
+Exact: whether the worker holds a prefix that is tied to token pages (prompt_pages.py), if its KV events
 are followed without a gap. Approximate: everything known from our own dispatches, which is kept
 least recently used within the worker's KV pool and for ``ttl_s``; the worker may have evicted earlier.
-Approximate in either: a block counts when all of it is there (blocks of 32 tokens, longer far behind).
+Approximate in either case: a share is one of the text, not of its tokens, and ends with a block (32
+tokens, longer far behind). bench/prompt_tree.py measures what that makes of a hit rate.
 """
 
 from __future__ import annotations
