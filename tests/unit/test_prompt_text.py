@@ -87,6 +87,7 @@ def test_head_comes_before_the_conversation_in_one_dress() -> None:
     assert text == canonical_text(encode([USER]), encode(tools, indent=1, sort_keys=True))
     assert text.endswith(canonical_text(encode([USER])))
     assert text != canonical_text(encode([USER]))
+    assert canonical_text(b'"hi"', b'{"cache_salt": "s"}') != canonical_text(b'"hi"')
 
 
 @pytest.mark.parametrize("prompt", [b'"a text"', b"[1, 2, 3]", b'["a", "b"]', b"", b"[", b"[{", b"[{]", b"7"])

@@ -46,16 +46,17 @@ def canonical_text(prompt: bytes, head: bytes = b"") -> bytes:
 
     Args:
         prompt: the prompt's JSON: a string, token ids, or a conversation.
-        head: JSON of what the template puts before a conversation (tools, system), if it stands
-            elsewhere in the request. Only its content counts, not its dress.
+        head: JSON of what comes before the prompt and stands elsewhere in the request (tools, system), or
+            else parts its cache from others' (adapter, cache_salt). Its content counts, not its dress.
     """
     start = prompt[:64].lstrip()
-    if start[:1] != b"[" or start[1:].lstrip()[:1] != b"{":
-        return prompt
-    try:
-        return (_head(head) + _conversation(prompt)).encode()
-    except _ODD:
-        return prompt
+    first = _head(head) if head else b""
+    if start[:1] == b"[" and start[1:].lstrip()[:1] == b"{":
+        try:
+            return first + _conversation(prompt).encode()
+        except _ODD:
+            pass
+    return first + prompt if head else prompt
 
 
 def _conversation(prompt: bytes) -> str:
@@ -109,13 +110,11 @@ def _json(value: Any) -> str:
     return _SORTED.encode(value).decode()
 
 
-def _head(head: bytes) -> str:
-    if not head:
-        return ""
+def _head(head: bytes) -> bytes:
     try:
-        return f"{_json(msgspec.json.decode(head))}\0"
+        return _SORTED.encode(msgspec.json.decode(head)) + b"\0"
     except _ODD:
-        return f"{head!r}\0"
+        return head + b"\0"
 
 
 class BytesPerToken:
