@@ -43,8 +43,11 @@ _GLOSSARY = (
     ("infl", "legs of this balancer's requests that are open at the worker"),
     ("brk", "circuit breaker: ok (closed), half (probing), open (no traffic)"),
     ("err", "failures the worker was blamed for since it joined"),
-    ("KV rate, path", "KV bytes per second of a pair; direct runs or packed slabs"),
+    ("KV rate, KV sent", "of a pair: prompt tokens by the KV bytes of one; the rate is over a minute"),
+    ("path", "how prefill's data plane sends KV: direct, from page to page, or packed into slabs"),
+    ("median transfer", "of a pair's last 64 streams, as transfer above"),
     ("regime", "which role is short of capacity: normal, prefill, decode, or overload (both)"),
+    ("load scores", "how full each role is, smoothed: 1 is full with requests waiting"),
     ("shed", "requests refused since the start, by reason"),
     ("● ○ ◐ ▲ ▽ ×", "ready, joining or untested, probing, suspect, draining or leaving, failed"),
 )
@@ -116,6 +119,7 @@ def _worker_facts(row: WorkerRow) -> list[Fact]:
         ("KV tokens", _of(number(load.get("num_used_tokens")), load.get("max_total_num_tokens"))),
         ("promised tokens", _of(number(promised.get("promised_tokens")), promised.get("capacity_tokens"))),
         ("tok/s, last 10 s", format_rate(row.tokens_s)),
+        *_data_plane(source.get("kv_sent")),
         ("fitted prefill", f"{format_rate(number(fitted.get('prefill_tokens_s')))} tok/s"),
         ("fitted step", f"{format_seconds(step_s)} + {format_seconds(slope_s)} a request"),
         ("load sample", f"{format_age(number(source.get('load_age_s')))} old"),
@@ -128,11 +132,26 @@ def _worker_facts(row: WorkerRow) -> list[Fact]:
     ]
 
 
+def _data_plane(kv_sent: object) -> list[Fact]:
+    """What the worker's own data plane counts; nothing for a stock SGLang server."""
+    sent = mapping(kv_sent)
+    if not sent:
+        return []
+    transfers, failures = (format_count(number(sent.get(name))) for name in ("transfers", "failures"))
+    return [
+        ("data plane sends", format_bytes(number(sent.get("bytes_s")), "B/s")),
+        ("its path", text(sent.get("path"), 16) or "-"),
+        ("its mean transfer", format_seconds(number(sent.get("transfer_s")))),
+        ("its transfers", f"{transfers}, {failures} failed"),
+    ]
+
+
 def _pair_page(row: PairRow, snapshot: Snapshot, width: int) -> list[Line]:
     lines = [Line(f"pair {row.key}", "bold").add(f"  {row.state}", "bold")]
     facts = [
-        ("KV rate", format_bytes(row.bytes_s, "B/s")),
+        ("KV rate, last min", format_bytes(row.bytes_s, "B/s")),
         ("KV sent", format_bytes(row.total_bytes)),
+        ("prompt tokens", format_count(number(row.source.get("prompt_tokens")))),
         ("path", row.path or "-"),
         ("median transfer", format_seconds(row.transfer_s)),
         ("requests", format_count(row.requests)),

@@ -19,7 +19,7 @@ from pdserve.monitor.figures import (
 )
 from pdserve.monitor.lines import Line, beside, fit
 from pdserve.monitor.snapshot import Snapshot
-from pdserve.monitor.view_state import ViewState
+from pdserve.monitor.view_state import ROLES, ViewState
 
 GOOD, WARN, BAD, DIM = "cyan", "bold yellow", "bold magenta", "dim"
 """Blue and yellow keep apart for every kind of colour blindness; words and symbols say it too."""
@@ -85,6 +85,11 @@ def condition(snapshot: Snapshot, width: int) -> Line:
         waiting += f", oldest {format_seconds(oldest_s)}"
     parts: list[Part] = [(*_regime(snapshot), 0), (waiting, WARN if length else "", 0), *_shed(snapshot)]
     parts.append((f"in flight {format_count(number(requests.get('inflight')))}", "", 1))
+    scores = snapshot.section("regime", "scores")
+    told = ", ".join(
+        f"{role} {score:.2f}" for role in ROLES[1:] if (score := number(scores.get(role))) is not None
+    )
+    parts.append((f"load scores {told}" if told else "", "", 4))
     policy = text(snapshot.state.get("policy"), 40)
     parts.append((f"policy {policy}" if policy else "", "", 3))
     limit = number(queue.get("max_dispatched"))
@@ -170,6 +175,9 @@ def _problems(snapshot: Snapshot) -> list[tuple[str, str]]:
     for role in ("prefill", "decode"):
         if not any(worker.role == role for worker in snapshot.workers):
             found.append((f"▲ no {role} worker", BAD))
+    bootstrap = snapshot.section("bootstrap")
+    if bootstrap.get("url") and bootstrap.get("connected") is False:
+        found.append(("× bootstrap service lost: nobody can join", BAD))
     failed = [pair for pair in snapshot.pairs if pair.state == "failed"]
     if failed:
         others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""

@@ -62,8 +62,8 @@ class Watch:
         self._tell(b"x")
 
     def note(self, text: str) -> None:
-        """Show a line among the events. From any thread."""
-        self._notes.append(text)
+        """Show a line among the events, with the time of day. From any thread."""
+        self._notes.append(f"{time.strftime('%H:%M:%S')} {text}")
         self._tell(b"n")
 
     def run(self, console: Console | None = None) -> int:

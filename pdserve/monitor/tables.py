@@ -71,7 +71,7 @@ def _about(area: Area) -> list[str]:
             told = f"{ready} ready" + (f", KV {format_bytes(total, 'B/s')} in all" if total else "")
             if 0 < matrix_cell(snapshot, area.view, area.width) < FULL_CELL:
                 return [told, "d direct, p packed, m mixed"]
-            return [told, "KV rate, path, median transfer"]
+            return [told, "KV rate over 1 min, path, median transfer"]
         case Pane.REQUESTS:
             return ["time in each stage", "first tok, done: since arrival"]
         case Pane.EVENTS:
@@ -126,7 +126,7 @@ def _events(rows: Sequence[EventRow], area: Area) -> Shown:
         Column("worker", 10, lambda r: r.worker, is_right=False, most=longest((r.worker for r in rows), 20)),
         Column("detail", 10, lambda r: r.detail, rank=1, is_right=False, most=400),
     ]
-    notes = [Line(f"  launcher: {clean(note)}", WARN) for note in area.view.notes[-2:]]
+    notes = [Line(f"  launcher {clean(note)}", WARN) for note in area.view.notes[-2:]]
     return body(Table(choose_columns(columns, area.width)), rows, area, "none yet", notes[: area.height])
 
 

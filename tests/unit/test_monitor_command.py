@@ -205,7 +205,7 @@ def test_launch_opens_the_monitor_when_ready_and_closes_it_to_drain() -> None:
     with monitored(recorded("healthy"), program=LAUNCH) as (session, _):
         session.until(lambda text: session.screen.is_alternate and "prefill-0" in text and "● live" in text)
         session.signal(signal.SIGUSR1)
-        session.shows("launcher: decode-1 has ended")
+        session.shows("launcher ", "decode-1 has ended")
         session.press("\x03")
         session.end(0)
         text = session.screen.text

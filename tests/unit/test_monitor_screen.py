@@ -235,7 +235,7 @@ def test_it_works_without_colours_and_in_ascii() -> None:
 
 def test_in_a_thread_it_is_ended_from_outside_and_shows_notes() -> None:
     with monitored(recorded("healthy"), program=STOPS_ITSELF) as (session, _):
-        session.shows("prefill-0", "launcher: decode-1 is restarted")
+        session.shows("prefill-0", "launcher ", "decode-1 is restarted")
         session.resize(120, 40)
         session.until(lambda text: len(text.splitlines()) == 40 and "▶ workers" in text)
         session.press("\x1a")  # the launcher must not be stopped by a key of its monitor

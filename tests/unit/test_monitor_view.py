@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -215,9 +217,17 @@ def test_a_lost_balancer_is_told_over_its_last_frame() -> None:
 
 
 def test_notes_of_the_launcher_stand_among_the_events() -> None:
-    assert "launcher: decode-1 ended; starting it again" in text_of(
-        recorded("healthy"), (80, 24), notes=("decode-1 ended; starting it again",)
+    assert "launcher 12:00:01 decode-1 ended" in text_of(
+        recorded("healthy"), (80, 24), notes=("12:00:01 decode-1 ended",)
     )
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_the_recorded_states_are_what_the_schema_knows(name: str) -> None:
+    """So these tests cannot go on about keys that the balancer has renamed."""
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "state.schema.json").read_text())
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(state_of(name))
+    assert not [error.message for error in errors if error.validator != "required"]
 
 
 # -- details -----------------------------------------------------------------------------------
@@ -234,6 +244,14 @@ def test_a_workers_page_tells_all_of_it() -> None:
         "its log ends with: Killed", "fitted step", "promised tokens", "its pairs (2)", "its events",
         "pair_failed", "0 of 48",
     ):  # fmt: skip
+        assert word in text, word
+    text = text_of(state, (120, 60), is_detailed=True)
+    for word in (
+        "worker prefill-0",
+        "data plane sends  323 MB/s",
+        "its mean transfer 7.1 ms",
+        "36.8k, 0 failed",
+    ):
         assert word in text, word
 
 
