@@ -88,6 +88,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_total_num_tokens: int = 0
     sglang_version: str = ""
     pid: int = 0
+    keeps_prefixes: bool | None = None
+    """Its prefix cache is on, which on a decode worker it is only on request; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,15 @@ class Membership:
             dp_size=int(parallel.dp_size),
             sglang_version=str(sglang_version),
             pid=os.getpid(),
+            keeps_prefixes=keeps_prefixes(self._server_args),
         )
+
+
+def keeps_prefixes(server_args: Any) -> bool:
+    """True if what was computed or received once is found again by the next prompt that begins alike."""
+    if str(server_args.disaggregation_mode) == "decode":
+        return bool(server_args.disaggregation_decode_enable_radix_cache)
+    return not server_args.disable_radix_cache
 
 
 def reachable_host(listen_host: str) -> str:
