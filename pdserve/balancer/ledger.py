@@ -73,11 +73,15 @@ class RequestRecord(msgspec.Struct, eq=False):
     finish: str = ""
     error: str = ""
     request_id: str = ""
+    _row: dict[str, object] | None = None
 
     def render(self) -> dict[str, object]:
-        """The row of the state document."""
-        timeline = self.timeline
-        return {
+        """The row of the state document; do not change it."""
+        row, timeline = self._row, self.timeline
+        # What may still come after the end: its client leaves with the last bytes unread.
+        if row is not None and row["status"] == self.status and row["error"] == self.error:
+            return row
+        row = {
             "rid": self.rid,
             "request_id": self.request_id,
             "pair": self.pair.label if self.pair else "",
@@ -99,6 +103,8 @@ class RequestRecord(msgspec.Struct, eq=False):
             "finish": self.finish,
             "error": self.error,
         }
+        self._row = row if timeline.finished_s is not None else None
+        return row
 
     def log_fields(self) -> dict[str, object]:
         """What the access log tells; stages that did not happen are left out."""

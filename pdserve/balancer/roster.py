@@ -12,6 +12,7 @@ class Roster:
     def __init__(self) -> None:
         self.members: dict[InstanceId, Worker] = {}
         self.records: dict[PairKey, PairRecord] = {}
+        self._in_order: list[PairRecord] | None = None
 
     def __contains__(self, worker: Worker) -> bool:
         return self.members.get(worker.instance_id) is worker
@@ -19,6 +20,7 @@ class Roster:
     def add(self, worker: Worker) -> list[PairRecord]:
         """Take in a member; returns its new pairs."""
         self.members[worker.instance_id] = worker
+        self._in_order = None
         is_prefill = worker.role is Role.PREFILL
         partners = [other for other in self.members.values() if other.role is not worker.role]
         records = [
@@ -30,6 +32,7 @@ class Roster:
     def remove(self, worker: Worker) -> list[PairRecord]:
         """Forget a member; returns the pairs that go with it."""
         del self.members[worker.instance_id]
+        self._in_order = None
         doomed = self.pairs_of(worker)
         for record in doomed:
             del self.records[record.key]
@@ -50,6 +53,8 @@ class Roster:
         )
 
     def pairs(self) -> list[PairRecord]:
-        """Every pair, in the order of ``workers``."""
-        order = {worker.instance_id: index for index, worker in enumerate(self.workers())}
-        return sorted(self.records.values(), key=lambda r: (order[r.key[0]], order[r.key[1]]))
+        """Every pair, in the order of ``workers``; sorted at changes only, there may be thousands."""
+        if self._in_order is None:
+            order = {worker.instance_id: index for index, worker in enumerate(self.workers())}
+            self._in_order = sorted(self.records.values(), key=lambda r: (order[r.key[0]], order[r.key[1]]))
+        return list(self._in_order)
