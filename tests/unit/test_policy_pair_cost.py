@@ -132,8 +132,19 @@ def test_memserves_rule_the_cached_prefix_is_left_exactly_when_its_queue_outlast
         assert prefill_name(ask(policy, rows, now_s=2.0)) == expected
 
 
-def test_delay_weight_holds_on_to_the_cached_prefix_for_longer() -> None:
+def keep_busy(policy: PairCost) -> None:
+    """All workers have queues whenever a request comes, for as long as is remembered."""
+    rows = [prefill(8, num_reqs=1000, queued_tokens=9e6), prefill(9, num_reqs=1000, queued_tokens=9e6)]
+    for _ in range(500):
+        end(policy, ask(policy, rows, shape=RequestShape(100, 10)), 0.5)
+    policy.forget(InstanceId("prefill8"))
+    policy.forget(InstanceId("prefill9"))
+
+
+def test_a_busy_fleet_holds_on_to_the_cached_prefix_for_longer() -> None:
     policy = policy_with(delay_weight=1.0)
+    keep_busy(policy)
+    assert policy.delay_weight == pytest.approx(1.0)
     end(policy, ask(policy, [prefill(0)]), 1.0)
     rows = [prefill(0, num_reqs=1, queued_tokens=1.1 * RATE), prefill(1)]
     choice = ask(policy, rows, now_s=2.0)
@@ -141,8 +152,29 @@ def test_delay_weight_holds_on_to_the_cached_prefix_for_longer() -> None:
     assert choice.cached_tokens > 0.9 * TOKENS
 
 
+def test_an_idle_fleet_gives_no_weight_to_those_who_might_come_behind() -> None:
+    policy = policy_with()
+    keep_busy(policy)
+    assert policy.delay_weight == 8.0
+    for _ in range(500):
+        end(policy, ask(policy, [prefill(0)], shape=RequestShape(100, 10)), 1.0)
+    assert policy.delay_weight < 0.01
+
+
+def test_a_request_may_wait_as_much_longer_for_its_prefix_as_that_saves() -> None:
+    policy, rows = policy_with(delay_weight=1.0), [prefill(0), prefill(1)]
+    assert not policy.reach_s(SHAPE, rows, 0.0)
+    end(policy, ask(policy, rows[:1]), 1.0)
+    here, elsewhere = policy.reach_s(SHAPE, rows, 2.0)
+    assert here == pytest.approx(0.82, abs=0.02)
+    assert elsewhere == 0.0
+    keep_busy(policy)
+    assert policy.reach_s(SHAPE, rows, 2.0)[0] == pytest.approx(1.64, abs=0.04)
+
+
 def test_a_prefix_that_is_still_being_computed_counts_where_it_will_be() -> None:
     policy = policy_with(delay_weight=1.0)
+    keep_busy(policy)
     first = ask(policy, [prefill(0), prefill(1)])
     again = ask(policy, [prefill(0), prefill(1)])
     assert prefill_name(again) == prefill_name(first)
@@ -335,6 +367,7 @@ def test_a_decode_worker_over_the_tpot_objective_is_left_for_one_with_room() -> 
 def test_a_prefix_is_not_followed_into_a_missed_ttft() -> None:
     for slo_s, expected in ((0.0, "prefill-0"), (1.0, "prefill-1")):
         policy = policy_with(slo_ttft_s=slo_s, delay_weight=1.0)
+        keep_busy(policy)
         end(policy, ask(policy, [prefill(0)]), 1.0)
         rows = [prefill(0, num_reqs=1, queued_tokens=1.1 * RATE), prefill(1)]
         assert prefill_name(ask(policy, rows, now_s=2.0)) == expected

@@ -37,6 +37,8 @@ from pdserve.types import Forecast, InstanceId, RequestShape, Role
 
 MISS_S = 1000.0
 """A pair that breaks an SLO costs this much more than one that does not: any that keeps it goes first."""
+BUSY_DECISIONS = 64
+"""Over so many decisions the share of busy prefill workers is taken: some seconds of a busy fleet."""
 KEPT_PREFIXES = 64
 """Prompts of waiting requests that are kept cut; they are looked at at each event."""
 OUT_S = 1.0e6
@@ -67,15 +69,15 @@ class PrefixIndex(Protocol):
 class PairCostParams:
     """Settings of ``pair_cost``. SLOs in seconds, 0: none.
 
-    ``delay_weight``: what a second of own prefill work counts beyond itself, for the requests
-    that will stand behind it. ``mixes_heavy_light``: TetriInfer's choice of the decode worker
+    ``delay_weight``: what a second of own prefill work counts at most beyond itself, for the requests that
+    will stand behind it. ``mixes_heavy_light``: TetriInfer's choice of the decode worker
     (power of two, least heavy share) in place of the least cost. ``decode_keeps_cache``: decode workers
     run with a radix cache, so that a prefix which is there need not travel.
     """
 
     slo_ttft_s: float = 0.0
     slo_tpot_s: float = 0.0
-    delay_weight: float = 1.0
+    delay_weight: float = 8.0
     mixes_heavy_light: bool = False
     decode_keeps_cache: bool = False
 
@@ -117,6 +119,7 @@ class PairCost:
         self._rows: tuple[Sequence[WorkerView], Sequence[WorkerView]] = (), ()
         self._hosts: tuple[list[str], list[str]] = [], []
         self._present: set[str] = set()
+        self._busy = 0.0
         self._search = PairSearch()
         self._random = random.Random(seed)
 
@@ -128,6 +131,7 @@ class PairCost:
         prefix = self._prefix_of(request)
         cached, held = self._cached(request, prefix, candidates)
         waits_s, works_s = self._prefill_s(request, prefills, cached, now_s)
+        self._watch(waits_s)
         prefill_s = self._weigh(request, prefills, waits_s, works_s)
         decode_s = self._decode_s(request, decodes)
         extra, links_s = self._links_s(request, candidates, held)
@@ -172,7 +176,7 @@ class PairCost:
         shares = self.tree.match_coming(prefix, [view.info.instance_id for view in prefills], now_s)
         if not any(shares):
             return ()
-        weight, tokens, curve = 1.0 + self.params.delay_weight, request.prompt_tokens, self.curve
+        weight, tokens, curve = 1.0 + self.delay_weight, request.prompt_tokens, self.curve
         whole = curve.work(tokens, 0.0)
         reaches_s = []
         for view, share in zip(prefills, shares, strict=True):
@@ -228,6 +232,19 @@ class PairCost:
             kept = known[id(prompt)] = prompt, self.tree.read(prompt)  # with the prompt, or its id is reused
         return kept[1]
 
+    @property
+    def delay_weight(self) -> float:
+        """Requests that will stand behind this one's work: of a queue that is busy for a share r of the time,
+        each second of work delays r / (1 - r) later ones until it is empty again. Work saved is worth
+        little to an idle fleet and much to a busy one."""
+        busy = self._busy
+        return min(self.params.delay_weight, busy / (1.0 - busy)) if busy < 1.0 else self.params.delay_weight
+
+    def _watch(self, waits_s: Sequence[float]) -> None:
+        """Arrivals see the share of time in which workers are busy. Those without room are."""
+        idle = sum(1 for wait_s in waits_s if wait_s <= 0.0)
+        self._busy += (1.0 - idle / max(len(waits_s), len(self._queues)) - self._busy) / BUSY_DECISIONS
+
     # -- terms -------------------------------------------------------------------------------
 
     def _cached(
@@ -278,7 +295,7 @@ class PairCost:
         works_s: Sequence[float],
     ) -> list[float]:
         """The cost of each prefill worker."""
-        weight, slo_s, tokens = 1.0 + self.params.delay_weight, self.params.slo_ttft_s, request.prompt_tokens
+        weight, slo_s, tokens = 1.0 + self.delay_weight, self.params.slo_ttft_s, request.prompt_tokens
         costs = [wait_s + weight * work_s for wait_s, work_s in zip(waits_s, works_s, strict=True)]
         for index, view in enumerate(views):
             if view.kv_capacity:
