@@ -96,7 +96,7 @@ def bar(fraction: float | None, width: int) -> str:
         return "·" * width
     filled = round(min(max(fraction, 0.0), 1.0) * width)
     if fraction > 0 and not filled:
-        filled = 1
+        filled = min(1, width)
     return "█" * filled + "░" * (width - filled)
 
 

@@ -24,6 +24,7 @@ HELP = (
     ("esc", "back"),
     ("s S", "sort the list by the next or the previous column"),
     ("r", "workers of all roles, prefill only, decode only"),
+    ("Ctrl-L", "draw everything anew"),
     ("p space", "pause and go on; nothing is asked of the balancer meanwhile"),
 )
 

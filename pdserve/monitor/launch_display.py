@@ -12,6 +12,7 @@ import logging
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from pdserve.monitor.document import clean
@@ -43,6 +44,18 @@ class InnerDisplay(Protocol):
     def close(self) -> None:
         """Nothing more will be redrawn."""
         ...
+
+
+class _LogToNotes(logging.Handler):
+    """Warnings of the launcher's own log, which would be written across the screen."""
+
+    def __init__(self, note: Callable[[int, str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show its message as a line."""
+        self._note(record.levelno, clean(record.getMessage(), 300))
 
 
 class MonitorDisplay:
@@ -110,12 +123,15 @@ class MonitorDisplay:
 
     def _run(self, watch: Watch) -> None:
         told = "monitor closed; the service goes on, Ctrl-C stops it"
+        handler = _LogToNotes(self._note)
+        logging.getLogger().addHandler(handler)
         try:
             if watch.run():
                 told = "monitor closed: the terminal is gone; the service goes on"
         except Exception as exc:
             told = f"monitor ended: {clean(repr(exc), 300)}; the service goes on, Ctrl-C stops it"
         finally:
+            logging.getLogger().removeHandler(handler)
             with self._lock:
                 self._watch = None
                 held = list(self._held)

@@ -12,7 +12,7 @@ from pdserve.monitor.snapshot import PairRow, Snapshot
 from pdserve.monitor.view_state import Pane, ViewState, order_of
 
 NAME_WIDTH = 13
-FULL_CELL = 22
+FULL_CELL = 23
 """``1.20 GB/s direct  12 ms``"""
 SMALL_CELL = 11
 """``1.20 GB/s d``: the path by its first letter."""
@@ -34,7 +34,7 @@ def _pair_cell(pair: PairRow | None, *, is_small: bool) -> tuple[str, str]:
     if is_small:
         return f"{format_bytes(pair.bytes_s, 'B/s')} {pair.path[:1]}".rstrip(), style
     figures = (
-        f"{format_bytes(pair.bytes_s, 'B/s'):>8} {pair.path or '-':<6} {format_seconds(pair.transfer_s):>6}"
+        f"{format_bytes(pair.bytes_s, 'B/s'):>9} {pair.path or '-':<6} {format_seconds(pair.transfer_s):>6}"
     )
     return figures, style
 

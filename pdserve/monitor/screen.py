@@ -38,6 +38,8 @@ LOOK_S = 0.25
 ESCAPE_S = 0.05
 """An arrow's bytes follow its escape within this time, also over ssh: they travel in one packet."""
 NUM_NOTES = 16
+REDRAW_KEY = "\x0c"
+"""Ctrl-L: somebody else has written on the screen."""
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -55,6 +57,7 @@ class Watch:
         self._shown = self._feed.news
         self._code: int | None = None
         self._size = (0, 0)
+        self._is_spoiled = False
 
     def stop(self, code: int = 0) -> None:
         """End ``run`` soon, with this exit status. From any thread or signal handler."""
@@ -115,6 +118,9 @@ class Watch:
     def _press(self, keys: Iterator[str]) -> bool:
         is_changed = False
         for key in keys:
+            if key == REDRAW_KEY:
+                self._is_spoiled = is_changed = True
+                continue
             after = press(key, self._view, Snapshot(self._shown.state, time.time()))
             if after is None:
                 self._code = 0
@@ -146,6 +152,9 @@ class Watch:
         self._size = terminal.size()
         frame = render(news.state, view, self._size)
         self._view = replace(view, scroll=frame.scroll)
+        if self._is_spoiled:
+            terminal.forget()
+        self._is_spoiled = False
         terminal.paint(frame, self._size)
 
     # -- signals -------------------------------------------------------------------------------

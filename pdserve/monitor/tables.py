@@ -66,16 +66,26 @@ def _about(area: Area) -> list[str]:
             legend = "tok/s over 10 s: prompt (P), generated (D)"
             return [_roles(snapshot), legend, "queues in requests", "boot: bootstrap or prealloc"]
         case Pane.PAIRS:
-            total = sum(pair.bytes_s or 0.0 for pair in snapshot.pairs)
-            ready = sum(pair.state == "ready" for pair in snapshot.pairs)
-            told = f"{ready} ready" + (f", KV {format_bytes(total, 'B/s')} in all" if total else "")
-            if 0 < matrix_cell(snapshot, area.view, area.width) < FULL_CELL:
-                return [told, "d direct, p packed, m mixed"]
-            return [told, "KV rate over 1 min, path, median transfer"]
+            return _about_pairs(area)
         case Pane.REQUESTS:
             return ["time in each stage", "first tok, done: since arrival"]
         case Pane.EVENTS:
             return ["joins, deaths, breaker, regime"]
+
+
+def _about_pairs(area: Area) -> list[str]:
+    pairs = area.snapshot.pairs
+    total = sum(pair.bytes_s or 0.0 for pair in pairs)
+    ready = sum(pair.state == "ready" for pair in pairs)
+    told = f"{ready} ready" + (f", KV {format_bytes(total, 'B/s')} in all" if total else "")
+    cell = matrix_cell(area.snapshot, area.view, area.width)
+    if 0 < cell < FULL_CELL:
+        return [told, "d direct, p packed, m mixed", "KV rate over 1 min"]
+    legend = "KV rate over 1 min, path, median transfer"
+    if cell or not total:
+        return [told, legend]
+    busiest = max(pairs, key=lambda pair: pair.bytes_s or 0.0)
+    return [told, f"busiest {short_pair(busiest.key)} {format_bytes(busiest.bytes_s, 'B/s')}", legend]
 
 
 def _roles(snapshot: Snapshot) -> str:

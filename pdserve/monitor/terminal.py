@@ -112,6 +112,10 @@ class Terminal:
             self._write("".join([_BEGIN, *parts, _END]))
         self._painted = rows
 
+    def forget(self) -> None:
+        """The next frame is written whole: what is on the screen is not what was painted."""
+        self._size = (0, 0)
+
     def _encoded(self, row: list[Segment]) -> str:
         parts = []
         for text, style, _ in row:

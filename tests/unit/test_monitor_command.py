@@ -27,7 +27,10 @@ url = sys.argv[1]
 display = MonitorDisplay(ProgressDisplay(), interval_s=0.1)
 stop = threading.Event()
 signal.signal(signal.SIGINT, lambda number, frame: stop.set())
-signal.signal(signal.SIGUSR1, lambda number, frame: display.event(logging.WARNING, "decode-1 has ended"))
+def tell(number, frame):
+    display.event(logging.WARNING, "decode-1 has ended")
+    logging.getLogger("a").warning("a warning in the log")
+signal.signal(signal.SIGUSR1, tell)
 display.stage("prefill-0", role="prefill", url=url, stage="loading", log_file="a/prefill-0.log")
 display.tick()
 display.ready(url=url, model="m", log_dir="a")
@@ -205,7 +208,7 @@ def test_launch_opens_the_monitor_when_ready_and_closes_it_to_drain() -> None:
     with monitored(recorded("healthy"), program=LAUNCH) as (session, _):
         session.until(lambda text: session.screen.is_alternate and "prefill-0" in text and "● live" in text)
         session.signal(signal.SIGUSR1)
-        session.shows("launcher ", "decode-1 has ended")
+        session.shows("launcher ", "decode-1 has ended", "a warning in the log")
         session.press("\x03")
         session.end(0)
         text = session.screen.text

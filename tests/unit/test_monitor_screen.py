@@ -198,6 +198,16 @@ def test_only_what_changes_is_written() -> None:
         ended(session)
 
 
+def test_ctrl_l_repairs_a_spoiled_screen() -> None:
+    with monitored(recorded("healthy")) as (session, _):
+        session.shows("▶ workers", "q quit")
+        os.write(session.slave, b"\x1b[11;1Hspoiled by another program")
+        session.shows("spoiled by another program")
+        session.press("\x0c")
+        session.until(lambda text: "spoiled" not in text and "▶ workers" in text)
+        ended(session)
+
+
 def test_a_balancer_that_goes_away_keeps_its_last_frame_and_comes_back() -> None:
     with monitored(recorded("healthy")) as (session, server):
         session.shows("● live", "prefill-0")

@@ -173,6 +173,9 @@ def test_a_matrix_becomes_a_list_where_there_are_many_pairs() -> None:
     assert "from \\ to" not in large
     assert "prefill-0>decode-0" in large
     assert "of 1024" in large
+    assert "busiest p31>d31 1.02 GB/s" in large
+    full = text_of(recorded("overloaded"), (120, 40))
+    assert "1.90 GB/s packed  31 ms" in full and "1.16 GB/s mixed   50 ms" in full
 
 
 def test_pairs_sorted_by_rate_are_listed_highest_first() -> None:
