@@ -51,13 +51,17 @@ class Refused(PdserveError):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a worker is asked, for whom. ``target`` is path and query as they go on the wire."""
+    """What a worker is asked, for whom. ``target`` is path and query as they go on the wire.
+
+    ``accept`` is the form the answer must have; empty: what the client accepts.
+    """
 
     client: Client
     method: str
     target: str
     body: bytes = b""
     timeout_s: float = ASK_S
+    accept: bytes = b""
 
     @classmethod
     def of(
@@ -68,6 +72,7 @@ class Question:
         path: str = "",
         query: bytes | None = None,
         timeout_s: float = ASK_S,
+        accept: bytes = b"",
     ) -> Question:
         """The client's own request, perhaps on another path, with another query.
 
@@ -82,7 +87,7 @@ class Question:
         if asked:
             target += f"?{quote_from_bytes(asked, safe=_SAFE_IN_QUERY)}"
         method = "GET" if client.method == "HEAD" else client.method
-        return cls(client, method, target, body, timeout_s)
+        return cls(client, method, target, body, timeout_s, accept)
 
 
 class WorkerAsker:
@@ -141,6 +146,8 @@ class WorkerAsker:
         """The client's own authorization, unless the workers have a key of their own."""
         config, given = self.config, question.client.headers
         headers = tuple((name, given[name]) for name in _PASSED_ON if name in given)
+        if question.accept:
+            headers = (*(each for each in headers if each[0] != b"accept"), (b"accept", question.accept))
         if question.body and b"content-type" not in given:
             headers += (JSON_TYPE,)
         authorization = given.get(b"authorization", b"")

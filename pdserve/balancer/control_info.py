@@ -111,8 +111,7 @@ class InfoControl:
     async def metrics(self, client: Client, body: bytes) -> Answer:
         """The balancer's own metrics, then those of the workers that publish any. Always 200."""
         workers = self._fleet.workers()
-        question = Question.of(client, path=METRICS, timeout_s=SCRAPE_S)
-        replies = await self._asker.ask_all(question, workers)
+        replies = await self._asker.ask_all(_scrape(client, SCRAPE_S), workers)
         theirs = merge_expositions(_expositions(workers, replies))
         return Answer(200, (self._own() + theirs).encode(), (EXPOSITION,))
 
@@ -123,7 +122,7 @@ class InfoControl:
     async def engine_metrics(self, client: Client, body: bytes) -> Answer:
         """The workers' Prometheus text in one, with a ``worker_id`` label; they need ``--enable-metrics``."""
         workers = self._fleet.workers()
-        replies = await self._asker.ask_all(Question.of(client, path=METRICS), workers)
+        replies = await self._asker.ask_all(_scrape(client, ASK_S), workers)
         if any(isinstance(reply, FetchedResponse) and reply.status == 404 for reply in replies) and not any(
             isinstance(reply, FetchedResponse) and reply.status == 200 for reply in replies
         ):
@@ -149,6 +148,11 @@ class InfoControl:
             if isinstance(reply, FetchedResponse) and 400 <= reply.status < 500:
                 return passed_on(reply)
         return route_error(client.path, 503, f"{why}: {'; '.join(reasons) or self._fleet.explain()}")
+
+
+def _scrape(client: Client, timeout_s: float) -> Question:
+    """Prometheus would rather have OpenMetrics, whose samples are no text of version 0.0.4."""
+    return Question.of(client, path=METRICS, timeout_s=timeout_s, accept=b"text/plain")
 
 
 def _expositions(workers: list[Worker], replies: list[Reply]) -> list[tuple[dict[str, str], str]]:

@@ -160,6 +160,17 @@ async def test_the_balancers_own_metrics_can_be_had_without_asking_workers() -> 
         assert site.prefills[0].seen == site.decodes[0].seen == []
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/engine_metrics"])
+async def test_workers_are_asked_for_the_form_that_is_merged(path: str) -> None:
+    """Prometheus accepts OpenMetrics, and prometheus_client would answer so."""
+    async with control_site() as site:
+        accept = "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;q=0.3"
+        await site.ask("GET", path, accept=accept)
+        assert [worker.seen[0].headers["accept"] for worker in site.workers] == ["text/plain"] * 2
+        await site.ask("GET", "/v1/models", accept=accept)
+        assert site.decodes[0].seen[-1].headers["accept"] == accept
+
+
 async def test_no_engine_metrics_at_all_says_how_to_get_them() -> None:
     async with control_site() as site:
         for worker in site.workers:

@@ -16,6 +16,7 @@ from pdserve.balancer.metrics_fleet import FleetFigures, TransferCounters
 from pdserve.balancer.metrics_pairs import MAX_PAIRS, NUM_TRANSFERS, PairTraffic
 from pdserve.balancer.sample import Sample
 from pdserve.balancer.upstream import UpstreamPool
+from pdserve.plugin.stats import COUNTERS
 from pdserve.types import InstanceId, Pair, Role, WorkerLoad
 from tests.unit.control_worker import ControlWorker
 from tests.unit.fleet_network import D0, P0, until, worker
@@ -108,6 +109,10 @@ def test_a_pause_of_the_watch_is_unknown_not_zero() -> None:
 
 def counters(**values: int) -> TransferCounters:
     return TransferCounters(**values)
+
+
+def test_what_is_read_is_what_workers_count() -> None:
+    assert set(TransferCounters.__struct_fields__) <= set(COUNTERS)
 
 
 def test_kv_sent_is_told_from_the_growth_of_the_counters() -> None:
