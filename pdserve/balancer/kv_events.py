@@ -10,6 +10,7 @@ its last 10 000 messages on a ROUTER socket (sglang/srt/disaggregation/kv_events
 Nothing here opens a socket (kv_event_channel.py) or reads a clock. Pages count that are in device memory;
 copies in host memory or storage do not. With several DP ranks a page counts when every rank has it,
 because nobody knows to which one a request will go. A worker without a radix cache publishes nothing.
+A prefill server publishes after each batch, a decode server every 40th step and when it idles.
 """
 
 from __future__ import annotations
