@@ -99,8 +99,8 @@ def following(url: str, scene: Callable[[Followed], Awaitable[None]]) -> None:
         worker.answers.set()
         keeper = asyncio.create_task(KvEventKeeper(worker, followed.pool, channels, (), followed.tree).run())
         try:
-            # Something must be there to see it go: the flush is told with the next event, and a late one would
-            # drop what the scene has sent.
+            # Something must be there to be seen going: the flush is told later than it is done, and a late
+            # word of it would drop what the scene has sent.
             await asyncio.to_thread(cached_tokens, url, input_ids=[35] * 40)
             await until(lambda: followed.pages)
             await asyncio.to_thread(call, url, "POST", "/flush_cache?timeout=30")
