@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,8 @@ MAX_ERROR = 0.35
 runs of this calibration stayed below 0.15."""
 PREFILL_SHARE, DECODE_SHARE = 0.45, 0.45
 """Of the budget; the rest is for replies."""
+SHARED_PROCESSOR = 1.15
+"""Decode servers that are this much slower together than alone are not machines of their own."""
 LINK_TERMS = ("transfer", "byte")
 
 
@@ -104,56 +107,73 @@ def fit_model(
     options: CalibrationOptions, limits: Limits, measured: Measured, pool_bytes_per_token: float
 ) -> Calibration:
     """Pure. Raises ConfigError if the measurements do not make a model."""
-    notes: list[str] = []
-    prefill = _fit("prefill", PREFILL_TERMS, measured.prefill)
-    decode = _fit("decode", DECODE_TERMS, [*measured.decode, *measured.alone])
-    together = _together(measured)
-    if together > 1.15:
-        notes.append(
-            f"with all decode servers busy a step takes {together:.2f} times as long as alone: they share "
-            "a processor; the model is the mean of both"
-        )
-    link = None
-    if measured.link:
-        link = _fit("link", LINK_TERMS, measured.link)
-    else:
-        notes.append("the servers run without pdserve's plugin: the link is taken as free, see link_beta_s")
-    if measured.bytes_per_token:
-        kv_bytes = median(measured.bytes_per_token)
-    elif pool_bytes_per_token > 0:
-        kv_bytes = pool_bytes_per_token
-        notes.append("KV bytes per token are the pool's size over its tokens, rounded by SGLang")
-    else:
+    fits = _Fits(
+        _fit("prefill", PREFILL_TERMS, measured.prefill),
+        _fit("decode", DECODE_TERMS, [*measured.decode, *measured.alone]),
+        _fit("link", LINK_TERMS, measured.link) if measured.link else None,
+    )
+    kv_bytes = median(measured.bytes_per_token) if measured.bytes_per_token else pool_bytes_per_token
+    if kv_bytes <= 0:
         raise ConfigError("no server tells how many bytes of KV a token has (/pdserve/instance, /v1/loads)")
-    if measured.cached_tokens == 0:
-        notes.append("no prompt met a cached prefix: the prefill servers' radix cache is off")
-    reply_s, balancer_s = _overheads(measured, link)
-    model = CostModel(
-        name=options.name or Path(limits.model).name or "calibrated",
+    name = options.name or Path(limits.model).name or "calibrated"
+    model = _model(name, limits, fits, round(kv_bytes), _overheads(measured, fits.link)).check()
+    together = _together(measured)
+    notes = tuple(_notes(measured, together))
+    return Calibration(model, fits.prefill, fits.decode, fits.link, together, notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fits:
+    prefill: Fit
+    decode: Fit
+    link: Fit | None
+
+
+def _model(
+    name: str, limits: Limits, fits: _Fits, kv_bytes: int, overheads: tuple[float, float]
+) -> CostModel:
+    prefill, decode = fits.prefill.cost, fits.decode.cost
+    link = fits.link.cost if fits.link else dict.fromkeys(LINK_TERMS, 0.0)
+    reply_s, balancer_s = overheads
+    return CostModel(
+        name=name,
         source=f"pdserve calibrate, {limits.device}, {limits.model}",
-        prefill_base_s=prefill.cost["pass"],
-        prefill_token_s=prefill.cost["token"],
-        prefill_pair_s=prefill.cost["pair"],
-        prefill_reread_s=prefill.cost["reread"],
-        decode_base_s=decode.cost["step"],
-        decode_request_s=decode.cost["request"],
-        decode_token_s=decode.cost["token"],
-        kv_bytes_per_token=max(1, round(kv_bytes)),
+        prefill_base_s=prefill["pass"],
+        prefill_token_s=prefill["token"],
+        prefill_pair_s=prefill["pair"],
+        prefill_reread_s=prefill["reread"],
+        decode_base_s=decode["step"],
+        decode_request_s=decode["request"],
+        decode_token_s=decode["token"],
+        kv_bytes_per_token=max(1, kv_bytes),
         prefill_pool_tokens=limits.prefill_pool_tokens,
         decode_pool_tokens=limits.decode_pool_tokens,
         max_running_requests=limits.max_running_requests,
         chunk_tokens=limits.chunk_tokens,
-        link_alpha_s=link.cost["transfer"] if link else 0.0,
-        link_beta_s=link.cost["byte"] if link else 0.0,
+        link_alpha_s=link["transfer"],
+        link_beta_s=link["byte"],
         # Only their sum can be seen from outside; a third each.
         request_s=reply_s / 3 + balancer_s,
         handshake_s=reply_s / 3,
         response_s=reply_s / 3,
-        reload_beta_s=link.cost["byte"] if link else 0.0,
+        reload_beta_s=link["byte"],
         has_decode_cache=limits.has_decode_cache,
-        fit_error=max(prefill.median_error, decode.median_error),
-    ).check()
-    return Calibration(model, prefill, decode, link, together, tuple(notes))
+        fit_error=max(fits.prefill.median_error, fits.decode.median_error),
+    )
+
+
+def _notes(measured: Measured, together: float) -> Iterator[str]:
+    if together > SHARED_PROCESSOR:
+        yield (
+            f"with all decode servers busy a step takes {together:.2f} times as long as alone: they share "
+            "a processor; the model is the mean of both"
+        )
+    if not measured.link:
+        yield "the servers run without pdserve's plugin: the link is taken as free, see link_beta_s"
+    if not measured.bytes_per_token:
+        yield "KV bytes per token are the pool's size over its tokens, rounded by SGLang"
+    if measured.cached_tokens == 0:
+        yield "no prompt met a cached prefix: the prefill servers' radix cache is off"
 
 
 def _fit(what: str, names: tuple[str, ...], rows: list[Any]) -> Fit:
