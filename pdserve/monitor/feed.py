@@ -10,6 +10,7 @@ the balancer is away.
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -91,13 +92,15 @@ class StateClient:
     def close(self) -> None:
         """Close the connection; a ``fetch`` that is under way fails."""
         connection, self._connection = self._connection, None
-        if connection is not None:
-            if connection.sock is not None:
-                try:
-                    connection.sock.shutdown(2)
-                except OSError:
-                    pass  # it is gone already
-            connection.close()
+        if connection is None:
+            return
+        sock = connection.sock  # the fetching thread may drop it at any moment
+        if sock is not None:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it is gone already
+        connection.close()
 
     def _exchange(self) -> tuple[int, str, bytes]:
         parts = self._parts

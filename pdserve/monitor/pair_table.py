@@ -11,7 +11,8 @@ from pdserve.monitor.panels import BAD, DIM, WARN
 from pdserve.monitor.snapshot import PairRow, Snapshot
 from pdserve.monitor.view_state import Pane, ViewState, order_of
 
-NAME_WIDTH = 13
+LEAST_NAME, MOST_NAME = 12, 24
+"""Cells of the names at the left of the matrix."""
 FULL_CELL = 23
 """``1.20 GB/s direct  12 ms``"""
 SMALL_CELL = 11
@@ -43,11 +44,17 @@ def matrix_cell(snapshot: Snapshot, view: ViewState, width: int) -> int:
     """How wide a cell of the matrix may be; 0 if the pairs are better listed."""
     if order_of(view, Pane.PAIRS).name != "name" or not snapshot.pairs:
         return 0
-    num_prefill, num_decode = map(len, snapshot.pair_roles)
-    room = (width - NAME_WIDTH - 1) // num_decode - 2
-    if num_prefill > MOST_ROWS or room < SMALL_CELL:
+    prefills, decodes = snapshot.pair_roles
+    room = (width - _name_width(prefills) - 1) // len(decodes) - 2
+    if len(prefills) > MOST_ROWS or room < SMALL_CELL:
         return 0
-    return FULL_CELL if room >= FULL_CELL else SMALL_CELL
+    if room >= FULL_CELL:
+        return FULL_CELL
+    return SMALL_CELL if longest(decodes, FULL_CELL) <= SMALL_CELL else 0
+
+
+def _name_width(prefills: Sequence[str]) -> int:
+    return max(LEAST_NAME, longest(prefills, MOST_NAME)) + 1
 
 
 def pair_lines(rows: Sequence[PairRow], area: Area) -> Shown:
@@ -85,14 +92,15 @@ def _matrix(rows: Sequence[PairRow], area: Area, cell: int) -> Shown:
     decodes = list(dict.fromkeys(pair.decode for pair in rows))
     by_names = {(pair.prefill, pair.decode): pair for pair in rows}
     is_small = cell < FULL_CELL
-    heading = Line(fit("from \\ to", NAME_WIDTH), "bold")
+    name_width = _name_width(prefills)
+    heading = Line(fit("from \\ to", name_width), "bold")
     for name in decodes:
         heading.add(fit(name, cell, is_right=is_small) + "  ", "bold")
     at = prefills.index(selected.prefill) if selected else 0
     part = part_around(len(prefills), at, max(0, area.height - 1))
     lines = [heading]
     for name in prefills[part.start : part.stop]:
-        line = Line(fit(name, NAME_WIDTH), "bold")
+        line = Line(fit(name, name_width - 1) + " ", "bold")
         for decode in decodes:
             pair = by_names.get((name, decode))
             text, style = _pair_cell(pair, is_small=is_small)

@@ -178,6 +178,18 @@ def test_a_matrix_becomes_a_list_where_there_are_many_pairs() -> None:
     assert "1.90 GB/s packed  31 ms" in full and "1.16 GB/s mixed   50 ms" in full
 
 
+def test_long_names_are_not_cut_in_the_matrix() -> None:
+    state = json.loads(
+        json.dumps(recorded("overloaded"))
+        .replace("prefill-", "prefill-node-")
+        .replace("decode-", "decode-node-")
+    )
+    wide, narrow = text_of(state, (140, 40)), text_of(state, (80, 40), pane=Pane.PAIRS)
+    assert "from \\ to" in wide
+    assert "prefill-node-1 " in wide
+    assert "from \\ to" not in narrow, "the names of decode workers would be cut in so small cells"
+
+
 def test_pairs_sorted_by_rate_are_listed_highest_first() -> None:
     rows = drawn(large_fleet(), (120, 40), pane=Pane.PAIRS, sorts={Pane.PAIRS: 1})
     pairs = [row.split()[0] for row in rows if ">" in row.split()[0]]
