@@ -11,15 +11,19 @@ import pytest
 
 from pdserve.balancer.app import Balancer
 from pdserve.balancer.probe import ProbePassed
-from pdserve.bootstrap.messages import FleetView
+from pdserve.bootstrap.client import LeaseClient
+from pdserve.bootstrap.messages import FleetView, Register
 from pdserve.config import BalancerConfig
+from pdserve.doctor.finding import Level
 from pdserve.doctor.fleet import fleet_url
+from pdserve.doctor.fleet_checks import judge_balancer
 from pdserve.doctor.fleet_facts import Keys, gather_fleet, gather_pairs, is_hidden
-from pdserve.doctor.pair_checks import layout_mismatches
+from pdserve.doctor.pair_checks import judge_layouts, layout_mismatches
 from pdserve.errors import ConfigError
 from pdserve.types import Role, WorkerInfo
 from tests.fakes import FakeSGLang, until
 from tests.unit.balancer_client import running_site
+from tests.unit.bootstrap_parts import report, service
 from tests.unit.test_doctor_fleet import LAYOUT
 
 
@@ -112,3 +116,24 @@ def test_workers_on_another_machines_loopback_are_not_asked() -> None:
     assert is_hidden("http://127.0.0.1:31000", "http://10.0.0.5:30000")
     assert not is_hidden("http://127.0.0.1:31000", "http://localhost:30000")
     assert not is_hidden("http://10.0.0.6:31000", "http://10.0.0.5:30000")
+
+
+@pytest.mark.parametrize(("page_size", "level"), [(16, Level.OK), (32, Level.NOTE)])
+async def test_layouts_are_read_from_the_bootstrap_service(page_size: int, level: Level) -> None:
+    async with AsyncExitStack() as stack:
+        running = await stack.enter_async_context(service())
+        for role, size in ((Role.PREFILL, 16), (Role.DECODE, page_size)):
+            fake = await stack.enter_async_context(FakeSGLang(role))
+            layout = msgspec.structs.replace(LAYOUT, page_size=size)
+            client = LeaseClient(running.url)
+            await asyncio.to_thread(client.report_rank, fake.info.instance_id, report(role, layout))
+            await asyncio.to_thread(client.register, Register(worker=fake.info))
+        balancer = Balancer(BalancerConfig(port=0, bootstrap_url=running.url))
+        await balancer.start()
+        stack.push_async_callback(balancer.stop)
+        await until(lambda: [str(pair.state) for pair in balancer.fleet.pairs()] == ["ready"], "a ready pair")
+        facts = await asyncio.to_thread(gather_fleet, balancer.url, Keys())
+    assert {info.worker_id for info in facts.view.values()} == {"prefill-0", "decode-0"}
+    (found,) = judge_layouts(facts)
+    assert found.level is level
+    assert [f.level for f in judge_balancer(facts)] == [Level.OK, Level.OK]
