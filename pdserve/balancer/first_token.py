@@ -23,6 +23,9 @@ order or refused. Little, for the rest must do for the wait here, the prefill it
 MIN_QUEUE_S = 0.2
 """A shorter queue runs dry before our next request arrives: the end of a leg, HTTP, tokenizing and the
 bootstrap handshake lie between, some tens of milliseconds each, and a prefill batch is often as long."""
+DOUBT_SHARE = 0.05
+"""Part of the objective by which one may seem late and is served yet: what is expected errs both ways. In
+simulation on the Azure traces 5 % lost least, 20 % served too many in vain."""
 ORDERED_QUEUE_S = 1.0
 """The same where there is no objective but an order of ours: five times MIN_QUEUE_S, as throughput counts."""
 
@@ -48,7 +51,7 @@ class FirstTokenGate:
     def due_s(self, since_s: float, prefill_s: float, overhead_s: float) -> float:
         """When one that has come at ``since_s`` must be sent at the latest; infinite if that is no matter."""
         spare_s = self.slo_s - overhead_s - prefill_s
-        return since_s + spare_s if self.slo_s > 0 and spare_s >= 0 else math.inf
+        return since_s + spare_s + DOUBT_SHARE * self.slo_s if self.slo_s > 0 and spare_s >= 0 else math.inf
 
     def looks(self, now_s: float) -> bool:
         """True if the line is to be looked through now."""

@@ -5,7 +5,10 @@ So a worker's expected KV is the sum of the means and GROWTH_Z standard deviatio
 
     expected = Σ (prompt + mean) + z · sqrt(Σ variance)
 
-That counts every answer at its full length although some end before others get there. We keep that: it
+An answer that outlives its forecast is expected to go on. The first answers to be learned from are short
+ones, as long ones are still under way; then many forecasts are too low, and this is what is left.
+
+The sum counts every answer at its full length although some end before others get there. We keep that: it
 never promises too much when forecasts are exact, however the requests' ages happen to lie, and it costs a
 request two additions. It is the bound that matters only for answers of more than about a thousand tokens:
 for shorter ones SGLang itself keeps more free (half of an answer is generated on average, and
@@ -15,6 +18,7 @@ for shorter ones SGLang itself keeps more free (half of an answer is generated o
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from pdserve.types import RequestShape
 
@@ -24,17 +28,28 @@ SPREAD = 2.563
 """Standard deviations between the tenth and the ninetieth percentile of a normal distribution."""
 
 
-def expected_answers(shape: RequestShape, unlearned_tokens: int) -> tuple[int, int]:
-    """Mean tokens of a request's answers together, and their variance.
+OUTLIVED_FACTOR = 2.0
+"""An answer longer than its forecast's ``high`` is taken to be half done: the forecast is disproved, and of
+what has lasted so long nothing better is known (the mean remainder of a Pareto tail of exponent two)."""
 
-    ``unlearned_tokens`` is what to count, as if it were certain, when there is no learned forecast.
-    """
+
+@dataclass(slots=True)
+class _Leg:
+    """Tokens of its prompt and answers; ``told`` as forecast, ``mean`` as it looks now."""
+
+    prompt: int
+    told: int
+    variance: int
+    high: int
+    limit: int
+    mean: int
+    began_s: float | None = None
+
+
+def expected_answer(shape: RequestShape, reserve: int) -> int:
+    """Tokens to expect of a request's answers together; ``reserve`` if no forecast was learned."""
     told = shape.forecast
-    if told is None or not told.is_learned:
-        return unlearned_tokens, 0
-    num = shape.num_prompts
-    deviation = (told.high - told.low) / SPREAD
-    return num * math.ceil(told.mean), num * math.ceil(deviation * deviation)
+    return reserve if told is None or not told.is_learned else shape.num_prompts * math.ceil(told.mean)
 
 
 class Growth:
@@ -46,22 +61,51 @@ class Growth:
     __slots__ = ("_legs", "_mean", "_variance")
 
     def __init__(self) -> None:
-        self._legs: dict[int, tuple[int, int]] = {}
+        self._legs: dict[int, _Leg] = {}
         self._mean = 0
         self._variance = 0
 
-    def add(self, leg: int, mean: int, variance: int) -> int:
-        """A leg whose prompt and answer are expected to take ``mean`` tokens; returns ``tokens``."""
-        self._legs[leg] = mean, variance
-        self._mean = mean = self._mean + mean
-        self._variance = variance = self._variance + variance
-        return mean + math.ceil(GROWTH_Z * math.sqrt(variance)) if variance else mean
+    def add(self, leg: int, shape: RequestShape, promise: tuple[int, int]) -> int:
+        """A leg with its prompt's tokens and those with SGLang's reserve; returns ``tokens``."""
+        prompt, num = promise[0], shape.num_prompts
+        told = shape.forecast
+        if told is None or not told.is_learned or not promise[1]:
+            reserve = promise[1] - prompt
+            limit = num * shape.max_new_tokens if reserve else 0
+            each = _Leg(prompt, reserve, 0, reserve, limit, reserve)
+        else:
+            mean, deviation = num * math.ceil(told.mean), (told.high - told.low) / SPREAD
+            variance, limit = num * math.ceil(deviation * deviation), num * shape.max_new_tokens
+            each = _Leg(prompt, mean, variance, num * math.ceil(told.high), limit, mean)
+        self._legs[leg] = each
+        self._mean += prompt + each.mean
+        self._variance += each.variance
+        return self.tokens
+
+    def begin(self, leg: int, now_s: float) -> None:
+        """Its prompt is there: tokens come from now on."""
+        each = self._legs.get(leg)
+        if each is not None:
+            each.began_s = now_s
+
+    def follow(self, now_s: float, step_s: float) -> None:
+        """Expect more of answers that have outlived their forecasts, at ``step_s`` seconds a token."""
+        for each in self._legs.values():
+            if each.began_s is None:
+                continue
+            done = int((now_s - each.began_s) / step_s)
+            if done <= each.told:
+                continue
+            mean = (done + each.high) // 2 if done <= each.high else int(OUTLIVED_FACTOR * done)
+            mean = min(each.limit, max(each.told, mean))
+            self._mean += mean - each.mean
+            each.mean = mean
 
     def end(self, leg: int) -> None:
         """That leg is over."""
-        mean, variance = self._legs.pop(leg)
-        self._mean -= mean
-        self._variance -= variance
+        each = self._legs.pop(leg)
+        self._mean -= each.prompt + each.mean
+        self._variance -= each.variance
 
     @property
     def tokens(self) -> int:

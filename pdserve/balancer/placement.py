@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pdserve.balancer.growth import Growth, expected_answers
+from pdserve.balancer.growth import Growth, expected_answer
 from pdserve.balancer.load import LoadTable
 from pdserve.balancer.member import PairKey, PairRecord, Worker
 from pdserve.balancer.policy import Candidates, Choice, Policy
@@ -81,6 +81,11 @@ class Placement:
 
     def sampled(self, worker: Worker) -> bool:
         """A sample of that worker has come; True if it told another capacity than before."""
+        growth = self._growth.get(worker)
+        if growth:
+            view = worker.view
+            batch = view.num_reqs / view.info.dp_size
+            growth.follow(self._clock(), view.step_base_s + view.step_slope_s * batch)
         size = worker.calm_tokens
         set_calm(worker, self._limits)
         self._tight.add(worker)
@@ -101,6 +106,8 @@ class Placement:
         self._table.finish(prefill.info.instance_id, reservation.legs[0])
         prefill.promised_tokens -= reservation.tokens[0]
         prefill.num_inflight -= 1
+        if self._predicts:
+            self._growth[reservation.record.decode].begin(reservation.legs[1], self._clock())
         return prefill
 
     def end_decode(self, reservation: Reservation, *, is_whole: bool) -> Worker:
@@ -169,10 +176,9 @@ class Placement:
 
     def _needed(self, shape: RequestShape, promise: tuple[int, int]) -> tuple[int, int]:
         told = shape.forecast
-        if told is None or not told.is_learned or told.mean <= DECODE_RESERVE_TOKENS or not promise[1]:
+        if told is None or told.mean <= DECODE_RESERVE_TOKENS or not promise[1]:
             return promise
-        mean, _ = expected_answers(shape, 0)
-        return promise[0], max(promise[1], promise[0] + mean)
+        return promise[0], max(promise[1], promise[0] + expected_answer(shape, 0))
 
     def _promise(self, shape: RequestShape) -> tuple[int, int]:
         prompt_tokens = shape.prompt_tokens
@@ -242,10 +248,7 @@ class Placement:
         growth = self._growth.get(decode)
         if growth is None:
             growth = self._growth[decode] = Growth()
-        if not promise[1]:
-            return growth.add(leg, 0, 0) > decode.calm_tokens
-        mean, variance = expected_answers(shape, promise[1] - promise[0])
-        return growth.add(leg, promise[0] + mean, variance) > decode.calm_tokens
+        return growth.add(leg, shape, promise) > decode.calm_tokens
 
     def _measure(self) -> None:
         workers = (*self.rotation.prefills, *self.rotation.decodes)

@@ -20,16 +20,26 @@ def test_errors_of_many_forecasts_cancel() -> None:
     """A hundred answers of 400 give or take 256: all together need far less than 656 each."""
     growth, deviation = Growth(), 2 * 256 / SPREAD
     for leg in range(100):
-        growth.add(leg, 400, round(deviation**2))
+        growth.add(leg, shape(0, 400, spread=256), (0, 512))
     assert growth.tokens == pytest.approx(40_000 + GROWTH_Z * 10 * deviation, rel=0.001)
     assert growth.tokens < 100 * (400 + 256) * 0.7
 
 
-@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**9)), max_size=60), st.randoms())
-def test_a_worker_without_open_legs_expects_nothing(legs: list[tuple[int, int]], rng: random.Random) -> None:
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 10**6), st.floats(1, 1e5), st.floats(0, 1e4), st.booleans()), max_size=60
+    ),
+    st.randoms(),
+)
+def test_a_worker_without_open_legs_expects_nothing(
+    legs: list[tuple[int, float, float, bool]], rng: random.Random
+) -> None:
     growth = Growth()
-    for leg, (mean, variance) in enumerate(legs):
-        growth.add(leg, mean, variance)
+    for leg, (prompt, answer, spread, begins) in enumerate(legs):
+        growth.add(leg, shape(prompt, answer, spread=spread, limit=200_000), (prompt, prompt + 512))
+        if begins:
+            growth.begin(leg, float(leg))
+        growth.follow(leg * 10.0, 0.02)
     order = list(range(len(legs)))
     rng.shuffle(order)
     for leg in order:
@@ -37,6 +47,23 @@ def test_a_worker_without_open_legs_expects_nothing(legs: list[tuple[int, int]],
         growth.end(leg)
     assert not growth
     assert growth.tokens == 0
+
+
+def test_an_answer_that_outlives_its_forecast_is_expected_to_go_on_up_to_its_limit() -> None:
+    growth = Growth()
+    growth.add(1, shape(100, 200, spread=100, limit=5000), (100, 612))
+    base = growth.tokens
+    growth.follow(10.0, 0.02)
+    assert growth.tokens == base  # its prompt is still being computed
+    growth.begin(1, 10.0)
+    growth.follow(12.0, 0.02)
+    assert growth.tokens == base
+    growth.follow(15.0, 0.02)  # 250 tokens: between mean and high
+    assert growth.tokens == base + 75
+    growth.follow(30.0, 0.02)
+    assert growth.tokens == base + 2000 - 200
+    growth.follow(1000.0, 0.02)
+    assert growth.tokens == base + 5000 - 200
 
 
 # -- admission -----------------------------------------------------------------------------------
