@@ -336,8 +336,8 @@ def print_cell(cell: Cell, judged: dict[str, Any]) -> None:
         f"{slo['tpot_s']:g} s; best peer {judged['best_peer']}; reference {at:.2f}/s, beyond {over:.2f}/s"
     )
     print(
-        f"{'':<22}{'knee /s':>16}{'x best peer':>15}{'goodput at ref':>17}{'p99 TTFT':>10}{'hit':>6}{'long':>6}"
-        f"{'goodput beyond':>17}{'x':>14}{'p99 TTFT':>10}{'failed':>8}{'retr.':>7}"
+        f"{'':<22}{'knee /s':>16}{'x best peer':>15}{'goodput at ref':>17}{'p99 TTFT':>10}{'hit':>6}"
+        f"{'long':>6}{'goodput beyond':>17}{'x':>14}{'p99 TTFT':>10}{'failed':>8}{'retr.':>7}"
     )
     for row, own in sorted(judged["rows"].items(), key=lambda item: -item[1]["knee"]["mean"]):
         ref, far = own["reference"], own["beyond"]
