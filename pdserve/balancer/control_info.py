@@ -6,6 +6,7 @@ be reached or fails is skipped for the next.
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qsl
@@ -24,7 +25,7 @@ from pdserve.balancer.control_health import DataPlane, ledger_of
 from pdserve.balancer.http_errors import Answer, json_answer
 from pdserve.balancer.member import Worker
 from pdserve.balancer.metrics_export import render_metrics
-from pdserve.balancer.prometheus_text import merge_expositions
+from pdserve.balancer.prometheus_text import ExpositionMerger
 from pdserve.balancer.proxy import Client
 from pdserve.balancer.route_errors import route_error
 from pdserve.balancer.upstream import FetchedResponse
@@ -94,7 +95,7 @@ class InfoControl:
         workers = self._fleet.workers()
         replies = await self._asker.ask_all(Question.of(client, path=LOADS), workers)
         if wants_text:
-            return self._exposition(client, workers, replies, "no worker tells its load")
+            return await self._exposition(client, workers, replies, "no worker tells its load")
         told = [(w, d) for w, reply in zip(workers, replies, strict=True) if (d := document(reply))]
         if not told:
             return self._refusal(client, workers, replies, "no worker tells its load")
@@ -112,7 +113,7 @@ class InfoControl:
         """The balancer's own metrics, then those of the workers that publish any. Always 200."""
         workers = self._fleet.workers()
         replies = await self._asker.ask_all(_scrape(client, SCRAPE_S), workers)
-        theirs = merge_expositions(_expositions(workers, replies))
+        theirs = await _merged(workers, replies)
         return Answer(200, (self._own() + theirs).encode(), (EXPOSITION,))
 
     async def own_metrics(self, client: Client, body: bytes) -> Answer:
@@ -128,18 +129,19 @@ class InfoControl:
         ):
             why = "the workers publish no metrics: start SGLang with --enable-metrics"
             return route_error(client.path, 501, why)
-        return self._exposition(client, workers, replies, "no worker tells its metrics")
+        return await self._exposition(client, workers, replies, "no worker tells its metrics")
 
     # -- answers -----------------------------------------------------------------------------
 
     def _own(self) -> str:
         return render_metrics(self._fleet, ledger_of(self._data_plane))
 
-    def _exposition(self, client: Client, workers: list[Worker], replies: list[Reply], why: str) -> Answer:
-        parts = _expositions(workers, replies)
-        if not parts:
+    async def _exposition(
+        self, client: Client, workers: list[Worker], replies: list[Reply], why: str
+    ) -> Answer:
+        if not any(isinstance(reply, FetchedResponse) and reply.status == 200 for reply in replies):
             return self._refusal(client, workers, replies, why)
-        return Answer(200, merge_expositions(parts).encode(), (EXPOSITION,))
+        return Answer(200, (await _merged(workers, replies)).encode(), (EXPOSITION,))
 
     def _refusal(self, client: Client, workers: list[Worker], replies: list[Reply], why: str) -> Answer:
         """A worker's own 4xx where there is one (the client's fault), else 503."""
@@ -155,10 +157,15 @@ def _scrape(client: Client, timeout_s: float) -> Question:
     return Question.of(client, path=METRICS, timeout_s=timeout_s, accept=b"text/plain")
 
 
-def _expositions(workers: list[Worker], replies: list[Reply]) -> list[tuple[dict[str, str], str]]:
-    """The texts of those who answered, each with the labels that tell whose it is."""
-    return [
-        ({"worker_id": w.worker_id, "worker_role": str(w.role)}, reply.body.decode("utf-8", "replace"))
-        for w, reply in zip(workers, replies, strict=True)
-        if isinstance(reply, FetchedResponse) and reply.status == 200
-    ]
+async def _merged(workers: list[Worker], replies: list[Reply]) -> str:
+    """The texts of those who answered in one, each with the labels that tell whose it is.
+
+    A worker's takes milliseconds, and streams go on between two of them.
+    """
+    merger = ExpositionMerger()
+    for worker, reply in zip(workers, replies, strict=True):
+        if isinstance(reply, FetchedResponse) and reply.status == 200:
+            labels = {"worker_id": str(worker.worker_id), "worker_role": str(worker.role)}
+            merger.add(labels, reply.body.decode("utf-8", "replace"))
+            await asyncio.sleep(0)
+    return merger.text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,6 +48,37 @@ def test_odd_lines() -> None:
     merged = merge_expositions([({"w": 'a"\\\n'}, "# a comment\n\nx{} 1\ny 2"), ({}, "")])
     assert merged.splitlines() == ['x{w="a\\"\\\\\\n"} 1', 'y{w="a\\"\\\\\\n"} 2']
     assert merge_expositions([]) == ""
+
+
+TRICKY = """# HELP up Whether {it} is "up".
+# TYPE up gauge
+up 1
+up_since{a="b"} 2
+# TYPE x_total counter
+x_total{path="a\\nx_total{",q="\\"}"} 3
+x_created{} 4 # {trace="1"} 5
+# TYPE xy gauge
+xyz{a=""} 6
+xy{a="}"} NaN
+"""
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_samples_keep_their_values_and_labels_whatever_is_in_them(end: str) -> None:
+    text = TRICKY.replace("\n", end)
+    merged = merge_expositions([({"w": "1"}, text), ({"w": "2"}, text)])
+    assert [line for line in merged.splitlines() if 'w="2"' not in line] == [
+        '# HELP up Whether {it} is "up".',
+        "# TYPE up gauge",
+        'up{w="1"} 1',
+        'up_since{w="1",a="b"} 2',
+        "# TYPE x_total counter",
+        'x_total{w="1",path="a\\nx_total{",q="\\"}"} 3',
+        'x_created{w="1"} 4 # {trace="1"} 5',
+        "# TYPE xy gauge",
+        'xy{w="1",a="}"} NaN',
+        'xyz{w="1",a=""} 6',
+    ]
 
 
 NAMES = st.sampled_from(["a", "a_b", "a_total", "b"])
