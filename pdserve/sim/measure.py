@@ -188,10 +188,12 @@ class Measurer:
                 sent_after.count - sent_before.count,
                 sent_after.latency_s - sent_before.latency_s,
             )
+            # SGLang's latency runs from the first hand-over: what it sends of a cached prefix leaves before the
+            # pass, and all chunks but the last while others are computed.
             if not cached:
                 self.result.bytes_per_token.append(sent / _pages_up(len(prompt), self._limits.page_tokens))
-            if new <= self._limits.chunk_tokens:
-                self.result.link.append(Row((count, sent), latency_s))
+                if new <= self._limits.chunk_tokens:
+                    self.result.link.append(Row((count, sent), latency_s))
 
     async def _settled(self, worker: LiveWorker, is_complete: Callable[[WorkerLoad], bool]) -> WorkerLoad:
         """Its counters after our requests. SGLang publishes them at intervals, so the last answer may be here
