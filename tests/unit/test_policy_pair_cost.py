@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from pdserve.balancer.policy import Candidates, Choice, PairCost, PairCostParams, PairView, WorkerView
@@ -269,8 +270,9 @@ def test_the_near_decode_worker_is_taken_until_its_batch_costs_more_than_the_way
 
 
 def test_what_decode_already_holds_need_not_travel() -> None:
-    policy = policy_with(decode_keeps_cache=True)
-    rows = [decode(0), decode(1)]
+    policy, rows = policy_with(), [decode(0), decode(1)]
+    for row in rows:
+        row.info = msgspec.structs.replace(row.info, keeps_prefixes=True)
     first = ask(policy, [prefill(0)], rows)
     assert first.decode_cached_tokens == 0
     policy.leg_ended(first, Role.PREFILL, is_whole=True, now_s=1.0)
@@ -280,6 +282,14 @@ def test_what_decode_already_holds_need_not_travel() -> None:
     again = ask(policy, [prefill(0)], [first.pair.decode], now_s=3.0)
     assert again.decode_cached_tokens > 0.9 * TOKENS
     assert again.pair.link_s < first.pair.link_s / 4
+
+
+def test_a_worker_without_a_prefix_cache_is_credited_with_nothing() -> None:
+    policy, rows = policy_with(), [prefill(0)]
+    rows[0].info = msgspec.structs.replace(rows[0].info, keeps_prefixes=False)
+    end(policy, ask(policy, rows), 1.0)
+    again = ask(policy, rows, now_s=2.0)
+    assert again.cached_tokens == again.decode_cached_tokens == 0
 
 
 def test_a_told_link_cost_goes_before_the_fitted_one() -> None:

@@ -72,7 +72,7 @@ class PairCostParams:
     ``delay_weight``: what a second of own prefill work counts at most beyond itself, for the requests that
     will stand behind it. ``mixes_heavy_light``: TetriInfer's choice of the decode worker
     (power of two, least heavy share) in place of the least cost. ``decode_keeps_cache``: decode workers
-    run with a radix cache, so that a prefix which is there need not travel.
+    that do not tell have a radix cache, so that a prefix which is there need not travel.
     """
 
     slo_ttft_s: float = 0.0
@@ -158,8 +158,9 @@ class PairCost:
         leg = PrefillLeg(works_s[p], float(max(0, request.prompt_tokens - num_cached)), float(num_cached))
         mark = self._place(prefill, decode, leg, forecast, now_s)
         if prefix is not None and self.tree is not None:
-            mark.on_prefill = self.tree.send(prefix, prefill.info.instance_id, now_s)
-            if self.params.decode_keeps_cache:
+            if prefill.info.keeps_prefixes is not False:
+                mark.on_prefill = self.tree.send(prefix, prefill.info.instance_id, now_s)
+            if self._keeps(decode):
                 mark.on_decode = self.tree.send(prefix, decode.info.instance_id, now_s)
         return Choice(PairView(prefill, decode, link_s), why, num_cached, held[d] if held else 0, mark)
 
@@ -257,11 +258,15 @@ class PairCost:
         now_s = candidates.now_s
         shares = self.tree.match_coming(prefix, [v.info.instance_id for v in candidates.prefills], now_s)
         cached = [most_cached(request, share) for share in shares] if any(shares) else ()
-        if not self.params.decode_keeps_cache:
+        if not any([self._keeps(view) for view in candidates.decodes]):
             return cached, ()
         shares = self.tree.match(prefix, [v.info.instance_id for v in candidates.decodes], now_s)
         held = [int(request.prompt_tokens * share) for share in shares] if any(shares) else ()
         return cached, held
+
+    def _keeps(self, decode: WorkerView) -> bool:
+        told = decode.info.keeps_prefixes
+        return self.params.decode_keeps_cache if told is None else told
 
     def _prefill_s(
         self, request: RequestShape, views: Sequence[WorkerView], cached: Sequence[int], now_s: float
