@@ -160,7 +160,7 @@ def test_tree_believes_of_ids_what_the_server_reports(server: str) -> None:
 
 def test_tree_believes_of_text_what_the_server_reports_and_learns_of_a_flush(server: str) -> None:
     chance = random.Random(7)
-    text = " ".join(chance.choice(["one", "two", "three", "four", "five"]) for _ in range(900))
+    text = " ".join(chance.choice(["one", "two", "three", "four", "five"]) for _ in range(600))
 
     async def scene(followed: Followed) -> None:
         await followed.send(text, text=text)
@@ -174,5 +174,25 @@ def test_tree_believes_of_text_what_the_server_reports_and_learns_of_a_flush(ser
         await asyncio.to_thread(call, server, "POST", "/flush_cache?timeout=30")
         await until(lambda: not followed.pages)
         assert followed.believed(text, len(text)) == 0
+
+    following(server, scene)
+
+
+def test_chat_is_tied_by_the_tokens_that_the_server_makes_of_it(server: str) -> None:
+    messages = [{"role": "user", "content": "".join(random.Random(8).choices("abc \n", k=2600))}]
+    body = {"model": "m", "messages": messages, "max_tokens": 2, "temperature": 0}
+
+    async def scene(followed: Followed) -> None:
+        for _ in range(2):
+            mark = followed.tree.send(followed.tree.read(json.dumps(messages).encode()), SERVER, 0.0)
+            status, answer = await asyncio.to_thread(call, server, "POST", "/v1/chat/completions", body)
+            assert status == 200, answer
+            await until(lambda: len(followed.pages) >= 2600 // PAGE_TOKENS)
+            followed.tree.arrive(mark, 0.0)
+        await followed.tied(messages)
+        assert followed.believed(messages, 2600) > 2400
+        await asyncio.to_thread(call, server, "POST", "/flush_cache?timeout=30")
+        await until(lambda: not followed.pages)
+        assert followed.believed(messages, 2600) == 0
 
     following(server, scene)
