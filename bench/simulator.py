@@ -49,7 +49,8 @@ from pdserve.workload import TracedRequest, cut, read_trace, rearrived, scaled
 
 BLOCK_TOKENS = 16
 """SGLang's page on CPU: what a prefix cache can share."""
-SLEEP_S = 0.02
+SLEEP_S = 0.05
+"""Of every pass. Long against what a pass computes (5 to 10 ms), so that the cores are half idle."""
 TARGET = 0.2
 """How far a simulated median may be off."""
 APART = 0.05
@@ -78,8 +79,8 @@ DECODE_POLICIES = ("round_robin", "random", "least_load", "pair_cost")
 PREFILL_POLICIES = ("round_robin", "cache_aware", "least_load", "pair_cost")
 SETUPS = {
     "cores": Setup((1, 2), LARGER, 0.0, 2048, DECODE_POLICIES, {"conv": 4.0, "alternate": 5.0}),
-    "sleep": Setup((1, 2), TINY, SLEEP_S, 2048, DECODE_POLICIES, {"conv": 6.0, "shared": 6.0}),
-    "affinity": Setup((2, 2), TINY, SLEEP_S, 128, PREFILL_POLICIES, {"turns": 8.0}),
+    "sleep": Setup((1, 2), TINY, SLEEP_S, 2048, DECODE_POLICIES, {"conv": 3.0, "shared": 3.0}),
+    "affinity": Setup((2, 2), TINY, SLEEP_S, 128, PREFILL_POLICIES, {"turns": 3.2}),
 }
 
 

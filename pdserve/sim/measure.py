@@ -188,8 +188,8 @@ class Measurer:
                 sent_after.count - sent_before.count,
                 sent_after.latency_s - sent_before.latency_s,
             )
-            # SGLang's latency runs from the first hand-over: what it sends of a cached prefix leaves before the
-            # pass, and all chunks but the last while others are computed.
+            # SGLang's latency runs from the first hand-over: a cached prefix leaves before the pass, and all
+            # chunks but the last while others are computed.
             if not cached:
                 self.result.bytes_per_token.append(sent / _pages_up(len(prompt), self._limits.page_tokens))
                 if new <= self._limits.chunk_tokens:
