@@ -149,7 +149,7 @@ def test_tree_believes_of_ids_what_the_server_reports(server: str) -> None:
         await followed.send(ids, input_ids=ids)
         await until(lambda: len(followed.pages) >= 75)
         await followed.tied(ids)
-        other = [*ids[:900], *([40] * 300)]
+        other = [*ids[:900], *([127] * 300)]
         believed = followed.believed(other, 1200)
         reported = await followed.send(other, input_ids=other)
         assert believed <= reported == 896
