@@ -32,7 +32,9 @@ WAIT_S = 30.0
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of one plain SGLang server that publishes its KV events."""
     port = free_port()
-    events = {"publisher": "zmq", "endpoint": f"tcp://*:{port + 1}", "replay_endpoint": f"tcp://*:{port + 2}"}
+    # "bind" with an address of its own: a wildcard would offer every prompt's tokens to the network.
+    events = {"publisher": "zmq", "endpoint": f"tcp://127.0.0.1:{port + 1}", "bind": True}
+    events["replay_endpoint"] = f"tcp://127.0.0.1:{port + 2}"
     process = _start_server(
         tmp_path_factory.mktemp("events") / "server.log", port,
         "--model-path", str(tiny_model), "--kv-events-config", json.dumps(events),
