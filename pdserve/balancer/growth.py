@@ -1,18 +1,15 @@
 """What the open answers of one decode worker may come to, by their forecasts. Pure.
 
-A quantile for each request would add up to far more than they ever need together: their errors cancel.
-So a worker's expected KV is the sum of the means and GROWTH_Z standard deviations of that sum:
+    expected = min(Σ (prompt + mean), most at once) + z · sqrt(Σ variance)
 
-    expected = Σ (prompt + mean) + z · sqrt(Σ variance)
+A quantile for each request would add up to far more than they ever need together: their errors cancel, so
+the sum gets one margin. *Most at once* is what they need when each answer ends in its turn (as LightLLM's
+past-future scheduler reckons, ASPLOS'25), looked at with each sample while the sum alone would not fit;
+legs that came since count in full. It is the bound that matters for answers of more than about
+a thousand tokens: for shorter ones SGLang itself keeps more free (room.py).
 
 An answer that outlives its forecast is expected to go on. The first answers to be learned from are short
 ones, as long ones are still under way; then many forecasts are too low, and this is what is left.
-
-The sum counts every answer at its full length although some end before others get there. We keep that: it
-never promises too much when forecasts are exact, however the requests' ages happen to lie, and it costs a
-request two additions. It is the bound that matters only for answers of more than about a thousand tokens:
-for shorter ones SGLang itself keeps more free (half of an answer is generated on average, and
-512 tokens beyond that must be free for each; room.py).
 """
 
 from __future__ import annotations
@@ -28,6 +25,8 @@ SPREAD = 2.563
 """Standard deviations between the tenth and the ninetieth percentile of a normal distribution."""
 
 
+DOUBT_SHARE = 0.1
+"""Part of what answers' different ends save that is not relied on: how far each has come is only reckoned."""
 OUTLIVED_FACTOR = 2.0
 """An answer longer than its forecast's ``high`` is taken to be half done: the forecast is disproved, and of
 what has lasted so long nothing better is known (the mean remainder of a Pareto tail of exponent two)."""
@@ -43,7 +42,8 @@ class _Leg:
     high: int
     limit: int
     mean: int
-    began_s: float | None = None
+    done: float = 0.0
+    seen_s: float | None = None
 
 
 def expected_answer(shape: RequestShape, reserve: int) -> int:
@@ -58,12 +58,14 @@ class Growth:
     Whole numbers, so that what is added and taken away leaves no rest.
     """
 
-    __slots__ = ("_legs", "_mean", "_variance")
+    __slots__ = ("_added", "_legs", "_mean", "_peak", "_variance")
 
     def __init__(self) -> None:
         self._legs: dict[int, _Leg] = {}
         self._mean = 0
         self._variance = 0
+        self._peak: int | None = None  # of the legs there were when somebody last looked
+        self._added = 0  # mean of those that came since
 
     def add(self, leg: int, shape: RequestShape, promise: tuple[int, int]) -> int:
         """A leg with its prompt's tokens and those with SGLang's reserve; returns ``tokens``."""
@@ -79,6 +81,7 @@ class Growth:
             each = _Leg(prompt, mean, variance, num * math.ceil(told.high), limit, mean)
         self._legs[leg] = each
         self._mean += prompt + each.mean
+        self._added += prompt + each.mean
         self._variance += each.variance
         return self.tokens
 
@@ -86,20 +89,39 @@ class Growth:
         """Its prompt is there: tokens come from now on."""
         each = self._legs.get(leg)
         if each is not None:
-            each.began_s = now_s
+            each.seen_s = now_s
 
-    def follow(self, now_s: float, step_s: float) -> None:
-        """Expect more of answers that have outlived their forecasts, at ``step_s`` seconds a token."""
+    def follow(self, now_s: float, step_s: float, calm_tokens: int) -> None:
+        """Look how far answers must have come at ``step_s`` seconds a token.
+
+        Of those that have outlived their forecasts more is expected. If all at their full length exceed
+        ``calm_tokens``, it is worked out what they need at once at most.
+        """
         for each in self._legs.values():
-            if each.began_s is None:
+            if each.seen_s is None:
                 continue
-            done = int((now_s - each.began_s) / step_s)
+            each.done += (now_s - each.seen_s) / step_s
+            each.seen_s, done = now_s, math.ceil(each.done)
             if done <= each.told:
                 continue
             mean = (done + each.high) // 2 if done <= each.high else int(OUTLIVED_FACTOR * done)
             mean = min(each.limit, max(each.told, mean))
             self._mean += mean - each.mean
             each.mean = mean
+        self._added = 0
+        self._peak = self._most_at_once() if self._mean > calm_tokens else None
+
+    def _most_at_once(self) -> int:
+        """When an answer ends, those with more to come have all grown by what it still had to come."""
+        rows = sorted(
+            ((max(0.0, each.mean - each.done), each.prompt + each.done) for each in self._legs.values()),
+            reverse=True,
+        )
+        most = now = 0.0
+        for num, (left, present) in enumerate(rows, start=1):
+            now += present
+            most = max(most, now + num * left)
+        return math.ceil(most + DOUBT_SHARE * (self._mean - most))
 
     def end(self, leg: int) -> None:
         """That leg is over."""
@@ -110,9 +132,12 @@ class Growth:
     @property
     def tokens(self) -> int:
         """KV the open legs may come to need together."""
+        mean = self._mean
+        if self._peak is not None:
+            mean = min(mean, self._peak + self._added)
         if not self._variance:
-            return self._mean
-        return self._mean + math.ceil(GROWTH_Z * math.sqrt(self._variance))
+            return mean
+        return mean + math.ceil(GROWTH_Z * math.sqrt(self._variance))
 
     def __bool__(self) -> bool:
         return bool(self._legs)

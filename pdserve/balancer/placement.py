@@ -85,7 +85,8 @@ class Placement:
         if growth:
             view = worker.view
             batch = view.num_reqs / view.info.dp_size
-            growth.follow(self._clock(), view.step_base_s + view.step_slope_s * batch)
+            step_s = view.step_base_s + view.step_slope_s * batch
+            growth.follow(self._clock(), step_s, worker.calm_tokens)
         size = worker.calm_tokens
         set_calm(worker, self._limits)
         self._tight.add(worker)
