@@ -156,7 +156,7 @@ def test_a_busy_fleet_holds_on_to_the_cached_prefix_for_longer() -> None:
 def test_an_idle_fleet_gives_no_weight_to_those_who_might_come_behind() -> None:
     policy = policy_with()
     keep_busy(policy)
-    assert policy.delay_weight == 8.0
+    assert policy.delay_weight == 16.0
     for _ in range(500):
         end(policy, ask(policy, [prefill(0)], shape=RequestShape(100, 10)), 1.0)
     assert policy.delay_weight < 0.01

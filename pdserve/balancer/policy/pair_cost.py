@@ -77,7 +77,7 @@ class PairCostParams:
 
     slo_ttft_s: float = 0.0
     slo_tpot_s: float = 0.0
-    delay_weight: float = 8.0
+    delay_weight: float = 16.0
     mixes_heavy_light: bool = False
     decode_keeps_cache: bool = False
 
