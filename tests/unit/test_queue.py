@@ -240,6 +240,19 @@ async def test_a_lost_pair_is_held_no_longer() -> None:
         await until(lambda: "large" in line.served)
 
 
+async def test_a_request_that_would_be_late_is_refused_at_once_and_told_when_to_come_back() -> None:
+    async with known_fleet(Network(), P0, D0, slo_ttft_s=1.0, load_poll_s=60.0) as fleet:
+        rate = fleet.workers()[0].view.prefill_tokens_s
+        shape = RequestShape(prompt_tokens=int(rate * 0.6), max_new_tokens=1)
+        current = await fleet.reserve(shape, timeout_s=60)
+        with pytest.raises(NoWorkerError, match=r"no first token within 1 s: .*prefill-0") as caught:
+            await fleet.reserve(shape, timeout_s=60)
+        assert caught.value.retry_after_s >= 1
+        assert (fleet.num_waiting, fleet.admission.shed) == (0, {"slo": 1})
+        current.prefill_finished()
+        await fleet.reserve(shape, timeout_s=60)
+
+
 async def test_stop_ends_every_wait() -> None:
     async with known_fleet(Network(), P0, D0, max_concurrent_requests=1) as fleet:
         current, line = await take(fleet), Line(fleet)
