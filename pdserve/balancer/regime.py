@@ -27,6 +27,8 @@ QUEUE_REFERENCE_S = 2.0
 QUEUE_REFERENCE_SHARE = 0.5
 """A prefill queue of so many seconds counts 1; with a TTFT objective half of that objective does; and
 one as long as it may get counts 1 at the latest, for the rest waits elsewhere."""
+QUEUE_REFERENCE_REQS = 3.0
+"""Fewer requests are no long queue however long each takes: one runs, one is next, one comes."""
 LINE_REFERENCE = 2.0
 """So many requests waiting for a pair for each worker count 1, and more no more than that."""
 MAX_SIGNAL = 2.0
@@ -159,7 +161,8 @@ class RegimeMonitor:
 
     def _prefill_load(self, view: WorkerView) -> float:
         queue_s = view.queued_tokens / (view.prefill_tokens_s * view.info.dp_size)
-        queue = min(MAX_SIGNAL, queue_s / min(self._queue_reference_s, self.longest_queue_s))
+        queue = queue_s / min(self._queue_reference_s, self.longest_queue_s)
+        queue = min(MAX_SIGNAL, queue, view.num_reqs / QUEUE_REFERENCE_REQS)
         kv = view.kv_tokens / view.kv_capacity if view.kv_capacity > 0 else 0.0
         return WEIGHTS["queue"] * queue + WEIGHTS["prefill_kv"] * min(1.0, kv)
 

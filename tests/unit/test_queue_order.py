@@ -169,7 +169,7 @@ def overload(desk: Desk) -> None:
     for _ in range(80):
         desk.now_s += 0.25
         for worker in desk.prefills:
-            desk.sample(worker, num_waiting_uncached_tokens=100_000)
+            desk.sample(worker, num_waiting_uncached_tokens=100_000, num_waiting_reqs=50)
         for worker in desk.decodes:
             desk.sample(worker, num_running_reqs=100)
 

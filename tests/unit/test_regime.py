@@ -38,6 +38,7 @@ class Watched:
         """Queues of that many seconds, and that share of slots."""
         for each in self.prefills:
             each.queued_tokens = prefill_queue_s * each.prefill_tokens_s
+            each.num_reqs = 10
         for each in self.decodes:
             each.num_reqs = int(decode_share * 100)
             each.kv_tokens = int(decode_share * 948_000)
@@ -63,6 +64,14 @@ def test_long_prefill_queues_make_prefill_short() -> None:
     fleet = Watched()
     fleet.load(prefill_queue_s=4.0, decode_share=0.3)
     assert fleet.run(30) is Regime.PREFILL_SHORT
+
+
+def test_a_few_long_prompts_are_no_long_queue() -> None:
+    fleet = Watched()
+    fleet.load(prefill_queue_s=8.0, decode_share=0.3)
+    for each in fleet.prefills:
+        each.num_reqs = 2
+    assert fleet.run(30) is Regime.NORMAL
 
 
 def test_full_decode_servers_make_decode_short() -> None:
