@@ -17,7 +17,7 @@ MAX_SKEW_S = 1.0
 FULL, ALMOST_FULL = 0.97, 0.85
 STUCK_S = 30.0
 RECENT_S = 900.0
-_EXPECTED_ENDS = ("removed by an operator", "superseded")
+REMOVED = "removed by an operator"
 
 Judge = Callable[[FleetFacts], list[Finding]]
 
@@ -139,16 +139,22 @@ def _judge_departures(facts: FleetFacts) -> Iterator[Finding]:
     now_s = state.get("now_s") or max((e.get("time_s", 0.0) for e in state.get("events") or ()), default=0.0)
     present = {look.name for look in facts.workers}
     for event in {str(e.get("worker")): e for e in events}.values():
-        age_s = now_s - event.get("time_s", 0.0)
-        is_wanted = str(event.get("detail", "")).startswith(_EXPECTED_ENDS)
-        if event.get("worker") in present or is_wanted or age_s > RECENT_S:
-            continue
-        yield warning(
+        name, why, age_s = (
             str(event.get("worker")),
-            f"left the fleet {age_s:.0f} s ago: {event.get('detail')}",
-            "its process died, or lost the bootstrap service for longer than its lease",
-            "look at its log; the launcher restarts what it started",
+            str(event.get("detail")),
+            now_s - event.get("time_s", 0.0),
         )
+        if age_s > RECENT_S:
+            continue
+        if name in present:
+            yield note(name, f"this is a new process: the one before went {age_s:.0f} s ago")
+        elif why != REMOVED:
+            yield warning(
+                name,
+                f"left the fleet {age_s:.0f} s ago: {why}",
+                "its process died, or lost the bootstrap service for longer than its lease",
+                "look at its log; the launcher restarts what it started",
+            )
 
 
 def judge_versions(facts: FleetFacts) -> list[Finding]:

@@ -172,10 +172,17 @@ def test_a_worker_that_died_is_told_of_and_one_that_was_removed_is_not() -> None
     others = [
         {**died, "worker": "decode-2", "detail": "removed by an operator"},
         {**died, "worker": "decode-3", "time_s": 10.0},
-        {**died, "worker": "decode-0", "detail": "left the fleet"},
+        {**died, "event": "suspect", "worker": "decode-4"},
     ]
     found = bad(judge_workers(fleet(events=[died, *others])), Level.WARNING)
     assert (found.check, found.what) == ("decode-1", "left the fleet 10 s ago: left the fleet")
+
+
+def test_a_worker_that_was_restarted_is_noted() -> None:
+    event = {"time_s": 993.0, "event": "gone", "worker": "decode-0", "detail": "superseded by x"}
+    (found,) = [f for f in judge_workers(fleet(events=[event])) if f.level is not Level.OK]
+    assert (found.check, found.level) == ("decode-0", Level.NOTE)
+    assert "7 s ago" in found.what
 
 
 # -- versions, clocks, load --------------------------------------------------------------------
