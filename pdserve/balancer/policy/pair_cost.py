@@ -119,6 +119,7 @@ class PairCost:
         self._rows: tuple[Sequence[WorkerView], Sequence[WorkerView]] = (), ()
         self._hosts: tuple[list[str], list[str]] = [], []
         self._present: set[str] = set()
+        self._sizes_d: list[int] = []
         self._busy = 0.0
         self._search = PairSearch()
         self._random = random.Random(seed)
@@ -258,7 +259,8 @@ class PairCost:
         now_s = candidates.now_s
         shares = self.tree.match_coming(prefix, [v.info.instance_id for v in candidates.prefills], now_s)
         cached = [most_cached(request, share) for share in shares] if any(shares) else ()
-        if not any([self._keeps(view) for view in candidates.decodes]):
+        told = {view.info.keeps_prefixes for view in candidates.decodes}
+        if True not in told and not (None in told and self.params.decode_keeps_cache):
             return cached, ()
         shares = self.tree.match(prefix, [v.info.instance_id for v in candidates.decodes], now_s)
         held = [int(request.prompt_tokens * share) for share in shares] if any(shares) else ()
@@ -333,18 +335,20 @@ class PairCost:
         told = candidates.link_s
         if told is not None:
             return (lambda p, d: max(0.0, told(prefills[p], decodes[d], request))), ()
-        self._learn_links(prefills)
         tokens, same, other = request.prompt_tokens, self.links.same_host, self.links.other_host
         if self._rows[0] is not prefills or self._rows[1] is not decodes:
             self._rows = prefills, decodes
             self._hosts = self.links.hosts(prefills), self.links.hosts(decodes)
             self._present = set(self._hosts[0])
+            self._sizes_d = [token_bytes(view) for view in decodes]
         (here, there), present = self._hosts, self._present
         if held:
-            sizes = [(tokens - have) * token_bytes(view) for view, have in zip(decodes, held, strict=True)]
+            sizes = [(tokens - have) * size for size, have in zip(self._sizes_d, held, strict=True)]
         else:
-            sizes = [tokens * token_bytes(view) for view in decodes]
+            sizes = [tokens * size for size in self._sizes_d]
         if len(present) == 1 and present.issuperset(there):
+            if sizes.count(sizes[0]) == len(sizes):
+                return None, [same.seconds(sizes[0])] * len(sizes)
             return None, [same.seconds(size) for size in sizes]
         far_s = [other.seconds(size) for size in sizes]
         if present.isdisjoint(there):
@@ -360,14 +364,6 @@ class PairCost:
 
         return extra, floor_s
 
-    def _learn_links(self, prefills: Sequence[WorkerView]) -> None:
-        loads = self._loads
-        for view in prefills:
-            load = view.load
-            if load is not None and load is not loads.get(view.info.instance_id):
-                loads[view.info.instance_id] = load
-                self.links.learn(view.info.instance_id, load)
-
     # -- memory ------------------------------------------------------------------------------
 
     def _place(
@@ -382,6 +378,9 @@ class PairCost:
             batch = self._batches[decode_id] = DecodeBatch()
         queue.send(leg, now_s)
         batch.send(forecast)
+        if prefill.load is not None and prefill.load is not self._loads.get(prefill_id):
+            self._loads[prefill_id] = prefill.load
+            self.links.learn(prefill_id, prefill.load)
         here, there = self.links.hosts((prefill, decode))
         self.links.sent(prefill.info, is_same_host=here == there)
         for view in (prefill, decode):
