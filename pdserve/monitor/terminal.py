@@ -20,8 +20,10 @@ from rich.segment import Segment
 
 from pdserve.monitor.lines import Frame
 
-_ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J\x1b[H"
-_LEAVE = "\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l"
+_ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l"
+"""Nothing is erased while it runs: every row is written over in full, so that nothing flickers."""
+_LEAVE = "\x1b[0m\x1b[H\x1b[J\x1b[?7h\x1b[?25h\x1b[?1049l"
+"""Erased at the end: after a resize tmux 3.3 brings rows of the alternate screen back to the shell's."""
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
 """Synchronised output: terminals that know it show the rows between all at once, others ignore it."""
 _COLORS = {
@@ -104,7 +106,6 @@ class Terminal:
         parts = []
         if size != self._size:
             self._size, self._painted = size, []
-            parts.append("\x1b[0m\x1b[2J")
         for i, row in enumerate(rows):
             if i >= len(self._painted) or self._painted[i] != row:
                 parts.append(f"\x1b[{i + 1};1H{row}")

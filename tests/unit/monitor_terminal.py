@@ -171,7 +171,7 @@ class VirtualScreen:
         if final == "H":
             row, _, column = body.partition(";")
             self._row, self._column = int(row or 1) - 1, int(column or 1) - 1
-        elif escape == "\x1b[2J":
+        elif escape == "\x1b[J" and not (self._row or self._column):
             self._cells = self._blank()
         elif final in "hl" and body in modes:
             is_set = final == "h"
