@@ -172,7 +172,7 @@ class PairCost:
         Where queues are kept short, whoever is first in the balancer's line takes the first worker with
         room, and seldom finds its prefix there. Waiting for the right one is worth what it saves.
         """
-        prefix = self._prefix_of(request)
+        prefix = self._prefix_of(request, is_waiting=True)
         if prefix is None or self.tree is None:
             return ()
         shares = self.tree.match_coming(prefix, [view.info.instance_id for view in prefills], now_s)
@@ -222,17 +222,20 @@ class PairCost:
         if self.tree is not None:
             self.tree.forget(instance_id)
 
-    def _prefix_of(self, request: RequestShape) -> Any:
+    def _prefix_of(self, request: RequestShape, *, is_waiting: bool = False) -> Any:
         """The prompt cut into blocks, once for all questions about it while it waits; None if empty."""
         prompt, known = request.prompt, self._prefixes
         if self.tree is None or not prompt:
             return None
-        kept = known.get(id(prompt))
-        if kept is None:
+        kept = known.get(id(prompt)) if is_waiting else known.pop(id(prompt), None)
+        if kept is not None:
+            return kept[1]
+        prefix = self.tree.read(prompt)
+        if is_waiting:
             if len(known) >= KEPT_PREFIXES:
                 known.clear()
-            kept = known[id(prompt)] = prompt, self.tree.read(prompt)  # with the prompt, or its id is reused
-        return kept[1]
+            known[id(prompt)] = prompt, prefix  # with the prompt, or its id is another's one day
+        return prefix
 
     @property
     def delay_weight(self) -> float:
