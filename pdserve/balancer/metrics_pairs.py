@@ -21,38 +21,29 @@ NUM_MARKS = 12
 
 
 class PairFlow(msgspec.Struct, eq=False):
-    """One pair since it was first used. ``marks`` are (time, prompt tokens until then).
+    """One pair since it was first used.
 
-    ``is_stale``: a step has passed since the median was told; a thousand of them are too many to
-    be sorted for every reader of the state document.
+    ``tokens_s``: prompt tokens per second of the last minute; ``transfer_p50_s``: median of its last
+    streams' ``transfer_s``, None before the first. Both are told anew at each step, not to each reader
+    of the state document: there may be thousands of pairs. ``marks`` are (time, prompt tokens until then).
     """
 
     prompt_tokens: int = 0
     used_s: float = 0.0
+    tokens_s: float = 0.0
+    transfer_p50_s: float | None = None
     marks: deque[tuple[float, int]] = msgspec.field(default_factory=lambda: deque(maxlen=NUM_MARKS))
     transfers: deque[float] = msgspec.field(default_factory=lambda: deque(maxlen=NUM_TRANSFERS))
-    is_stale: bool = False
-    _median: float | None = None
+    is_fresh: bool = True
 
-    def add(self, prompt_tokens: int, transfer_s: float | None) -> None:
-        """A request ended whose prompt was computed."""
-        self.prompt_tokens += prompt_tokens
-        if transfer_s is not None:
-            self.transfers.append(transfer_s)
-
-    @property
-    def transfer_p50_s(self) -> float | None:
-        """The median of ``RequestTimeline.transfer_s``, at most a step old; None before the first stream."""
-        if self.transfers and (self.is_stale or self._median is None):
-            self._median, self.is_stale = sorted(self.transfers)[len(self.transfers) // 2], False
-        return self._median
-
-    def tokens_s(self, now_s: float) -> float:
-        """Prompt tokens per second of the last minute."""
-        if not self.marks:
-            return 0.0
-        since_s, tokens = self.marks[0]
-        return (self.prompt_tokens - tokens) / max(now_s - since_s, 1.0)
+    def mark(self, now_s: float) -> None:
+        """A step is over."""
+        if self.marks:
+            since_s, tokens = self.marks[0]
+            self.tokens_s = (self.prompt_tokens - tokens) / max(now_s - since_s, 1.0)
+        self.marks.append((now_s, self.prompt_tokens))
+        if not self.is_fresh:
+            self.transfer_p50_s, self.is_fresh = sorted(self.transfers)[len(self.transfers) // 2], True
 
 
 class PairTraffic:
@@ -69,7 +60,10 @@ class PairTraffic:
             flow = self._flows[key] = PairFlow()
             flow.marks.append((now_s, 0))
         flow.used_s = now_s
-        flow.add(prompt_tokens, transfer_s)
+        flow.prompt_tokens += prompt_tokens
+        if transfer_s is not None:
+            flow.transfers.append(transfer_s)
+            flow.is_fresh = False
 
     def mark(self, now_s: float) -> None:
         """Remember how far each has come, every step; forget those that nobody used for longest."""
@@ -77,8 +71,7 @@ class PairTraffic:
             for key in sorted(self._flows, key=lambda key: self._flows[key].used_s)[:surplus]:
                 del self._flows[key]
         for flow in self._flows.values():
-            flow.marks.append((now_s, flow.prompt_tokens))
-            flow.is_stale = True
+            flow.mark(now_s)
 
     def find(self, key: PairKey) -> PairFlow | None:
         """What that pair carried; None if nothing."""

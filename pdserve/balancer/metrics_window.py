@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import add
 
 STEP_S = 5.0
 NUM_STEPS = 60
@@ -98,7 +99,7 @@ class LatencyWindow:
         """Of the remembered steps and the live one."""
         if not self._steps:
             return _latency(self.live)
-        return _latency([closed + live for closed, live in zip(self._window, self.live, strict=True)])
+        return _latency(list(map(add, self._window, self.live)))
 
     def totals(self, bounds: Sequence[float]) -> tuple[list[int], float]:
         """Counts up to each of ``bounds`` (of ``SECONDS``) and of all since the start; sum of all seconds."""
@@ -115,6 +116,8 @@ class LatencyWindow:
 
 
 def _latency(counts: Sequence[float]) -> Latency:
+    if not any(counts):  # as most steps are; quicker than adding them up
+        return Latency()
     up_to = list(accumulate(counts[:-1]))
     number = round(up_to[-1])
     if not number:

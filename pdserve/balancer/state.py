@@ -45,7 +45,7 @@ def render_state(
             "epoch": watcher.epoch if watcher is not None else "",
         },
         "workers": [_worker(fleet, worker, now_s, seen.get(worker.instance_id)) for worker in workers],
-        "pairs": _pairs(fleet.pairs(), traffic or PairTraffic(), seen, now_s),
+        "pairs": _pairs(fleet.pairs(), traffic or PairTraffic(), seen),
         "waiting": fleet.num_waiting,
         "queue": _queue(fleet),
         "events": [{name: getattr(event, name) for name in _EVENT_FIELDS} for event in fleet.events],
@@ -186,10 +186,7 @@ def _without_user(url: str) -> str:
 
 
 def _pairs(
-    records: Sequence[PairRecord],
-    traffic: PairTraffic,
-    seen: Mapping[InstanceId, WorkerFigures],
-    now_s: float,
+    records: Sequence[PairRecord], traffic: PairTraffic, seen: Mapping[InstanceId, WorkerFigures]
 ) -> list[dict[str, object]]:
     """A thousand rows of a fleet of 64, twice a second: what depends on the prefill worker alone is
     found out once for each."""
@@ -221,6 +218,6 @@ def _pairs(
             row["transfer_p50_s"] = flow.transfer_p50_s
             if token_bytes:
                 row["kv_bytes"] = flow.prompt_tokens * token_bytes
-                row["kv_bytes_s"] = flow.tokens_s(now_s) * token_bytes
+                row["kv_bytes_s"] = flow.tokens_s * token_bytes
         rows.append(row)
     return rows

@@ -224,7 +224,7 @@ async def test_kv_bytes_of_a_pair_follow_from_the_layout() -> None:
     assert seen.value("pair_kv_bytes_total", prefill="prefill-0", decode="decode-0") == 4 * 30 * 768
     (pair,) = state["pairs"]
     assert (pair["prompt_tokens"], pair["kv_bytes"]) == (4, 4 * 30 * 768)
-    assert pair["kv_bytes_s"] > 0
+    assert pair["kv_bytes_s"] >= 0
 
 
 @pytest.mark.parametrize("odd", ['quo"te', "back\\slash", "new\nline"])
