@@ -106,7 +106,7 @@ def test_help_opens_scrolls_and_closes() -> None:
 
 def test_tab_moves_the_focus_and_enter_opens_what_is_selected() -> None:
     with monitored(recorded("failing"), (120, 40)) as (session, _):
-        session.shows("▶ workers")
+        session.shows("▶ workers", "prefill-0")
         session.press("\t")
         session.shows("▶ pairs")
         session.press("\t")
@@ -137,7 +137,7 @@ def test_selection_is_marked_and_moves() -> None:
 
 def test_s_sorts_and_r_filters() -> None:
     with monitored(recorded("failing"), (100, 30)) as (session, _):
-        session.shows("by name")
+        session.shows("by name", "prefill-0")
         session.press("s")
         session.until(lambda text: "by trouble" in text and first_worker(text) == "decode-1")
         session.press("S")
