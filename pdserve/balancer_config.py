@@ -34,7 +34,7 @@ class BalancerConfig:
     kv_events: bool = True
     """pair_cost: learn what a worker has cached from its own KV events, where it publishes them."""
     prefix_ttl_s: float = 600.0
-    """pair_cost: a prefix known only from our own dispatches is forgotten when nobody asked for it this long."""
+    """pair_cost: a prefix known only from our own dispatches is forgotten after so long without a use."""
     slo_ttft_s: float = 0.0
     """A request that can no longer get its first token within this is refused at once; 0: none is."""
     slo_tpot_s: float = 0.0

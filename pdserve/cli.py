@@ -47,6 +47,7 @@ def launch(
     tp: opt.TensorParallel = None,
     policy: opt.PolicyName = None,
     slo: opt.Slo = None,
+    kv_events: opt.PublishKvEvents = None,
     log_dir: opt.LogDir = None,
     start_method: opt.StartMethod = None,
     prefill_args: opt.PrefillArgs = None,

@@ -66,6 +66,14 @@ QueueOrder = Annotated[
         text="Who is served next; auto: the shortest under overload. (name; default auto)",
     ),
 ]
+PublishKvEvents = Annotated[
+    bool | None,
+    option(
+        "--kv-events/--no-kv-events",
+        panel=ROUTING,
+        text="Workers publish what their prefix caches hold; for --policy pair_cost. (flag; default off)",
+    ),
+]
 KvEvents = Annotated[
     bool | None,
     option(

@@ -75,7 +75,12 @@ class FanOutControl:
             wait_s = float(dict(_parameters(client)).get("timeout", "0"))
         except ValueError:
             wait_s = 0.0  # SGLang will say what is wrong with it
-        return await self._fan_out(client, body, WORK_S + min(max(0.0, wait_s), self._request_s))
+        answer = await self._fan_out(client, body, WORK_S + min(max(0.0, wait_s), self._request_s))
+        for worker in self._chosen(client):
+            self._asker.fleet.flushed(
+                worker.instance_id
+            )  # of one that refused we only know less than we might
+        return answer
 
     async def pause(self, client: Client, body: bytes) -> Answer:
         """Stop generation everywhere; ``/ready`` is 503 until it goes on, and nobody counts as stuck."""

@@ -24,12 +24,14 @@ from pdserve.balancer.breaker import Breaker
 from pdserve.balancer.channel_keeper import ChannelKeeper
 from pdserve.balancer.events import EventLog, FleetEvent
 from pdserve.balancer.keeper import WorkerKeeper
+from pdserve.balancer.kv_event_channel import KvEventChannels
+from pdserve.balancer.kv_event_keeper import KvEventKeeper, TieKeeper
 from pdserve.balancer.lengths import LengthPredictor, Lengths
 from pdserve.balancer.load import LoadTable
 from pdserve.balancer.load_channel import LoadChannels
 from pdserve.balancer.member import PairKey, PairRecord, PairState, Worker, WorkerState
 from pdserve.balancer.pair_keeper import PairKeeper, ProbeGate
-from pdserve.balancer.policy import policy_of
+from pdserve.balancer.policy import PromptTree, policy_of
 from pdserve.balancer.probe import WorkerKeys, WorkerPool
 from pdserve.balancer.reservation import Reservation
 from pdserve.balancer.roster import Roster
@@ -86,6 +88,7 @@ class Fleet:
         self._pool = pool
         self._gate = ProbeGate()
         self._channels = LoadChannels()
+        self._kv_events = KvEventChannels()
         self._roster = Roster()
         self._log = EventLog()
         self._judge = Judge(self._roster, self.table, self._log, pool)
@@ -104,6 +107,9 @@ class Fleet:
             self._add(info, is_static=True)
         if self.watcher is not None:
             self._spawn(self._watch(self.watcher), "fleet-watch")
+        if self._tree is not None:
+            ties = TieKeeper(self._tree, self._pool, WorkerKeys.of(self.config).plain, self._url_to_ask)
+            self._spawn(ties.run(), "tie-prompts")
 
     async def stop(self) -> None:
         """Refuse waiting requests and end every background task; reservations may still be released."""
@@ -114,6 +120,7 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._channels.close()
+        self._kv_events.close()
 
     # -- what others read --------------------------------------------------------------------
 
@@ -281,9 +288,30 @@ class Fleet:
                 worker, self._pool, self._channels, WorkerKeys.of(self.config).plain, self._judge
             )
             worker.tasks.append(self._spawn(listener.run(), f"keep-load-{worker.worker_id}"))
+        if self._tree is not None:
+            follower = KvEventKeeper(
+                worker, self._pool, self._kv_events, WorkerKeys.of(self.config).plain, self._tree, self._judge
+            )
+            worker.tasks.append(self._spawn(follower.run(), f"keep-kv-{worker.worker_id}"))
         for record in records:
             self._keep(record)
         return worker
+
+    @property
+    def _tree(self) -> PromptTree | None:
+        """The policy's prompt tree, if it has one and workers' KV events are to keep it true."""
+        return getattr(self.policy, "tree", None) if self.config.kv_events else None
+
+    def _url_to_ask(self) -> str | None:
+        """A worker that may be asked to tokenize now, a decode worker first: those have less to read."""
+        ready = (w.url for w in reversed(self.workers()) if w.state is WorkerState.READY)
+        return next(ready, None)
+
+    def flushed(self, instance_id: InstanceId) -> None:
+        """That worker's prefix cache was emptied through us."""
+        tree = getattr(self.policy, "tree", None)
+        if tree is not None:
+            tree.flush(instance_id)
 
     def _keep(self, record: PairRecord) -> None:
         if mismatch := record.mismatch():

@@ -13,18 +13,18 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from pdserve.balancer.kv_event_channel import KvEventChannels
-from pdserve.balancer.kv_events import EventsAddress, events_address
+from pdserve.balancer.kv_events import EventsAddress, events_address, keeps_prefixes
 from pdserve.balancer.member import Worker
 from pdserve.balancer.policy.prompt_tree import Prefix, PromptTree
-from pdserve.balancer.probe import JSON, Fetcher, Headers
+from pdserve.balancer.probe import JSON, Fetcher, Headers, Response
 from pdserve.balancer.token_pages import CHUNK_TOKENS, page_hashes, tokens_of_ids, tokens_of_text
 from pdserve.errors import WorkerError
-from pdserve.types import InstanceId
+from pdserve.types import InstanceId, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,14 @@ TIE_GAP_S = 0.2
 TIE_BYTES_S = 500_000
 """... and no faster than this: 5 % of what a tokenizer process does in a second on one core."""
 TOKENIZE_S = 20.0
+
+
+class Learner(Protocol):
+    """Who is told what more is known of a worker; ``verdicts.Judge`` in production."""
+
+    def worker_learned(self, worker: Worker, info: WorkerInfo) -> None:
+        """Its description has changed."""
+        ...
 
 
 class TreePages:
@@ -81,13 +89,20 @@ class KvEventKeeper:
     """Finds and follows one worker's KV events, if it has any."""
 
     def __init__(
-        self, worker: Worker, pool: Fetcher, channels: KvEventChannels, headers: Headers, tree: PromptTree
+        self,
+        worker: Worker,
+        pool: Fetcher,
+        channels: KvEventChannels,
+        headers: Headers,
+        tree: PromptTree,
+        learner: Learner | None = None,
     ) -> None:
         self._worker = worker
         self._pool = pool
         self._channels = channels
         self._headers = headers
         self._tree = tree
+        self._learner = learner
         self._address: EventsAddress | None = None
         self._listener: asyncio.Task[None] | None = None
 
@@ -109,6 +124,7 @@ class KvEventKeeper:
             )
         except WorkerError:
             return
+        self._learn(answer)
         address = events_address(answer.body, url) if answer.status == 200 else None
         if address == self._address and self._listener is not None and not self._listener.done():
             return
@@ -116,6 +132,13 @@ class KvEventKeeper:
         self._address = address
         if address is not None:
             self._listener = asyncio.create_task(self._listen(address), name=f"kv-events-{url}")
+
+    def _learn(self, answer: Response) -> None:
+        """A worker that pdserve did not start tells here whether it keeps prefixes."""
+        info = self._worker.info
+        told = keeps_prefixes(answer.body) if answer.status == 200 else None
+        if self._learner is not None and told is not None and told is not info.keeps_prefixes:
+            self._learner.worker_learned(self._worker, msgspec.structs.replace(info, keeps_prefixes=told))
 
     async def _listen(self, address: EventsAddress) -> None:
         pages = TreePages(self._tree, self._worker.instance_id, address.page_tokens)

@@ -11,6 +11,7 @@ Everything here happens between two awaits, so what was promised is never promis
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from pdserve.balancer.growth import Growth, expected_answer
 from pdserve.balancer.load import LoadTable
@@ -162,7 +163,7 @@ class Placement:
         tokens = self._needed(shape, promise) if self._predicts else promise
         candidates: Candidates | None = rotation.candidates
         if waiter is not None or not self._is_easy(tokens[1]):
-            candidates = self._with_room(rotation, tokens, waiter)
+            candidates = self._with_room(rotation, shape, tokens, waiter)
         if candidates is None:
             return None
         candidates.now_s = now_s = self._clock()
@@ -199,23 +200,34 @@ class Placement:
         return not self._tight and tokens <= self._easy_tokens
 
     def _with_room(
-        self, rotation: Rotation, tokens: tuple[int, int], waiter: object | None
+        self, rotation: Rotation, shape: RequestShape, tokens: tuple[int, int], waiter: object | None
     ) -> Candidates | None:
-        return rotation.where(lambda worker: self._fits(worker, tokens, waiter))
+        reach_s = self._reach_s(rotation, shape)
+        return rotation.where(lambda worker: self._fits(worker, tokens, waiter, reach_s.get(worker, 0.0)))
 
-    def _fits(self, worker: Worker, tokens: tuple[int, int], waiter: object | None) -> bool:
+    def _reach_s(self, rotation: Rotation, shape: RequestShape) -> dict[Worker, float]:
+        """By how much each prefill worker's queue may be longer for this request than for others."""
+        reaches_s = self._policy.reach_s(shape, rotation.candidates.prefills, self._clock())
+        return dict(zip(rotation.prefills, reaches_s, strict=True)) if reaches_s else {}
+
+    def _fits(
+        self, worker: Worker, tokens: tuple[int, int], waiter: object | None, reach_s: float = 0.0
+    ) -> bool:
         if worker.held_for is not None and worker.held_for is not waiter:
             return False
         needed = tokens[worker.role is Role.DECODE]
-        return has_room(worker, needed, tokens[0], self._free(worker))
+        return has_room(worker, needed, tokens[0], self._free(worker, reach_s))
 
     def growth_tokens(self, worker: Worker) -> int:
         """KV the worker's open answers are expected to come to; 0 for a prefill worker."""
         growth = self._growth.get(worker)
         return growth.tokens if growth is not None else 0
 
-    def _free(self, worker: Worker) -> int:
-        return free_tokens(worker, self._limits, self.growth_tokens(worker))
+    def _free(self, worker: Worker, reach_s: float = 0.0) -> int:
+        limits = self._limits
+        if reach_s > 0.0:
+            limits = replace(limits, prefill_queue_s=limits.prefill_queue_s + reach_s)
+        return free_tokens(worker, limits, self.growth_tokens(worker))
 
     def _hold(
         self, shape: RequestShape, tokens: tuple[int, int], choice: Choice, holder: Holder, now_s: float

@@ -230,19 +230,33 @@ def followed_tree() -> tuple[PromptTree, TreePages]:
     return tree, pages
 
 
+class Learned:
+    """Hears what a keeper learns of a worker's cache."""
+
+    def __init__(self) -> None:
+        self.told: list[bool | None] = []
+
+    def worker_learned(self, worker: Worker, info: WorkerInfo) -> None:
+        self.told.append(info.keeps_prefixes)
+        worker.info = info
+
+
 async def test_worker_is_followed_and_let_go_with_its_keeper() -> None:
     publisher, tree, channels = Publisher(), PromptTree(), KvEventChannels()
     port, replay = (int(port) for port in publisher.ports)
-    server = Server(server_info(endpoint_port_base=port, replay_endpoint_port_base=replay))
+    keeps = {"disable_radix_cache": False}
+    server = Server(server_info(keeps, endpoint_port_base=port, replay_endpoint_port_base=replay))
     info = WorkerInfo(
         worker_id=WorkerId("prefill-0"), instance_id=A, role=Role.PREFILL, url="http://127.0.0.1:1", model="m"
     )
     worker = Worker(info)
     worker.answers.set()
-    keeper = asyncio.create_task(KvEventKeeper(worker, server, channels, (), tree).run())
+    learner = Learned()
+    keeper = asyncio.create_task(KvEventKeeper(worker, server, channels, (), tree, learner).run())
     try:
         await until(lambda: len(tree.pages) == 2, lambda: publisher.say(stored(1, 2)))
         assert tree.pages.exact == tree.bit(A)
+        assert learner.told == [True]
     finally:
         keeper.cancel()
         with suppress(asyncio.CancelledError):

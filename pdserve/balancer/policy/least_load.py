@@ -85,6 +85,10 @@ class LeastLoad:
     def leg_ended(self, choice: Choice, role: Role, *, is_whole: bool, now_s: float) -> None:
         """Nothing depends on it."""
 
+    def reach_s(self, request: RequestShape, prefills: Sequence[WorkerView], now_s: float) -> Sequence[float]:
+        """No worker is worth a longer wait than another."""
+        return ()
+
     def forget(self, instance_id: InstanceId) -> None:
         """Drop what is remembered of the worker's prompts."""
         self._forest.forget(instance_id)

@@ -21,7 +21,8 @@ from pdserve.types import InstanceId, RequestShape, Role
 DYNAMO_BLOCK_TOKENS = 64
 """Dynamo's SGLang recipes run with ``--page-size 64``. Only rounding depends on it."""
 AIBRIX_SPREAD_REQS = 16
-"""Assumed: AIBrix's documented default of its imbalance fast paths, requests between fullest and emptiest."""
+"""Assumed, its documentation was not at hand: the imbalance, in requests between fullest and emptiest,
+from which AIBrix's fast paths go to the emptiest."""
 
 
 class RouterPowerOfTwo(LegByLeg):
@@ -126,6 +127,10 @@ class DynamoKV:
         else:
             self.tree.lose(mark)
 
+    def reach_s(self, request: RequestShape, prefills: Sequence[WorkerView], now_s: float) -> Sequence[float]:
+        """Its queues are as long as they get."""
+        return ()
+
     def forget(self, instance_id: InstanceId) -> None:
         """Drop what the tree has of it."""
         if self.tree is not None:
@@ -193,6 +198,7 @@ class Aibrix:
         return best, Reason("{:.3f}", scores[best])
 
     leg_ended = DynamoKV.leg_ended
+    reach_s = DynamoKV.reach_s
     forget = DynamoKV.forget
 
 

@@ -49,6 +49,10 @@ class LegByLeg:
     def leg_ended(self, choice: Choice, role: Role, *, is_whole: bool, now_s: float) -> None:
         """Nothing depends on it."""
 
+    def reach_s(self, request: RequestShape, prefills: Sequence[WorkerView], now_s: float) -> Sequence[float]:
+        """No worker is worth a longer wait than another."""
+        return ()
+
     def forget(self, instance_id: InstanceId) -> None:
         """Nothing is remembered."""
 

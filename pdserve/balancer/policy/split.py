@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pdserve.balancer.policy.simple import choose_by_leg
-from pdserve.balancer.policy.view import Candidates, Choice, LegPolicy
+from pdserve.balancer.policy.view import Candidates, Choice, LegPolicy, WorkerView
 from pdserve.types import InstanceId, RequestShape, Role
 
 
@@ -25,6 +27,10 @@ class SplitPolicy:
         """Told to the one that chose the leg."""
         leg = self._prefill if role is Role.PREFILL else self._decode
         leg.leg_ended(choice, role, is_whole=is_whole, now_s=now_s)
+
+    def reach_s(self, request: RequestShape, prefills: Sequence[WorkerView], now_s: float) -> Sequence[float]:
+        """As the one that chooses the prefill leg says."""
+        return self._prefill.reach_s(request, prefills, now_s)
 
     def forget(self, instance_id: InstanceId) -> None:
         """Told to both."""

@@ -198,6 +198,11 @@ class Policy(Protocol):
         """
         ...
 
+    def reach_s(self, request: RequestShape, prefills: Sequence[WorkerView], now_s: float) -> Sequence[float]:
+        """By how many seconds each prefill worker's queue may outlast the balancer's limit for this request;
+        empty: by none."""
+        ...
+
     def forget(self, instance_id: InstanceId) -> None:
         """This worker is gone for good. Optional: what is remembered of gone workers is bounded."""
         ...
