@@ -80,6 +80,7 @@ VARIANTS = (
     "pair_cost useless",
     "pair_cost slo",
     "cache_aware queued",
+    "cache_aware slo",
     "dynamo_kv queued",
 )
 AT_ONCE_S = 1e6
