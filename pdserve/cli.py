@@ -43,6 +43,7 @@ def launch(
     bootstrap_port: opt.BootstrapPort = None,
     config: opt.ConfigFile = None,
     dry_run: opt.DryRun = False,
+    monitor: opt.Monitor = False,
     device: opt.Device = None,
     tp: opt.TensorParallel = None,
     policy: opt.PolicyName = None,
@@ -60,7 +61,7 @@ def launch(
     admin_api_key: opt.AdminApiKey = None,
 ) -> None:
     """Start a whole service on this machine and keep it running until Ctrl-C."""
-    flags = _flags(ctx, "config", "dry_run", "ready_timeout", "api_key", "admin_api_key")
+    flags = _flags(ctx, "config", "dry_run", "monitor", "ready_timeout", "api_key", "admin_api_key")
     flags |= dict(ready_timeout_s=ready_timeout, sglang_args=ctx.obj or None)
     settings = command_line.launch_config(config, flags, _note)
     command_line.pass_keys_on(config, dict(api_key=api_key, admin_api_key=admin_api_key))
@@ -70,10 +71,15 @@ def launch(
 
         typer.echo(format_plan(plan_on_this_machine(settings)), nl=False)
         return
-    from pdserve.cluster.local import run_launch
+    from pdserve.cluster.local import Display, run_launch
     from pdserve.monitor.progress import ProgressDisplay
 
-    raise typer.Exit(run_launch(settings, ProgressDisplay()))
+    display: Display = ProgressDisplay()
+    if monitor:
+        from pdserve.monitor.launch_display import MonitorDisplay
+
+        display = MonitorDisplay(display, api_key=command_line.admin_key(admin_api_key or api_key or ""))
+    raise typer.Exit(run_launch(settings, display))
 
 
 @app.command(rich_help_panel="Serve", epilog="SGLang's own flags follow a `--`.")

@@ -138,6 +138,10 @@ BootstrapPort = Annotated[
     int | None,
     option("--bootstrap-port", panel=LISTEN, text="Bootstrap service. (port; default 0: any free one)"),
 ]
+Monitor = Annotated[
+    bool,
+    option("--monitor/--no-monitor", panel=RUN, text="Open the live monitor when ready. (flag; default off)"),
+]
 DryRun = Annotated[
     bool, option("--dry-run", panel=RUN, text="Print the commands, start nothing. (flag; default off)")
 ]

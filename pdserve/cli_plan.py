@@ -11,7 +11,6 @@ import typer
 
 from pdserve import command_line
 from pdserve.cli_options import FLEET, KEYS, ROUTING, RUN, option
-from pdserve.config import keys_from_environment
 
 LOAD, OUTPUT, MODEL = "Load", "Output", "Model"
 
@@ -174,7 +173,15 @@ def calibrate(
 
     pairs = tuple(command_line.prefill_pair(text) for text in prefill or ())
     options = CalibrationOptions(
-        url, out, pairs, tuple(decode or ()), name, budget_s, max_tokens, max_batch, admin_key(api_key)
+        url,
+        out,
+        pairs,
+        tuple(decode or ()),
+        name,
+        budget_s,
+        max_tokens,
+        max_batch,
+        command_line.admin_key(api_key),
     )
     typer.echo(run_calibration(options), nl=False)
 
@@ -231,12 +238,6 @@ def doctor(
             api_key=api_key,
         )
     )
-
-
-def admin_key(given: str) -> str:
-    """The key for control routes: as given, else from the environment; empty if there is none."""
-    keys = keys_from_environment()
-    return given or keys.get("admin_api_key", "") or keys.get("api_key", "")
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -150,6 +150,45 @@ def bench(
     raise typer.Exit(run_bench(options, typer.echo))
 
 
+MonitorUrl = Annotated[
+    str,
+    typer.Argument(help="The balancer. (URL; default http://127.0.0.1:30000)", show_default=False),
+]
+Once = Annotated[
+    bool, option("--once/--live", panel=OUTPUT, text="Print one frame and leave. (flag; default live)")
+]
+AsJson = Annotated[
+    bool, option("--json/--frames", panel=OUTPUT, text="Print the state document. (flag; default frames)")
+]
+Interval = Annotated[
+    float, option("--interval", panel=OUTPUT, text="Between two looks, 0.1 to 60. (seconds; default 0.5)")
+]
+AdminKey = Annotated[
+    str,
+    option(
+        "--api-key",
+        panel=KEYS,
+        metavar="KEY",
+        text="Admin key of the service; or PDSERVE_ADMIN_API_KEY, PDSERVE_API_KEY. (text; default none)",
+    ),
+]
+
+
+def monitor(
+    url: MonitorUrl = DEFAULT_URL,
+    once: Once = False,
+    json: AsJson = False,
+    interval: Interval = 0.5,
+    api_key: AdminKey = "",
+) -> None:
+    """Watch the fleet live: workers, pairs, latencies, queue, events, requests; `?` lists the keys."""
+    from pdserve.monitor.command import run_monitor
+
+    key = command_line.admin_key(api_key)
+    raise typer.Exit(run_monitor(url, once=once, as_json=json, interval_s=interval, api_key=key))
+
+
 def add_commands(app: typer.Typer) -> None:
     """Make these commands part of ``pdserve``."""
+    app.command(rich_help_panel="Use")(monitor)
     app.command(rich_help_panel="Use")(bench)

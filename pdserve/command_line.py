@@ -182,6 +182,12 @@ def pass_keys_on(path: Path | None, flags: Mapping[str, str | None]) -> None:
         replace_environ({**environment(), **values})
 
 
+def admin_key(given: str = "") -> str:
+    """The key for control routes: as given, else from the environment; empty if there is none."""
+    keys = keys_from_environment()
+    return given or keys.get("admin_api_key", "") or keys.get("api_key", "")
+
+
 def bootstrap_config(path: Path | None, flags: Mapping[str, Any], ports: str | None) -> BootstrapConfig:
     """Default < ``[bootstrap]`` of the file < ``flags``; ``ports`` is ``--port-range``.
 

@@ -56,7 +56,7 @@ class Display(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing more will be shown."""
+        """Nothing is redrawn any more; lines are printed plainly. May be called again."""
         ...
 
 
@@ -133,6 +133,7 @@ class LocalCluster:
         supervisor = self._supervisor
         supervisor.is_stopping = True
         grace_s = self.config.drain_s if self.is_ready else SERVICE_GRACE_S
+        self._display.close()  # a live monitor gives the terminal back before the drain, not after it
         self._tell(logging.INFO, f"stopping: requests have {grace_s:g} s to end; Ctrl-C again kills")
         await supervisor.stop(self.processes[self.spec.balancer.name], grace_s)
         await asyncio.gather(*(supervisor.stop(worker, WORKER_GRACE_S) for worker in self.workers))

@@ -25,7 +25,7 @@ from pdserve.cli import main
 from pdserve.errors import ConfigError, StartupError
 
 COMMANDS = ("launch", "prefill", "decode", "bootstrap", "balance", "chat", "bench", "doctor", "simulate")
-COMMANDS += ("calibrate", "version")
+COMMANDS += ("calibrate", "monitor", "version")
 
 
 @dataclass(frozen=True, slots=True)
