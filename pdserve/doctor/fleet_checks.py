@@ -63,7 +63,7 @@ def _no_state(facts: FleetFacts) -> Finding:
 
 def judge_workers(facts: FleetFacts) -> list[Finding]:
     """Is each one there, well, and itself; did any leave."""
-    findings = [_judge_worker(look) for look in facts.workers]
+    findings = [_judge_worker(look, facts) for look in facts.workers]
     for role in Role:
         if not any(look.role is role for look in facts.workers):
             findings.append(
@@ -77,11 +77,10 @@ def judge_workers(facts: FleetFacts) -> list[Finding]:
     return [*findings, *_judge_departures(facts)]
 
 
-def _judge_worker(look: WorkerLook) -> Finding:
+def _judge_worker(look: WorkerLook, facts: FleetFacts) -> Finding:
     row = look.row
     state, breaker = row.get("state", "?"), row.get("breaker", "?")
     told = f"{state}, breaker {breaker}"
-    instance = look.instance.get("instance_id")
     if look.is_hidden:
         return note(
             look.name,
@@ -91,19 +90,37 @@ def _judge_worker(look: WorkerLook) -> Finding:
         )
     if look.health or look.info_trouble:
         return _silent(look, told)
-    if instance and row.get("instance_id") and instance != row["instance_id"]:
-        return error(
-            look.name,
-            f"another server answers at {row.get('url')}: {look.instance.get('worker_id')} ({instance[:8]}…)",
-            "the balancer would send it requests meant for a process that is gone",
-            "wait until the old lease runs out (10 s); if it stays, remove the worker (DELETE /workers)",
-        )
+    if stranger := _stranger(look, facts):
+        return stranger
     if state != "ready" or breaker not in ("closed", "?"):
         last = f", last error: {row['last_error']}" if row.get("last_error") else ""
         return _not_serving(look, told + last)
-    kind = "pdserve" if look.instance else "stock SGLang"
+    kind = "pdserve" if look.instance.get("worker_id") else "stock SGLang"
     what = f"{told}, {kind}, {row.get('inflight', 0)} in flight"
     return ok(look.name, what, state=state, breaker=breaker)
+
+
+def _stranger(look: WorkerLook, facts: FleetFacts) -> Finding | None:
+    """Somebody else, or a server of another kind, answers at a member's address."""
+    mode = look.info.get("disaggregation_mode")
+    if mode and mode != look.role:
+        return error(
+            look.name,
+            f"{look.row.get('url')} is listed as {look.role}, but runs in disaggregation mode {mode}",
+            "prompts sent there are answered wrongly or never",
+            f"start it with --disaggregation-mode {look.role}, or name it in its own role",
+        )
+    instance, listed = look.instance.get("instance_id"), str(look.row.get("instance_id"))
+    # The balancer makes up an instance for a worker that it was told of by hand.
+    if not instance or instance == listed or listed not in facts.view:
+        return None
+    who = f"{look.instance.get('worker_id')} ({instance[:8]}…)"
+    return error(
+        look.name,
+        f"another server answers at {look.row.get('url')}: {who}",
+        "the balancer would send it requests meant for a process that is gone",
+        "wait until the old lease runs out (10 s); if it stays, remove the worker (DELETE /workers)",
+    )
 
 
 def _silent(look: WorkerLook, told: str) -> Finding:

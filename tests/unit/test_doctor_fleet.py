@@ -142,11 +142,7 @@ def test_a_lost_bootstrap_service_is_an_error() -> None:
     [
         (look("decode-0", health="cannot connect: refused"), Level.ERROR, "does not answer: cannot connect"),
         (look("decode-0", info={}, info_trouble="no answer within 15 s"), Level.ERROR, "scheduler does not"),
-        (
-            look("decode-0", instance={"instance_id": "other", "worker_id": "x"}),
-            Level.ERROR,
-            "another server",
-        ),
+        (look("decode-0", info={"disaggregation_mode": "null"}), Level.ERROR, "disaggregation mode null"),
         (
             look("decode-0", changes={"state": "suspect", "last_error": "HTTP 500"}),
             Level.WARNING,
@@ -161,6 +157,19 @@ def test_a_worker_in_trouble_is_named(worker: WorkerLook, level: Level, words: s
     (found,) = [f for f in judge_workers(fleet(look("prefill-0"), worker)) if f.level is level]
     assert found.check == "decode-0"
     assert words in found.what
+
+
+def test_another_process_at_the_address_of_a_member_is_named() -> None:
+    other = look("decode-0", instance={"instance_id": "other", "worker_id": "decode-9"})
+    member = fleet(look("prefill-0"), other, layouts={"decode-0": LAYOUT})
+    assert "another server answers" in bad(judge_workers(member), Level.ERROR).what
+
+
+def test_a_worker_named_by_hand_has_an_instance_of_its_own() -> None:
+    stock = look("decode-0", instance={"instance_id": "its own", "worker_id": ""})
+    findings = judge_workers(fleet(look("prefill-0"), stock))
+    assert levels(findings) == {Level.OK}
+    assert "stock SGLang" in findings[1].what
 
 
 def test_a_fleet_without_a_role_is_an_error() -> None:
