@@ -26,13 +26,13 @@ from pdserve.config import (
 from pdserve.errors import ConfigError
 from pdserve.router_flags import ROUTER_DEFAULTS
 from pdserve.router_options import RouterOptions, take_router_flags
+from pdserve.telemetry import LOG_FORMATS
 
 Progress = Callable[[str], None]
 """Hears one line per step of preparing a model."""
 
 ROLE_ARGS = ("prefill_args", "decode_args")
 QUEUE_ORDERS = ("auto", "fcfs", "shortest")
-LOG_FORMATS = ("text", "json")
 ENGINE_COMMANDS = ("launch", "prefill", "decode")
 """Commands that pass what follows ``--`` on to SGLang."""
 

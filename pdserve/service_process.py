@@ -8,7 +8,6 @@ the settings as JSON.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import tempfile
@@ -20,9 +19,9 @@ import msgspec
 from pdserve.config import BalancerConfig, BootstrapConfig, parent_pid
 from pdserve.errors import ConfigError, PdserveError
 from pdserve.lifeline import die_with_parent
+from pdserve.telemetry import configure_logging
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def become_service(config: BalancerConfig | BootstrapConfig) -> NoReturn:
@@ -69,18 +68,14 @@ def _serve(kind: str, text: bytes) -> None:
         from pdserve.balancer.app import run_balancer
 
         balancer = msgspec.json.decode(text, type=BalancerConfig)
-        _log(balancer.log_level)
+        configure_logging(balancer.log_level, balancer.log_format)
         run_balancer(balancer)
     else:
         from pdserve.bootstrap.service import run_bootstrap
 
         bootstrap = msgspec.json.decode(text, type=BootstrapConfig)
-        _log(bootstrap.log_level)
+        configure_logging(bootstrap.log_level)
         run_bootstrap(bootstrap)
-
-
-def _log(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format=LOG_FORMAT)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,11 @@ HEALTH_GENERATE_S = 25.0
 class DataPlane(Protocol):
     """What is asked of the dispatcher."""
 
+    @property
+    def ledger(self) -> RequestLedger:
+        """Its books."""
+        ...
+
     def snapshot(self) -> dict[str, object]:
         """``requests`` and ``recent``."""
         ...
@@ -32,13 +37,6 @@ class DataPlane(Protocol):
     def give_up(self, name: str) -> list[str]:
         """Never to try the live request again that its client calls ``name``; the workers' rids of it."""
         ...
-
-
-def ledger_of(data_plane: DataPlane) -> RequestLedger:
-    """The books of the data plane."""
-    ledger = getattr(data_plane, "ledger", None) or data_plane._ledger  # type: ignore[attr-defined]
-    assert isinstance(ledger, RequestLedger)
-    return ledger
 
 
 class HealthControl:
@@ -83,7 +81,7 @@ class HealthControl:
     async def state(self, client: Client, body: bytes) -> Answer:
         """The state document."""
         plane = self._data_plane
-        return json_answer(render_state(self._fleet, plane.snapshot(), ledger_of(plane).traffic))
+        return json_answer(render_state(self._fleet, plane.snapshot(), plane.ledger.traffic))
 
     async def _generate(self, client: Client) -> Answer:
         pairs = [record for record in self._fleet.pairs() if record.state is PairState.READY]

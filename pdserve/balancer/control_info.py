@@ -21,7 +21,7 @@ from pdserve.balancer.control_ask import (
     passed_on,
     why_not,
 )
-from pdserve.balancer.control_health import DataPlane, ledger_of
+from pdserve.balancer.control_health import DataPlane
 from pdserve.balancer.http_errors import Answer, json_answer
 from pdserve.balancer.member import Worker
 from pdserve.balancer.metrics_export import render_metrics
@@ -134,7 +134,7 @@ class InfoControl:
     # -- answers -----------------------------------------------------------------------------
 
     def _own(self) -> str:
-        return render_metrics(self._fleet, ledger_of(self._data_plane))
+        return render_metrics(self._fleet, self._data_plane.ledger)
 
     async def _exposition(
         self, client: Client, workers: list[Worker], replies: list[Reply], why: str

@@ -64,6 +64,11 @@ class PairDispatcher:
         self._id_headers = tuple(name.lower().encode() for name in config.request_id_headers)
 
     @property
+    def ledger(self) -> RequestLedger:
+        """The books."""
+        return self._ledger
+
+    @property
     def num_rooms(self) -> int:
         """Rooms in use; 0 when nothing is on its way."""
         return len(self._attempts.rooms)
@@ -108,6 +113,7 @@ class PairDispatcher:
             client.request_id = request_id.decode("latin-1")
             client.extra = ((b"x-request-id", request_id),)
         call = _Call(client, self._ledger.open(route), Presence(client))
+        call.record.request_id = client.request_id
         self._calls.add(call)
         self._is_idle.clear()
         try:

@@ -23,6 +23,7 @@ from pdserve.balancer.admission import Admission
 from pdserve.balancer.breaker import Breaker
 from pdserve.balancer.channel_keeper import ChannelKeeper
 from pdserve.balancer.events import EventLog, FleetEvent
+from pdserve.balancer.instance_keeper import InstanceKeeper
 from pdserve.balancer.keeper import WorkerKeeper
 from pdserve.balancer.kv_event_channel import KvEventChannels
 from pdserve.balancer.kv_event_keeper import KvEventKeeper, TieKeeper
@@ -30,6 +31,7 @@ from pdserve.balancer.lengths import LengthPredictor, Lengths
 from pdserve.balancer.load import LoadTable
 from pdserve.balancer.load_channel import LoadChannels
 from pdserve.balancer.member import PairKey, PairRecord, PairState, Worker, WorkerState
+from pdserve.balancer.metrics_fleet import FleetFigures
 from pdserve.balancer.pair_keeper import PairKeeper, ProbeGate
 from pdserve.balancer.policy import PromptTree, policy_of
 from pdserve.balancer.probe import WorkerKeys, WorkerPool
@@ -94,6 +96,7 @@ class Fleet:
         self._judge = Judge(self._roster, self.table, self._log, pool)
         self.admission = Admission(config, self.table, self.policy, self._judge, self.explain, self._drained)
         self._judge.on_change = self._readiness_changed
+        self.figures = FleetFigures(self.table, self._roster.workers, lambda: self.num_waiting)
         self._judge.on_sample = self.admission.sampled
         self._dismissed: set[InstanceId] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,6 +106,7 @@ class Fleet:
 
     async def start(self) -> None:
         """Begin to watch and probe; returns at once, with no worker ready yet."""
+        self._spawn(self.figures.run(), "fleet-figures")
         for info in self._static:
             self._add(info, is_static=True)
         if self.watcher is not None:
@@ -293,6 +297,8 @@ class Fleet:
                 worker, self._pool, self._kv_events, WorkerKeys.of(self.config).plain, self._tree, self._judge
             )
             worker.tasks.append(self._spawn(follower.run(), f"keep-kv-{worker.worker_id}"))
+        asker = InstanceKeeper(worker, self._pool, WorkerKeys.of(self.config).plain, self.figures)
+        worker.tasks.append(self._spawn(asker.run(), f"keep-instance-{worker.worker_id}"))
         for record in records:
             self._keep(record)
         return worker

@@ -54,6 +54,10 @@ def expected_answer(shape: RequestShape, reserve: int) -> int:
     return reserve if told is None or not told.is_learned else shape.num_prompts * math.ceil(told.mean)
 
 
+MIN_STEP_S = 1e-4
+"""No decode step is shorter; a line fitted through zero says so of an empty batch."""
+
+
 class Growth:
     """Sums over the open legs of a decode worker; exactly nothing when none is open.
 
@@ -107,7 +111,7 @@ class Growth:
         for each in self._legs.values():
             if each.seen_s is None:
                 continue
-            each.done += (now_s - each.seen_s) / step_s
+            each.done += (now_s - each.seen_s) / max(step_s, MIN_STEP_S)
             each.seen_s, done = now_s, math.ceil(each.done)
             if done <= each.told:
                 continue

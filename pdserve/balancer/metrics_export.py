@@ -24,7 +24,7 @@ from pdserve.balancer.metrics_pairs import PairFlow, kv_bytes_per_token
 from pdserve.balancer.metrics_window import LatencyWindow
 from pdserve.balancer.prometheus_text import label_pairs
 from pdserve.balancer.regime import Regime
-from pdserve.balancer.state import figures_of, kv_usage
+from pdserve.balancer.state import kv_usage
 
 _WORKER_STATES = tuple(state.value for state in WorkerState)
 _BREAKER_STATES = tuple(state.value for state in BreakerState)
@@ -37,7 +37,7 @@ def render_metrics(fleet: Fleet, ledger: RequestLedger) -> str:
         page.histogram(catalog.LATENCIES[name], window)
     _add_requests(page, ledger)
     _add_service(page, fleet)
-    figures = figures_of(fleet)
+    figures = fleet.figures
     if figures is not None:
         page.histogram(catalog.KV_TRANSFER, figures.kv_transfer)
     for worker in fleet.workers():

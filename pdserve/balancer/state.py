@@ -12,7 +12,7 @@ from pdserve import __version__
 from pdserve.balancer.events import FleetEvent
 from pdserve.balancer.fleet import Fleet
 from pdserve.balancer.member import PairRecord, Worker
-from pdserve.balancer.metrics_fleet import FleetFigures, KVSent, WorkerFigures
+from pdserve.balancer.metrics_fleet import KVSent, WorkerFigures
 from pdserve.balancer.metrics_pairs import PairTraffic, kv_bytes_per_token
 from pdserve.balancer.room import committed_tokens
 from pdserve.types import InstanceId, Role, WorkerLoad
@@ -30,8 +30,8 @@ def render_state(
     and may override any other key; ``traffic`` is what its requests were carried by.
     """
     watcher, now_s = fleet.watcher, time.monotonic()
-    figures, workers = figures_of(fleet), fleet.workers()
-    seen = {worker.instance_id: figures.of(worker) for worker in workers} if figures else {}
+    figures, workers = fleet.figures, fleet.workers()
+    seen = {worker.instance_id: figures.of(worker) for worker in workers}
     document: dict[str, object] = {
         "version": __version__,
         "now_s": time.time(),
@@ -39,6 +39,7 @@ def render_state(
         "model": fleet_model(fleet),
         "policy": fleet.policy.name,
         "regime": fleet.admission.regime.snapshot(),
+        "lengths": {} if fleet.lengths is None else fleet.lengths.snapshot(),
         "bootstrap": {
             "url": _without_user(fleet.config.bootstrap_url),
             "connected": watcher is not None and watcher.is_connected,
@@ -51,15 +52,9 @@ def render_state(
         "events": [{name: getattr(event, name) for name in _EVENT_FIELDS} for event in fleet.events],
         **dispatcher_snapshot,
     }
-    if figures is not None and isinstance(series := document.get("series"), dict):
+    if isinstance(series := document.get("series"), dict):
         series["waiting"] = figures.waiting()
     return document
-
-
-def figures_of(fleet: Fleet) -> FleetFigures | None:
-    """What the fleet has watched of its workers; None if nobody watches."""
-    figures = getattr(fleet, "figures", None)
-    return figures if isinstance(figures, FleetFigures) else None
 
 
 def fleet_model(fleet: Fleet) -> str:

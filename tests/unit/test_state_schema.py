@@ -12,7 +12,6 @@ import pytest
 from msgspec import structs
 
 from pdserve.balancer.metrics_fleet import FleetFigures, TransferCounters
-from pdserve.balancer.state import figures_of
 from pdserve.types import KVLayoutDescriptor
 from tests.unit.balancer_client import Site, running_site
 
@@ -36,7 +35,7 @@ def faults(document: object) -> list[str]:
 def watched(site: Site) -> FleetFigures:
     """The fleet's figures, looked at now."""
     fleet = site.balancer.fleet
-    figures = figures_of(fleet) or FleetFigures(fleet.table, fleet.workers, lambda: fleet.num_waiting)
+    figures = fleet.figures
     fleet.figures = figures
     figures.look()
     return figures
