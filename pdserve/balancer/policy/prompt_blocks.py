@@ -21,6 +21,8 @@ ENDS = block_ends(FIRST_BYTES)
 _SIZES = tuple(end - start for start, end in pairwise((0, *ENDS)))
 UNSIZED_BYTES = 2**24
 """Text remembered of a worker whose KV pool is not known: 4 M tokens."""
+FIT_SHARE = 64
+"""A worker that is over its size is brought up to a 64th below it."""
 EVICT_SHARE = 256
 """The bound of all facts is kept by dropping this part of them at a time."""
 TICKS = 64
@@ -124,9 +126,22 @@ class BlockMemory:
         self._make_room(0, holders)
 
     def fit(self, holder: Holder, max_bytes: int) -> None:
-        """Drop the worker's least recently used blocks down to so much text; -1: all."""
-        while holder.size_bytes > max_bytes and holder.stamps:
-            self._drop(holder, next(iter(holder.stamps)))
+        """Drop the worker's least recently used blocks down to so much text; -1: all.
+
+        A part more than need be, in one go: a dict whose first keys were deleted is slow to tell its first.
+        """
+        excess = holder.size_bytes - max_bytes
+        if excess <= 0:
+            return
+        spare, doomed, blocks = max(0, max_bytes) // FIT_SHARE, [], self.blocks
+        for key in holder.stamps:
+            size = blocks[key].size
+            if excess <= 0 and size - excess > spare and max_bytes >= 0:
+                break
+            doomed.append(key)
+            excess -= size
+        for key in doomed:
+            self._drop(holder, key)
 
     def leave(self, holder: Holder) -> None:
         """The worker is gone, with all that it holds and all that is on its way to it."""
@@ -146,12 +161,14 @@ class BlockMemory:
         tick_s = self._ttl_s / TICKS
         deadline_s, budget = now_s - self._ttl_s + tick_s, SWEEP_BLOCKS
         for holder in holders:
-            while holder.stamps and budget:
-                key, stamp_s = next(iter(holder.stamps.items()))
-                if stamp_s > deadline_s:
+            doomed = []
+            for key, stamp_s in holder.stamps.items():
+                if stamp_s > deadline_s or len(doomed) == budget:
                     break
+                doomed.append(key)
+            budget -= len(doomed)
+            for key in doomed:
                 self._drop(holder, key)
-                budget -= 1
         self.is_behind = not budget
         self._sweep_s = now_s if self.is_behind else now_s + tick_s
 
