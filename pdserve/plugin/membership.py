@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from pdserve import __version__
 from pdserve.bootstrap.client import LeaseKeeper
 from pdserve.config import WorkerEnv
 from pdserve.plugin.stats import TransferStats
@@ -53,6 +54,7 @@ class Membership:
             "role": self._env.role or "",
             "rank_ports": [int(route["rank_port"]) for route in routes],
             "pid": os.getpid(),
+            "version": __version__,
             "transfer": self._stats.total(),
         }
 
