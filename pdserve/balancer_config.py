@@ -99,6 +99,10 @@ class BalancerConfig:
     """``json``: one object per line."""
     log_requests: bool = False
     """One line per request with its pair and the reason for it."""
+    otlp_endpoint: str = ""
+    """Where an OpenTelemetry collector takes traces by OTLP/HTTP, ``http://host:4318``; empty: no traces."""
+    otlp_sample: float = 1.0
+    """Share of requests traced of those whose client has not decided already, 0 to 1."""
 
     @property
     def worker_key(self) -> str:

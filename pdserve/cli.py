@@ -168,6 +168,8 @@ def balance(
     log_level: opt.LogLevel = None,
     log_format: opt.LogFormat = None,
     log_requests: opt.LogRequests = None,
+    otlp_endpoint: opt.OtlpEndpoint = None,
+    otlp_sample: opt.OtlpSample = None,
     pd_disaggregation: opt.PdDisaggregation = False,
 ) -> None:
     """Run the balancer alone, in front of a bootstrap service, of named servers, or of none yet."""

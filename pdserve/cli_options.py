@@ -340,6 +340,19 @@ LogRequests = Annotated[
         text="One line per request with its pair and why. (flag; default off)",
     ),
 ]
+OtlpEndpoint = Annotated[
+    str | None,
+    option(
+        "--otlp-endpoint",
+        panel=RUN,
+        metavar="URL",
+        text="Send OpenTelemetry traces there, by OTLP/HTTP: http://127.0.0.1:4318. (URL; default none)",
+    ),
+]
+OtlpSample = Annotated[
+    float | None,
+    option("--otlp-sample", panel=RUN, metavar="SHARE", text="Requests traced. (0 to 1; default 1)"),
+]
 PdDisaggregation = Annotated[
     bool,
     option(

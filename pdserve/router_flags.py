@@ -25,6 +25,13 @@ class RouterFlag:
     refusal: str = ""
     default: str = ""
     """The value that asks for nothing: neither noted nor refused."""
+    needs: str = ""
+    """The switch without which it has no effect."""
+
+    @property
+    def why_ignored(self) -> str:
+        """Why it is without effect, when it is."""
+        return self.note or (f"only {self.needs} uses it" if self.needs else "")
 
 
 def _note(text: str, nargs: str = "1", default: str = "") -> RouterFlag:
@@ -33,6 +40,12 @@ def _note(text: str, nargs: str = "1", default: str = "") -> RouterFlag:
 
 def _refuse(text: str, nargs: str = "1", default: str = "") -> RouterFlag:
     return RouterFlag(nargs, refusal=text, default=default)
+
+
+def _otlp_http(address: str) -> str:
+    """``host:port`` of a collector as sglang-router has it, for gRPC, as the address of its OTLP/HTTP."""
+    url = address if "://" in address else f"http://{address}"
+    return url.removesuffix("/").removesuffix(":4317") + ":4318" if url.endswith((":4317", ":4317/")) else url
 
 
 ROUTER_DEFAULTS: dict[str, Any] = {
@@ -124,8 +137,8 @@ ROUTER_FLAGS: dict[str, RouterFlag] = {
     "--prometheus-port": _note(_METRICS),
     "--prometheus-host": _note(_METRICS),
     "--prometheus-duration-buckets": _note(_METRICS, "+"),
-    "--enable-trace": _note("trace headers are passed on, no spans are made", "0"),
-    "--otlp-traces-endpoint": _note("trace headers are passed on, no spans are made"),
+    "--enable-trace": RouterFlag("0", "otlp_endpoint", lambda _: _otlp_http("localhost:4317")),
+    "--otlp-traces-endpoint": RouterFlag(field="otlp_endpoint", read=_otlp_http, needs="--enable-trace"),
     # models
     "--model-path": _note(_MODEL),
     "--tokenizer-path": _note(_MODEL),

@@ -6,7 +6,7 @@ argv ─ take_router_flags ─► what typer parses, and RouterOptions(settings,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pdserve.errors import ConfigError
@@ -25,7 +25,7 @@ class RouterOptions:
         """One line on the flags without effect; empty if there are none. Never a value: some are secrets."""
         reasons: dict[str, list[str]] = {}
         for name in self.ignored:
-            reasons.setdefault(ROUTER_FLAGS[name].note, []).append(name)
+            reasons.setdefault(ROUTER_FLAGS[name].why_ignored, []).append(name)
         told = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
         return f"note: accepted without effect: {told}" if told else ""
 
@@ -38,6 +38,7 @@ def take_router_flags(argv: Sequence[str]) -> tuple[list[str], RouterOptions]:
     """
     rest: list[str] = []
     options = RouterOptions()
+    dependent: list[tuple[str, RouterFlag, list[str]]] = []
     at = 0
     while at < len(argv):
         name, equals, given = argv[at].partition("=")
@@ -48,7 +49,12 @@ def take_router_flags(argv: Sequence[str]) -> tuple[list[str], RouterOptions]:
             continue
         values = [given] if equals else _values(flag, argv[at:])
         at += 0 if equals else len(values)
-        _apply(name, flag, values, options)
+        if flag.needs:
+            dependent.append((name, flag, values))
+        else:
+            _apply(name, flag, values, options)
+    for name, flag, values in dependent:  # they win over what their switch sets
+        _apply(name, flag if flag.needs in argv else replace(flag, field=""), values, options)
     return rest, options
 
 

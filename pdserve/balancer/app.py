@@ -13,6 +13,7 @@ import resource
 import signal
 import socket
 import ssl
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -26,6 +27,9 @@ from pdserve.balancer.surface import build_surface
 from pdserve.balancer.upstream import UpstreamPool
 from pdserve.config import BalancerConfig
 from pdserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pdserve.balancer.otel import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ class Balancer:
         self.dispatcher = PairDispatcher(config, self.fleet, self.pool)
         self._socket: socket.socket | None = None
         self._server: HttpServer | None = None
+        self._tracing: Tracing | None = None
 
     @property
     def port(self) -> int:
@@ -70,9 +75,13 @@ class Balancer:
         """Listen and begin to watch the fleet; returns once connections are accepted.
 
         Raises:
-            ConfigError: if the address cannot be listened on.
+            ConfigError: if the address cannot be listened on, or traces cannot be sent.
         """
         config = self.config
+        if config.otlp_endpoint:
+            from pdserve.balancer.otel import open_tracing
+
+            self._tracing = self.dispatcher.tracing = open_tracing(config.otlp_endpoint, config.otlp_sample)
         tls = tls_context(config.tls_cert_path, config.tls_key_path)
         self._socket = bind(config.host, config.port)
         surface = build_surface(self.fleet, self.pool, self.dispatcher, config)
@@ -96,6 +105,8 @@ class Balancer:
             await self._server.close(LAST_WORDS_S)
         await self.fleet.stop()
         await self.pool.close()
+        if self._tracing is not None:
+            await self._tracing.close()
         logger.info("balancer stopped")
 
 

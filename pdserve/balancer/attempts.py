@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -28,6 +29,9 @@ from pdserve.balancer.upstream import UpstreamPool
 from pdserve.config import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerRejected, WorkerTimeout
 from pdserve.types import RequestShape, Role
+
+if TYPE_CHECKING:
+    from pdserve.balancer.otel import RunTrace
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ class Run(msgspec.Struct, eq=False):
     key: PairKey | None = None
     on_prefilled: Callable[[], None] | None = None
     is_aborted: bool = False
+    trace: RunTrace | None = None
 
 
 class Attempts:
@@ -81,6 +86,8 @@ class Attempts:
         failure: LegFailed | None = None
         retries, num_stale = self._config.max_retries, 0
         while True:
+            if run.record.trace is not None:
+                run.record.trace.waits(run)
             reservation = await self._reserve(run, failure)
             try:
                 return await self._attempt(run, reservation)
@@ -157,7 +164,10 @@ class Attempts:
                 self._pool, reservation, request, record.timeline, renaming=renaming,
                 silence_s=self._config.request_s, on_prefilled=run.on_prefilled,
             )  # fmt: skip
-            relayed = await relay.run(body, run.lines, run.outlet)
+            if run.trace is None:
+                relayed = await relay.run(body, (run.lines, run.lines), run.outlet)
+            else:
+                relayed = await run.trace.carry(relay, body, run)
             _release_ended(reservation, relayed, record)
             self._learn(run, relayed)
             is_over = relayed.prefill_error is None and not relayed.is_aborted

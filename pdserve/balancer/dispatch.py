@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -32,6 +32,9 @@ from pdserve.balancer.upstream import UpstreamPool
 from pdserve.config import BalancerConfig
 from pdserve.errors import NoWorkerError
 
+if TYPE_CHECKING:
+    from pdserve.balancer.otel import Tracing
+
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
@@ -53,6 +56,8 @@ class PairDispatcher:
     """The data plane. ``dispatch`` each request; ``close`` ends what is left."""
 
     def __init__(self, config: BalancerConfig, fleet: Fleet, pool: UpstreamPool) -> None:
+        self.tracing: Tracing | None = None
+        """Set before the first request, or never."""
         self._config = config
         self._fleet = fleet
         self._ledger = RequestLedger()
@@ -114,6 +119,8 @@ class PairDispatcher:
             client.extra = ((b"x-request-id", request_id),)
         call = _Call(client, self._ledger.open(route), Presence(client))
         call.record.request_id = client.request_id
+        if self.tracing is not None:
+            call.record.trace = self.tracing.begin(client.headers)
         self._calls.add(call)
         self._is_idle.clear()
         try:
@@ -127,6 +134,8 @@ class PairDispatcher:
         finally:
             self._ledger.close(call.record, call.outcome)
             self._calls.discard(call)
+            if call.record.trace is not None:
+                call.record.trace.finish(call.record, call.outcome)
             if self._config.log_requests:
                 logger.info("%s", call.record)
             if not self._calls:
@@ -166,7 +175,8 @@ class PairDispatcher:
         record.prompt_tokens = request.shape.prompt_tokens
         call.client_rid = request.client_rid
         self._attempts.budget.deposit()
-        lines = forwarded_headers(client.headers, client.request_id, self._config.worker_api_key)
+        headers = client.headers if self.tracing is None else self.tracing.forwarded(client.headers, record)
+        lines = forwarded_headers(headers, client.request_id, self._config.worker_api_key)
         if request.num_requests > 1:
             relayed = await run_samples(self._attempts, request, lines, client, record, call.runs)
         else:

@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -23,6 +24,9 @@ from pdserve.balancer.metrics_window import BOUNDS, LatencyWindow
 from pdserve.balancer.request import Route
 from pdserve.telemetry import RequestTimeline
 from pdserve.types import Pair
+
+if TYPE_CHECKING:
+    from pdserve.balancer.otel import RequestTrace
 
 NUM_RECENT = 64
 _OBSERVED = ("ttft_s", "tpot_s", "e2e_s", "queue_s", "prefill_s", "transfer_s")
@@ -58,7 +62,7 @@ class RequestRecord(msgspec.Struct, eq=False):
 
     ``pair``, ``room``, ``rid`` are the last attempt's; ``reason`` is why the
     policy chose that pair, put into words when it is read; ``error`` says what went wrong, for the operator.
-    ``request_id`` is the client's own, from its headers.
+    ``request_id`` is the client's own, from its headers; ``trace`` is there if the request is traced.
     """
 
     route: Route
@@ -73,6 +77,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     finish: str = ""
     error: str = ""
     request_id: str = ""
+    trace: RequestTrace | None = None
     _row: dict[str, object] | None = None
 
     def render(self) -> dict[str, object]:

@@ -207,8 +207,8 @@ class PairRelay:
         self._is_aborted = False
         self._bug: Exception | None = None
 
-    async def run(self, body: bytes, lines: bytes, outlet: Outlet) -> Relayed:
-        """Send ``body`` under header ``lines`` to both workers, and decode's answer to ``outlet``.
+    async def run(self, body: bytes, lines: tuple[bytes, bytes], outlet: Outlet) -> Relayed:
+        """Send ``body`` under each leg's header ``lines`` to both workers, decode's answer to ``outlet``.
 
         All but its end: that is the caller's to send, by ``Relayed.finish``, once its books are
         closed; it is out already if prefill lags behind decode.
@@ -217,14 +217,16 @@ class PairRelay:
             LegFailed: ``outlet.has_begun`` tells whether the client has bytes already.
         """
         pair, path, limits = self._reservation.pair, self._request.route.value, self._limits
-        start = self._pool.start
+        start, (to_prefill, to_decode) = self._pool.start, lines
         sent = start(
-            pair.prefill.url, "POST", path, body, headers=lines, limits=limits, wakeup=self, can_resend=False
-        )
+            pair.prefill.url, "POST", path, body, headers=to_prefill, limits=limits, wakeup=self,
+            can_resend=False,
+        )  # fmt: skip
         prefill = self._prefill = _Leg(Role.PREFILL, sent)
         sent = start(
-            pair.decode.url, "POST", path, body, headers=lines, limits=limits, wakeup=self, can_resend=False
-        )
+            pair.decode.url, "POST", path, body, headers=to_decode, limits=limits, wakeup=self,
+            can_resend=False,
+        )  # fmt: skip
         decode = self._decode = _Leg(Role.DECODE, sent)
         try:
             await self._opened(prefill, decode)
@@ -244,6 +246,11 @@ class PairRelay:
         finally:
             prefill.response.close()
             decode.response.close()
+
+    @property
+    def prefill_answer(self) -> bytes:
+        """What has come of it."""
+        return self._prefill.body()
 
     def set(self) -> None:
         """Called by both responses at each change."""

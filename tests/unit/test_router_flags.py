@@ -103,7 +103,8 @@ def test_every_flag_is_taken_or_refused_by_name(balance: Balance, name: str, has
         return
     assert config is not None, err
     assert (config.prefill, config.decode) == ((("http://a:1", 8998),), ("http://b:2",))
-    assert err == (f"note: accepted without effect: {name} ({flag.note})\n" if flag.note else "")
+    why = flag.why_ignored
+    assert err == (f"note: accepted without effect: {name} ({why})\n" if why else "")
 
 
 # -- settings ----------------------------------------------------------------------------------
@@ -246,6 +247,26 @@ def test_values_end_where_argparse_ends_them() -> None:
     assert options.ignored == ["--selector", "--mini-lb"]
     with pytest.raises(ConfigError, match="needs a value"):
         take_router_flags(["--log-dir", "--mini-lb"])
+
+
+@pytest.mark.parametrize(
+    ("args", "endpoint"),
+    [
+        (["--enable-trace"], "http://localhost:4318"),
+        (["--otlp-traces-endpoint", "otel:4317", "--enable-trace"], "http://otel:4318"),
+        (["--enable-trace", "--otlp-traces-endpoint=otel:4400"], "http://otel:4400"),
+        (["--enable-trace", "--otlp-traces-endpoint", "https://otel:4317/"], "https://otel:4318"),
+        (["--otlp-traces-endpoint", "otel:4317"], ""),
+        (["--otlp-endpoint", "http://b:4318", "--otlp-sample", "0.1"], "http://b:4318"),
+    ],
+)
+def test_traces_go_where_the_routers_flags_say_by_http(
+    balance: Balance, args: list[str], endpoint: str
+) -> None:
+    config, code, _ = balance(*PAIR, *args)
+    assert config is not None and code == 0
+    assert config.otlp_endpoint == endpoint
+    assert config.otlp_sample == (0.1 if "--otlp-sample" in args else 1.0)
 
 
 def test_it_starts_without_workers_and_says_how_they_come(balance: Balance) -> None:
