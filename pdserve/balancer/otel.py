@@ -19,7 +19,8 @@ import msgspec
 
 from pdserve.balancer.relay import LegFailed
 from pdserve.balancer.tracing import TraceParent, parse_parent, without_context
-from pdserve.errors import ConfigError, WorkerError
+from pdserve.errors import ConfigError, WorkerError, WorkerRejected
+from pdserve.types import Role
 
 if TYPE_CHECKING:
     from pdserve.balancer.attempts import Run
@@ -45,10 +46,29 @@ class SpanSink(Protocol):
         ...
 
 
+class LegFailure(msgspec.Struct, frozen=True):
+    """Whose leg failed (None: either's) and how; not the exception, which would hold on to whole prompts.
+
+    ``status`` is the worker's HTTP status, 0 without one; ``is_prefill_done``: its leg had ended well.
+    """
+
+    role: Role | None
+    why: str
+    status: int
+    is_prefill_done: bool
+
+    @classmethod
+    def of(cls, role: Role | None, error: WorkerError, *, is_prefill_done: bool) -> LegFailure:
+        """What there is to tell of ``error``."""
+        status = error.status if isinstance(error, WorkerRejected) else 0
+        return cls(role, str(error), status, is_prefill_done)
+
+
 class AttemptTrace(msgspec.Struct, eq=False):
     """One pair tried. ``prefill_id``, ``decode_id``: span ids of its legs. Times as in the timeline.
 
-    Neither ``failure`` nor ``status``: it was broken off, for its client left or another sample failed.
+    ``status`` is that of decode's answer. With neither it nor a failure the attempt was broken off, for its
+    client left or another sample failed. With both decode has answered, and prefill did not end well.
     """
 
     pair: Pair
@@ -62,8 +82,7 @@ class AttemptTrace(msgspec.Struct, eq=False):
     first_s: float | None = None
     ended_s: float | None = None
     status: int = 0
-    prefill_error: WorkerError | None = None
-    failure: LegFailed | None = None
+    failure: LegFailure | None = None
 
 
 class RunTrace(msgspec.Struct, eq=False):
@@ -83,11 +102,13 @@ class RunTrace(msgspec.Struct, eq=False):
             prefill, decode = self.request.child(attempt.prefill_id), self.request.child(attempt.decode_id)
             lines = run.lines + prefill.lines(), run.lines + decode.lines()
             relayed = await relay.run(body, lines, run.outlet)
-            attempt.status, attempt.prefill_error = relayed.status, relayed.prefill_error
+            attempt.status = relayed.status
+            if relayed.prefill_error is not None:
+                attempt.failure = LegFailure.of(Role.PREFILL, relayed.prefill_error, is_prefill_done=False)
             self.cached_tokens = cached_tokens(relay.prefill_answer)
             return relayed
         except LegFailed as exc:
-            attempt.failure = exc
+            attempt.failure = LegFailure.of(exc.role, exc.error, is_prefill_done=exc.is_prefill_done)
             raise
         finally:
             self._end(attempt)
@@ -135,6 +156,7 @@ class RequestTrace(msgspec.Struct, eq=False):
 
     def finish(self, record: RequestRecord, outcome: Outcome) -> None:
         """The request is over."""
+        record.trace = None  # the record stays, among the last ones
         self.sink.put(self, record, outcome)
 
     def unix_ns(self, at_s: float) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,9 @@ BATCH = 64
 """Requests sent at once: each has five spans or more, and encoding holds up the event loop."""
 QUEUE = 4096
 """Requests that may wait for a slow collector."""
+SWITCH_S = 0.0005
+"""How soon the event loop has the interpreter back from the exporter's thread, which takes some 15 ms for a
+batch: with Python's own 5 ms a timer was 8 ms late at p99, with this 1.4 ms."""
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
 
@@ -47,6 +51,7 @@ class OtlpSink:
                 "service.instance.id": f"{socket.gethostname()}:{threading.get_native_id()}",
             }
         )
+        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._exporter = OTLPSpanExporter(endpoint=url)
         self._processor = BatchSpanProcessor(
             _Expanding(self._exporter), QUEUE, DELAY_MS, BATCH, export_timeout_millis=CLOSE_S * 1000

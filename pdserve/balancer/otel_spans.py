@@ -21,7 +21,6 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 from pdserve import __version__
 from pdserve.balancer.ledger import Outcome, RequestRecord
 from pdserve.balancer.otel import AttemptTrace, RequestTrace, RunTrace, new_id
-from pdserve.errors import WorkerRejected
 from pdserve.types import Role, WorkerInfo
 
 SCOPE = InstrumentationScope("pdserve.balancer", __version__)
@@ -177,24 +176,18 @@ def _status(record: RequestRecord, outcome: Outcome) -> Status:
 def _leg_end(role: Role, attempt: AttemptTrace) -> tuple[Status, str]:
     """Status of a leg, and why it ended early if that was not its own doing."""
     failure, is_prefill = attempt.failure, role is Role.PREFILL
-    if failure is not None:
-        if failure.role in (role, None):
-            return _error(str(failure.error)), ""
-        return (_UNSET, "") if is_prefill and failure.is_prefill_done else (_UNSET, "other leg failed")
-    if is_prefill and attempt.prefill_error is not None:
-        return _error(str(attempt.prefill_error)), ""
-    if not attempt.status and not (is_prefill and attempt.prefill_done_s is not None):
-        return _UNSET, "aborted"
-    return _UNSET, ""
+    if failure is not None and failure.role in (role, None):
+        return _error(failure.why), ""
+    if attempt.status or (is_prefill and attempt.prefill_done_s is not None):
+        return _UNSET, ""
+    return _UNSET, "aborted" if failure is None else "other leg failed"
 
 
 def _http_status(role: Role, attempt: AttemptTrace) -> int:
-    """What the worker answered, as far as the balancer looked; 0 if it did not."""
-    error = attempt.prefill_error if role is Role.PREFILL else None
-    if attempt.failure is not None and attempt.failure.role is role:
-        error = attempt.failure.error
-    if error is not None:
-        return error.status if isinstance(error, WorkerRejected) else 0
+    """What the worker answered, as far as the balancer knows; 0 if it does not."""
+    failure = attempt.failure
+    if failure is not None and failure.role is role:
+        return failure.status
     return attempt.status
 
 

@@ -202,6 +202,21 @@ async def test_a_request_that_fails_for_good_is_an_error(collector: Collector) -
     assert collector.named("decode leg")[0].is_error
 
 
+async def test_a_prefill_lost_after_decode_began_is_its_legs_error_alone(collector: Collector) -> None:
+    async with running_site(otlp_endpoint=collector.url) as site:
+        site.prefill.behaviour.gate = asyncio.Event()
+        site.decode.behaviour.token_delay_s = 0.05
+        async with site.exchange("POST", "/generate", {"text": "hi", "stream": True}) as exchange:
+            await exchange.read_until(b"data: ")
+            site.prefill.kill()
+            await exchange.read_until(b"[DONE]")
+    (prefill,), (decode,) = (collector.named(name) for name in LEGS)
+    assert prefill.is_error and prefill.why
+    assert (decode.is_error, decode.attributes["http.response.status_code"]) == (False, 200)
+    assert not collector.server.is_error
+    assert collector.named("kv transfer") == []
+
+
 async def test_a_clients_own_mistake_is_no_error_of_the_server(collector: Collector) -> None:
     async with running_site(otlp_endpoint=collector.url) as site:
         reply = await site.generate(b"{")
