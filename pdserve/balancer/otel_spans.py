@@ -202,8 +202,9 @@ def _error(text: str) -> Status:
 
 def _clean(value: object) -> str | int | bool | float:
     """What the protocol can carry: one attribute that it cannot would lose the whole batch."""
-    if isinstance(value, bool | float):
+    if isinstance(value, (bool, float)):  # as a union it would be put together at each call
         return value
     if isinstance(value, int) and -_INT64 <= value < _INT64:
         return int(value)
-    return str(value)[:MAX_TEXT].encode("utf-8", "replace").decode()
+    text = str(value)[:MAX_TEXT]
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
