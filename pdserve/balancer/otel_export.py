@@ -89,7 +89,7 @@ class OtlpSink:
 
 
 class _Process(Resource):
-    """What all spans come from. The encoder hashes it for each span: a plain one is rendered as JSON for that."""
+    """What all spans come from. The encoder hashes it for each span: a plain one by rendering it as JSON."""
 
     def __init__(self, attributes: dict[str, AttributeValue]) -> None:
         super().__init__(Resource.create(attributes).attributes)

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pdserve.balancer.otel import cached_tokens, open_tracing, traces_url
+from pdserve.balancer.tracing import TraceParent, parse_parent
 from pdserve.errors import ConfigError
 from tests.fakes import until
 from tests.unit.balancer_client import running_site
@@ -274,6 +277,19 @@ async def test_each_sample_of_a_chat_has_legs_in_the_one_trace(collector: Collec
     assert collector.server.attributes["gen_ai.usage.output_tokens"] == 9
 
 
+async def test_a_whole_chat_of_samples_and_one_that_fails(collector: Collector) -> None:
+    async with running_site(otlp_endpoint=collector.url, max_retries=0) as site:
+        body = {"messages": [{"role": "user", "content": "hi"}], "n": 2}
+        await site.ask("POST", "/v1/chat/completions", body)
+        site.decode.behaviour.status = 500
+        await site.ask("POST", "/v1/chat/completions", body)
+    served, failed = sorted(collector.traces.values(), key=lambda spans: min(span.start for span in spans))
+    assert _names(served).count("decode leg") == 2
+    assert not any(span.is_error for span in served)
+    assert any(span.is_error and span.name == "decode leg" for span in failed)
+    assert all(span.end >= span.start for span in failed)
+
+
 async def test_what_a_client_says_cannot_break_a_batch(collector: Collector) -> None:
     async with running_site(otlp_endpoint=collector.url) as site:
         site.decode.behaviour.finish = {"type": "length", "length": 3}
@@ -360,6 +376,19 @@ def test_wrong_settings_are_named(endpoint: str, sample: float) -> None:
 def test_the_path_of_an_endpoint_is_kept() -> None:
     assert traces_url("https://a:4318/") == "https://a:4318/v1/traces"
     assert traces_url("http://a/otlp/v1/traces") == "http://a/otlp/v1/traces"
+
+
+@given(st.integers(1, 2**128 - 1), st.integers(1, 2**64 - 1), st.booleans())
+def test_a_context_is_read_as_it_was_written(trace_id: int, span_id: int, is_sampled: bool) -> None:
+    context = TraceParent(trace_id, span_id, is_sampled, b"a=1")
+    lines = (line.split(b": ") for line in context.lines().splitlines())
+    assert parse_parent({name: value for name, value in lines}) == context
+
+
+@given(st.binary(max_size=80))
+def test_no_header_is_too_odd_to_be_read(value: bytes) -> None:
+    found = parse_parent({b"traceparent": value})
+    assert found is None or (found.trace_id and found.span_id)
 
 
 def test_cached_tokens_of_a_batch_add_up_and_of_a_stream_do_not() -> None:
