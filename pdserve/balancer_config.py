@@ -19,7 +19,7 @@ class BalancerConfig:
     """Hosts (names, addresses or networks such as ``10.0.0.0/8``) that ``POST /workers`` may name
     besides the loopback and the hosts of ``prefill`` and ``decode``."""
 
-    policy: str = "least_load"
+    policy: str = "pair_cost"
     prefill_policy: str = ""
     """Policy for the prefill leg alone; empty: ``policy``."""
     decode_policy: str = ""

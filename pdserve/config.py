@@ -58,7 +58,7 @@ class LaunchConfig:
     """First port tried for workers; a taken one is skipped."""
     device: str = "auto"
     tp: int = 1
-    policy: str = "least_load"
+    policy: str = "pair_cost"
     slo: str = ""
     """Seconds a request may take to its first token and per further token: ``ttft=2,tpot=0.05``."""
     start_method: str = "auto"

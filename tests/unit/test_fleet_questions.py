@@ -79,7 +79,7 @@ async def test_load_told_between_polls_makes_room() -> None:
 
 async def test_without_the_load_channel_workers_are_not_asked_for_one() -> None:
     network = Network()
-    async with running_fleet(network, load_channel=False) as fleet:
+    async with running_fleet(network, load_channel=False, kv_events=False) as fleet:
         fleet.apply([P0, D0])
         await all_ready(fleet)
         await until(lambda: network[D0].calls["/v1/loads"] > 3)

@@ -81,7 +81,7 @@ async def test_completed_requests_are_counted_once_in_every_figure() -> None:
     assert seen.counts(*streams) == dict.fromkeys(streams, 6)
     assert seen.value("generation_tokens_total") == 9 * 5
     assert seen.value("prompt_tokens_total") == 9 * 4
-    assert seen.total("decisions_total", policy="least_load") == 9
+    assert seen.total("decisions_total", policy="pair_cost") == 9
     assert seen.total("pair_prompt_tokens_total") == 9 * 4
     assert (seen.value("requests_inflight"), seen.value("requests_dispatched")) == (0, 0)
     assert (seen.value("retries_total"), seen.total("leg_errors_total")) == (0, 0)

@@ -54,9 +54,9 @@ def test_policy_of_the_other_routers_is_refused_with_the_nearest_of_ours(theirs:
 
 
 def test_policy_of_is_one_policy_for_both_legs_unless_they_differ() -> None:
-    assert policy_of(BalancerConfig()).name == "least_load"
+    assert policy_of(BalancerConfig()).name == "pair_cost"
     assert policy_of(BalancerConfig(policy="random", decode_policy="random")).name == "random"
-    assert policy_of(BalancerConfig(prefill_policy="cache_aware")).name == "cache_aware/least_load"
+    assert policy_of(BalancerConfig(prefill_policy="cache_aware")).name == "cache_aware/pair_cost"
     assert (
         policy_of(BalancerConfig(policy="random", decode_policy="round_robin")).name == "random/round_robin"
     )
@@ -98,7 +98,7 @@ def test_split_policy_stays_on_the_allowed_grid(
 
 
 def test_unknown_policy_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown policy 'best'; known: least_load, pair_cost, cache_aware"):
+    with pytest.raises(ConfigError, match="unknown policy 'best'; known: pair_cost, least_load, cache_aware"):
         make_policy("best")
 
 

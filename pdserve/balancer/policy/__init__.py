@@ -79,8 +79,8 @@ class PolicyParams:
 
 
 _MAKERS: dict[str, Callable[[int | None, PolicyParams], LegPolicy]] = {
-    "least_load": lambda seed, params: LeastLoad(),
     "pair_cost": lambda seed, params: PairCost(params.pair, params.tree(), seed),
+    "least_load": lambda seed, params: LeastLoad(),
     "cache_aware": lambda seed, params: CacheAware(params.cache),
     "power_of_two": lambda seed, params: PowerOfTwo(seed),
     "round_robin": lambda seed, params: RoundRobin(),
