@@ -161,7 +161,7 @@ class BlockMemory:
         tick_s = self._ttl_s / TICKS
         deadline_s, budget = now_s - self._ttl_s + tick_s, SWEEP_BLOCKS
         for holder in holders:
-            doomed = []
+            doomed: list[int] = []
             for key, stamp_s in holder.stamps.items():
                 if stamp_s > deadline_s or len(doomed) == budget:
                     break
