@@ -142,11 +142,14 @@ def balancer_config(path: Path | None, given: BalanceFlags, note: Progress) -> B
 
 def _check_balancer(config: BalancerConfig) -> None:
     """What would otherwise be found out only by the balancer's own process."""
+    from pdserve.balancer.otel import traces_url
     from pdserve.balancer.policy import policy_of
     from pdserve.balancer.worker_url import AllowedHosts
 
     policy_of(config)
     AllowedHosts(config)
+    if config.otlp_endpoint:
+        traces_url(config.otlp_endpoint)
     for name, known in (("queue_order", QUEUE_ORDERS), ("log_format", LOG_FORMATS)):
         if getattr(config, name) not in known:
             raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(config, name)!r}")
