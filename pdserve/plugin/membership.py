@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from pdserve import __version__
 from pdserve.bootstrap.client import LeaseKeeper
 from pdserve.config import WorkerEnv
 from pdserve.plugin.stats import TransferStats
+from pdserve.plugin.transfer_metrics import publish
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -30,9 +32,12 @@ class Membership:
         self._on_refused = on_refused
         self._keeper: LeaseKeeper | None = None
         self._stats = TransferStats.create()
+        self._stopped = threading.Event()
 
     def start(self) -> None:
         """SGLang calls this when it takes requests (its launch callback)."""
+        if self._server_args.enable_metrics:
+            publish(self._stats, self._stopped)
         if not self._env.bootstrap_url or self._env.role is None:
             return
         self._keeper = LeaseKeeper(self._env.bootstrap_url, self._worker_info(), on_refused=self._on_refused)
@@ -40,6 +45,7 @@ class Membership:
 
     def stop(self) -> None:
         """Leave the fleet now rather than when the lease runs out."""
+        self._stopped.set()
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.stop()
