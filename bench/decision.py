@@ -33,7 +33,7 @@ from pdserve.balancer.policy import Policy, make_policy
 from pdserve.balancer.reservation import Reservation
 from pdserve.balancer.sample import Sample
 from pdserve.config import BalancerConfig
-from pdserve.errors import WorkerError
+from pdserve.sim.fleet import NoJudge
 from pdserve.types import (
     Forecast,
     InstanceId,
@@ -62,17 +62,6 @@ class Case:
     has_links: bool
 
 
-class _NoJudge:
-    def pair_ended(
-        self,
-        record: PairRecord,
-        prefill_ok: bool | None,
-        decode_ok: bool | None,
-        error: str | WorkerError,
-    ) -> None:
-        """Nothing fails here."""
-
-
 class Bench:
     """One random fleet under one policy."""
 
@@ -88,7 +77,7 @@ class Bench:
             BalancerConfig(),
             self._table,
             self.policy,
-            _NoJudge(),
+            NoJudge(),
             lambda exclude, shape: "full",
             lambda worker: None,
             lambda: self._now_s,

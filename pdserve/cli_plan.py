@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from pdserve import command_line
-from pdserve.cli_options import FLEET, KEYS, ROUTING, RUN, option
+from pdserve.cli_options import FLEET, ROUTING, RUN, option
+from pdserve.cli_use import AdminKey
 
 LOAD, OUTPUT, MODEL = "Load", "Output", "Model"
 
@@ -146,15 +147,6 @@ MaxTokens = Annotated[
     int, option("--max-tokens", panel=RUN, text="Longest prompt tried. (tokens; default 4096)")
 ]
 MaxBatch = Annotated[int, option("--max-batch", panel=RUN, text="Largest batch tried. (count; default 16)")]
-Key = Annotated[
-    str,
-    option(
-        "--api-key",
-        panel=KEYS,
-        metavar="KEY",
-        text="Admin key of the service; or PDSERVE_ADMIN_API_KEY, PDSERVE_API_KEY. (text; default none)",
-    ),
-]
 
 
 def calibrate(
@@ -166,7 +158,7 @@ def calibrate(
     budget_s: Budget = 60.0,
     max_tokens: MaxTokens = 4096,
     max_batch: MaxBatch = 16,
-    api_key: Key = "",
+    api_key: AdminKey = "",
 ) -> None:
     """Measure a live, idle service and write the cost model that `pdserve simulate` takes."""
     from pdserve.sim.calibrate import CalibrationOptions, run_calibration
@@ -220,7 +212,7 @@ def doctor(
     port: Port = 30000,
     json: AsJson = False,
     deep: Deep = False,
-    api_key: Key = "",
+    api_key: AdminKey = "",
 ) -> None:
     """Check this machine and, given a URL, a running fleet: what is wrong, why it matters, what to do."""
     from pdserve.doctor.command import run_doctor

@@ -21,7 +21,7 @@ LAZY_PAIRS = 20_000
 """Above so many pairs their records are made when they are first used: 500 x 500 of them take 0.4 GB."""
 
 
-class _NoJudge:
+class NoJudge:
     """Simulated workers do not fail: nobody is to blame."""
 
     def pair_ended(
@@ -101,7 +101,7 @@ class Fleet:
             for row in (self.prefills, self.decodes)
             for index, worker in enumerate(row)
         }
-        self.admission = Admission(config, self.table, policy, _NoJudge(), _no_room, _ignore, clock)
+        self.admission = Admission(config, self.table, policy, NoJudge(), _no_room, _ignore, clock)
         self._open()
 
     def _open(self) -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from pdserve.balancer.upstream import UpstreamPool
@@ -139,7 +140,6 @@ def outcome(ttft_s: float, gaps_s: tuple[float, ...], error: str = "") -> Outcom
 
 
 def test_percentiles_are_numpys() -> None:
-    numpy = pytest.importorskip("numpy")
     values = [0.5, 0.1, 0.9, 0.3, 0.31, 7.0, 0.2]
     found = spread(values)
     for name, share in (("p50", 50), ("p90", 90), ("p95", 95), ("p99", 99)):

@@ -15,7 +15,8 @@ from pdserve.balancer.reservation import Reservation
 from pdserve.balancer.sample import Sample
 from pdserve.balancer.wait_line import Waiter
 from pdserve.config import BalancerConfig
-from pdserve.errors import NoWorkerError, WorkerError
+from pdserve.errors import NoWorkerError
+from pdserve.sim.fleet import NoJudge
 from pdserve.types import Forecast, InstanceId, RequestShape, Role, WorkerId, WorkerInfo, WorkerLoad
 
 
@@ -57,13 +58,6 @@ class Asked:
         return outcome
 
 
-class _NoJudge:
-    def pair_ended(
-        self, record: PairRecord, prefill_ok: bool | None, decode_ok: bool | None, error: str | WorkerError
-    ) -> None:
-        pass
-
-
 class Desk:
     """Workers that take traffic, and who asks for them. ``rate``: each prefill server's tokens a second."""
 
@@ -93,7 +87,7 @@ class Desk:
             BalancerConfig(**config),  # type: ignore[arg-type]
             self.table,
             make_policy(policy, 1),
-            _NoJudge(),
+            NoJudge(),
             lambda exclude, shape: "full",
             lambda worker: None,
             lambda: self.now_s,
