@@ -43,7 +43,7 @@ from statistics import mean
 from typing import Any
 
 from common import describe_setup, print_result, print_setup
-from policies_report import interval, plot, print_cell
+from policies_report import plot, print_cell, told
 
 from pdserve.balancer.policy import POLICIES
 from pdserve.config import BalancerConfig
@@ -86,8 +86,7 @@ VARIANTS = (
 AT_ONCE_S = 1e6
 """``prefill_queue_s`` of a row that holds nothing back."""
 STEP, TARGET, WARM, COOL = 1.08, 0.9, 0.1, 0.2
-BEYOND = 3
-"""Rungs above the reference where rows are compared again."""
+BEYOND = 3  # rungs above the reference, where rows are compared again
 
 
 @dataclass(frozen=True)
@@ -274,15 +273,15 @@ def _judged(
 ) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for row in rows:
-        own: dict[str, Any] = {"knee": _told(knees[row])}
+        own: dict[str, Any] = {"knee": told(knees[row])}
         pairs = zip(knees[row], knees[best], strict=True)
-        own["knee_ratio"] = _told([ours / max(peer, 1e-9) for ours, peer in pairs])
+        own["knee_ratio"] = told([ours / max(peer, 1e-9) for ours, peer in pairs])
         for name, rung in (("reference", reference), ("beyond", reference + BEYOND)):
             here, there = _by_seed(found[row][rung]), _by_seed(found[best][rung])
             own[name] = {
                 "rate": rate_at(cell, rung),
-                "goodput": _told([p.attainment * p.rate for p in here]),
-                "ratio": _told(
+                "goodput": told([p.attainment * p.rate for p in here]),
+                "ratio": told(
                     [a.attainment / max(b.attainment, 1e-9) for a, b in zip(here, there, strict=True)]
                 ),
                 "long": mean(p.long for p in here),
@@ -294,7 +293,7 @@ def _judged(
                 "retractions": sum(p.retractions for p in here),
             }
         own["curve"] = [
-            {"rate": rate_at(cell, rung), "goodput": _told([p.attainment * p.rate for p in found[row][rung]])}
+            {"rate": rate_at(cell, rung), "goodput": told([p.attainment * p.rate for p in found[row][rung]])}
             for rung in sorted(found[row])
         ]
         out[row] = own
@@ -312,11 +311,6 @@ def _judged(
 
 def _by_seed(points: list[Point]) -> list[Point]:
     return sorted(points, key=lambda point: point.seed)
-
-
-def _told(values: list[float]) -> dict[str, float | None]:
-    middle, half = interval(values)
-    return {"mean": round(middle, 4), "half": None if half is None else round(half, 4)}
 
 
 def plan(args: argparse.Namespace) -> list[Cell]:

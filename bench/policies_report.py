@@ -20,6 +20,12 @@ def interval(values: list[float]) -> tuple[float, float | None]:
     return mean(values), T95[len(values) - 1] * stdev(values) / math.sqrt(len(values))
 
 
+def told(values: list[float]) -> dict[str, float | None]:
+    """The same for JSON."""
+    middle, half = interval(values)
+    return {"mean": round(middle, 4), "half": None if half is None else round(half, 4)}
+
+
 def print_cell(label: str, num_requests: int, num_seeds: int, judged: dict[str, Any]) -> None:
     """A table of one trace on one fleet, best knee first."""
     slo = judged["slo"]
