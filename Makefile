@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup  ## start 1 prefill + 1 decode server with the embedded model and ask one question
-	$(PY) -m pdserve.demo
+	$(PY) -m pdserve.cli.demo
 
 test: setup  ## everything that runs without a GPU, real SGLang servers included
 	$(PY) -m pytest -m "not gpu"

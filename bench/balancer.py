@@ -38,7 +38,7 @@ from proxy.tables import LEGEND, format_memory, format_rows, format_streams
 from proxy.targets import Verdict, judge, judge_memory, judge_streams
 from proxy.tools import Tools, prepare_tools
 
-from pdserve.config import cache_dir
+from pdserve.config.worker_env import cache_dir
 
 COMPARED = ("throughput", "latency", "streaming", "paced")
 ALONE = ("memory", "streams")

@@ -26,13 +26,13 @@ from statistics import median, quantiles
 
 from common import describe_setup, print_result, print_setup
 
-from pdserve.balancer.admission import Admission
-from pdserve.balancer.load import LoadTable
-from pdserve.balancer.member import PairKey, PairRecord, PairState, Worker, WorkerState
-from pdserve.balancer.policy import Policy, make_policy
-from pdserve.balancer.reservation import Reservation
-from pdserve.balancer.sample import Sample
-from pdserve.config import BalancerConfig
+from pdserve.config.balancer import BalancerConfig
+from pdserve.scheduling.admission import Admission
+from pdserve.scheduling.load import LoadTable
+from pdserve.scheduling.load_sample import Sample
+from pdserve.scheduling.policy import Policy, make_policy
+from pdserve.scheduling.reservation import Reservation
+from pdserve.scheduling.workers import PairKey, PairRecord, PairState, Worker, WorkerState
 from pdserve.sim.fleet import NoJudge
 from pdserve.types import (
     Forecast,

@@ -39,7 +39,7 @@ TARGET = 0.01
 async def serve_fakes(number: int) -> None:
     """Be that many workers until stdin closes; the first line out is their URLs."""
     sys.path.insert(0, str(ROOT))
-    from tests.fakes import FakeSGLang
+    from tests.support.sglang_server import FakeSGLang
 
     roles = [Role.PREFILL if index < number // 2 else Role.DECODE for index in range(number)]
     fakes = [FakeSGLang(role, name=f"{role}-{index}") for index, role in enumerate(roles)]

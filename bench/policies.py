@@ -45,8 +45,8 @@ from typing import Any
 from common import describe_setup, print_result, print_setup
 from policies_report import plot, print_cell, told
 
-from pdserve.balancer.policy import POLICIES
-from pdserve.config import BalancerConfig
+from pdserve.config.balancer import BalancerConfig
+from pdserve.scheduling.policy import POLICIES
 from pdserve.sim.profiles import PROFILES, model_of
 from pdserve.sim.report import Slo, percentile
 from pdserve.sim.simulator import SimOptions, simulate

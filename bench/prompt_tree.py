@@ -33,9 +33,9 @@ from typing import Any
 
 from common import describe_setup, print_result, print_setup
 
-from pdserve.balancer.policy.prefix import block_ends, prefix_hashes
-from pdserve.balancer.policy.prompt_tree import PromptTree
-from pdserve.balancer.token_pages import page_hashes
+from pdserve.scheduling.prefix.blocks import block_ends, prefix_hashes
+from pdserve.scheduling.prefix.token_pages import page_hashes
+from pdserve.scheduling.prefix.tree import PromptTree
 from pdserve.types import InstanceId
 
 ROOT = Path(__file__).parents[1]

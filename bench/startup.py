@@ -36,7 +36,7 @@ from common import describe_setup, print_result, print_setup, spread
 
 from pdserve.cluster.ports import SystemPorts
 from pdserve.cluster.worker_flags import worker_environment, worker_flags
-from pdserve.config import environment
+from pdserve.config.worker_env import environment
 from pdserve.model.tiny import write_tiny_model
 from pdserve.types import Role
 

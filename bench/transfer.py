@@ -39,7 +39,7 @@ from common import describe_setup, print_result, print_setup
 
 from pdserve.kv.layout import PageIds, num_runs
 from pdserve.transfer.plan import Path
-from pdserve.transfer.trial import SendReport, Trial, TrialGeometry, copy_rate_bytes_per_s
+from pdserve.transfer.selftest.trial import SendReport, Trial, TrialGeometry, copy_rate_bytes_per_s
 
 GEOMETRIES = {
     # SmolLM2-135M in float16 and Llama-3.1-8B in bfloat16, blocks of 16 tokens.

@@ -1,6 +1,6 @@
 """``python -m pdserve``: the same as the ``pdserve`` command."""
 
-from pdserve.cli import main
+from pdserve.cli.app import main
 
 if __name__ == "__main__":
     main()

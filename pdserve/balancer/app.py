@@ -17,19 +17,18 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from pdserve.balancer.auth import KeyRing
-from pdserve.balancer.dispatch import PairDispatcher
-from pdserve.balancer.fleet import Fleet, Membership
-from pdserve.balancer.routes import App
-from pdserve.balancer.server.limits import ServerLimits
-from pdserve.balancer.server.listener import HttpServer
-from pdserve.balancer.surface import build_surface
-from pdserve.balancer.upstream import UpstreamPool
-from pdserve.config import BalancerConfig
+from pdserve.balancer.api.auth import KeyRing
+from pdserve.balancer.api.routes import App, build_surface
+from pdserve.balancer.fleet.fleet import Fleet, Membership
+from pdserve.balancer.proxy.dispatcher import PairDispatcher
+from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
+from pdserve.http.client import UpstreamPool
+from pdserve.http.limits import ServerLimits
+from pdserve.http.server import HttpServer
 
 if TYPE_CHECKING:
-    from pdserve.balancer.otel import Tracing
+    from pdserve.balancer.tracing.trace import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class Balancer:
         """
         config = self.config
         if config.otlp_endpoint:
-            from pdserve.balancer.otel import open_tracing
+            from pdserve.balancer.tracing.trace import open_tracing
 
             self._tracing = self.dispatcher.tracing = open_tracing(config.otlp_endpoint, config.otlp_sample)
         tls = tls_context(config.tls_cert_path, config.tls_key_path)
@@ -87,7 +86,7 @@ class Balancer:
         surface = build_surface(self.fleet, self.pool, self.dispatcher, config)
         app = App(surface, KeyRing(config.api_key, config.control_key))
         await self.fleet.start()
-        self._server = HttpServer(app, ServerLimits.of(config, _max_connections()), tls)
+        self._server = HttpServer(app, _limits(config), tls)
         await self._server.start(self._socket)
         logger.info("balancer listening on %s", self.url)
 
@@ -189,6 +188,17 @@ def raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _limits(config: BalancerConfig) -> ServerLimits:
+    return ServerLimits(
+        max_body_bytes=config.max_body_bytes,
+        max_header_bytes=config.max_header_bytes,
+        header_s=config.header_s,
+        body_s=config.body_s,
+        write_s=config.write_s,
+        max_connections=config.max_connections or _max_connections(),
+    )
 
 
 def _max_connections() -> int:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from pdserve.bootstrap.routes import RouteError, RouteTable
+from pdserve.bootstrap.route_table import RouteError, RouteTable
 from pdserve.bootstrap.web import json_answer, json_errors, read_json
 
 _INDICES = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")

@@ -14,7 +14,7 @@ from typing import ClassVar
 import msgspec
 
 from pdserve.bootstrap.messages import PROTOCOL_VERSION, FleetView, Lease, RankRoute, Refusal, Register
-from pdserve.bootstrap.routes import RankRow, RouteError
+from pdserve.bootstrap.route_table import RankRow, RouteError
 from pdserve.errors import PdserveError
 from pdserve.types import InstanceId, KVLayoutDescriptor, Role, WorkerId, WorkerInfo
 

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pdserve.bootstrap.fleet_api import fleet_app
 from pdserve.bootstrap.listener import Listener
+from pdserve.bootstrap.main_api import fleet_app
 from pdserve.bootstrap.messages import FleetView, Lease, Register
 from pdserve.bootstrap.ports import PortPlan
 from pdserve.bootstrap.prefill_api import prefill_app
 from pdserve.bootstrap.registry import Fleet, Instance, Refused
-from pdserve.bootstrap.routes import RouteError, RouteTable
-from pdserve.config import BootstrapConfig
+from pdserve.bootstrap.route_table import RouteError, RouteTable
+from pdserve.config.launch import BootstrapConfig
 from pdserve.errors import ConfigError
 from pdserve.types import InstanceId, Role
 

@@ -18,15 +18,16 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Protocol
 
-from pdserve import leftovers
 from pdserve.cluster.diagnose import last_lines
 from pdserve.cluster.machine import plan_on_this_machine
 from pdserve.cluster.ready import READY, FleetState, LogStage, describe_missing, get_json, stage_of
 from pdserve.cluster.spawn import ExecSpawner, Spawner, choose_spawner
 from pdserve.cluster.spec import ClusterSpec
 from pdserve.cluster.supervise import State, Supervised, Supervisor
-from pdserve.config import LaunchConfig, cache_dir
+from pdserve.config.launch import LaunchConfig
+from pdserve.config.worker_env import cache_dir
 from pdserve.errors import ConfigError, StartupError
+from pdserve.process import scratch as leftovers
 
 logger = logging.getLogger(__name__)
 

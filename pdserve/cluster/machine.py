@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 from pdserve.cluster.gpus import choose_device, find_gpus
 from pdserve.cluster.ports import SystemPorts
 from pdserve.cluster.spec import ClusterSpec, Ports, ProcessSpec, http_url, plan_cluster, worker_spec
-from pdserve.config import DEVICES, LaunchConfig, check_port, environment
+from pdserve.config.launch import DEVICES, LaunchConfig, check_port
+from pdserve.config.worker_env import environment
 from pdserve.errors import ConfigError
-from pdserve.leftovers import live_workers
+from pdserve.process.scratch import live_workers
 from pdserve.types import Role
 
 FIRST_WORKER_PORT = 31000

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pdserve.cluster.spec import ProcessKind
 from pdserve.cluster.supervise import State, Supervised
-from pdserve.config import keys_from_environment
+from pdserve.config.worker_env import keys_from_environment
 from pdserve.types import Role
 
 GET_S = 2.0

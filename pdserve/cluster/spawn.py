@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Protocol
 
 from pdserve.cluster.diagnose import diagnose, last_lines, read_tail
-from pdserve.cluster.nursery_client import Nursery
+from pdserve.cluster.forkserver_client import Nursery
 from pdserve.cluster.spec import ClusterSpec, ProcessSpec
-from pdserve.config import LaunchConfig, environment
+from pdserve.config.launch import LaunchConfig
+from pdserve.config.worker_env import environment
 from pdserve.errors import StartupError
-from pdserve.lifeline import die_with_parent
+from pdserve.process.parent_death import die_with_parent
 
 _PUMP_S = 0.05
 _PERSONAL = ("PDSERVE_ROLE", "PDSERVE_WORKER_ID", "PDSERVE_INSTANCE_ID")

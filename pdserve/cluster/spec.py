@@ -20,7 +20,7 @@ from pdserve.cluster.worker_flags import (
     worker_environment,
     worker_flags,
 )
-from pdserve.config import LaunchConfig
+from pdserve.config.launch import LaunchConfig
 from pdserve.errors import ConfigError
 from pdserve.types import Role
 

@@ -22,12 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pdserve import leftovers
 from pdserve.bootstrap.client import LeaseClient
 from pdserve.cluster.diagnose import explain_exit, last_lines, read_tail
 from pdserve.cluster.spawn import Child, Spawner
 from pdserve.cluster.spec import ProcessKind, ProcessSpec
 from pdserve.errors import StartupError
+from pdserve.process import scratch as leftovers
 from pdserve.types import InstanceId
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Runs what may hang or crash (a driver, UCX, an import) in a process of its own, with a limit.
 
 The child leads a process group: when time is up the whole group dies, with whatever it started.
-Our own child modules also die with the doctor (lifeline.py), should it be interrupted.
+Our own child modules also die with the doctor (process/parent_death.py), should it be interrupted.
 """
 
 from __future__ import annotations

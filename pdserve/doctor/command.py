@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 
-from pdserve.config import DEVICES, check_port
+from pdserve.config.launch import DEVICES, check_port
 from pdserve.doctor.finding import Report
 from pdserve.doctor.machine import MachineQuestion, machine_groups
 from pdserve.doctor.report import render_json, render_text

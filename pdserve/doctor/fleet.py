@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from urllib.parse import urlsplit
 
-from pdserve.config import keys_from_environment
+from pdserve.config.worker_env import keys_from_environment
 from pdserve.doctor import fleet_checks, pair_checks
 from pdserve.doctor.finding import Finding
 from pdserve.doctor.fleet_facts import (

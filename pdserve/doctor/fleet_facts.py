@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pdserve.balancer.probe import Headers, ProbeResult, WorkerKeys, probe_pair
-from pdserve.balancer.upstream import FetchedResponse, UpstreamPool
+from pdserve.balancer.fleet.probe import Headers, ProbeResult, WorkerKeys, probe_pair
 from pdserve.bootstrap.messages import FleetView
-from pdserve.config import BalancerConfig
+from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import PdserveError, WorkerError
+from pdserve.http.client import FetchedResponse, UpstreamPool
 from pdserve.types import InstanceId, Pair, Role, WorkerId, WorkerInfo
 
 STATE_S = 10.0

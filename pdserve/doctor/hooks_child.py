@@ -10,8 +10,8 @@ import json
 import os
 import sys
 
-from pdserve.lifeline import die_with_parent
 from pdserve.plugin.hooks import HOOKS, apply_hooks, check_sglang_version
+from pdserve.process.parent_death import die_with_parent
 
 
 def main() -> int:

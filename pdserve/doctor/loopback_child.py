@@ -1,7 +1,7 @@
 """One real NIXL transfer between two processes of this machine, its bytes checked; prints JSON.
 
 The very code that serves: pools laid out as SGLang's, outbox, planner, NIXL,
-inbox (pdserve/transfer/trial.py). A process of its own because a wrong UCX
+inbox (pdserve/transfer/selftest/trial.py). A process of its own because a wrong UCX
 setting may hang it: the doctor kills it and everything it started.
 
     python -m pdserve.doctor.loopback_child [GPU]
@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pdserve.lifeline import die_with_parent
-from pdserve.transfer.trial import Trial, TrialGeometry
+from pdserve.process.parent_death import die_with_parent
+from pdserve.transfer.selftest.trial import Trial, TrialGeometry
 
 NUM_PAGES = 128
 """Of 128 KiB each: 16 MiB a send."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pdserve.cluster.machine import usable_cores
 from pdserve.cluster.worker_flags import CPU_MAX_TOTAL_TOKENS
-from pdserve.config import cache_dir, environment
+from pdserve.config.worker_env import cache_dir, environment
 from pdserve.doctor.finding import Finding
 from pdserve.doctor.gpu import SMI_S, GpuFacts, gather_gpu, judge_gpu
 from pdserve.doctor.limits import gather_limits, judge_limits

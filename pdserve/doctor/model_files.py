@@ -69,7 +69,7 @@ def gather_model(name: str, environ: Mapping[str, str]) -> ModelFacts:
 
 
 def _own_model(name: str) -> ModelFacts:
-    from pdserve.config import cache_dir
+    from pdserve.config.worker_env import cache_dir
     from pdserve.model.embedded import EMBEDDED_MODEL_NAME, find_embedded_gguf
     from pdserve.model.folder import is_model_folder
 

@@ -10,7 +10,7 @@ from pdserve.cluster.machine import FIRST_WORKER_PORT
 from pdserve.cluster.ports import SystemPorts, port_owner
 from pdserve.doctor.finding import Finding, error, note, ok
 from pdserve.errors import ConfigError
-from pdserve.leftovers import live_workers
+from pdserve.process.scratch import live_workers
 
 PORT, WORKERS, BOOTSTRAP, RUNNING = "port", "worker ports", "bootstrap ports", "servers"
 LOOPBACK = "127.0.0.1"

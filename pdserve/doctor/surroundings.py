@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from pdserve.config import DataPlaneConfig, WorkerEnv
+from pdserve.config.worker_env import DataPlaneConfig, WorkerEnv
 from pdserve.doctor.finding import Finding, error, note, ok, warning
 from pdserve.errors import ConfigError
 

@@ -11,7 +11,7 @@ from pdserve.doctor.finding import Finding, error, note, ok, warning
 from pdserve.doctor.gpu import torch_cuda
 from pdserve.doctor.software import installed_version
 from pdserve.transfer.engine import MemoryKind
-from pdserve.transfer.rails import BETWEEN_PROCESSES, transport_problem
+from pdserve.transfer.ucx import BETWEEN_PROCESSES, transport_problem
 
 UCX_S = 20.0
 NIXL, UCX, MODULES, TLS, NET, RDMA = "nixl", "ucx", "UCX_MODULE_DIR", "UCX_TLS", "UCX_NET_DEVICES", "rdma"

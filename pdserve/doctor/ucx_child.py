@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pdserve.lifeline import die_with_parent
+from pdserve.process.parent_death import die_with_parent
 
 UCT_COMPONENT_NAME_MAX = 16
 UCT_TL_NAME_MAX = 10

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from pdserve.balancer.upstream import UpstreamPool
 from pdserve.errors import WorkerError
+from pdserve.http.client import UpstreamPool
 from pdserve.loadgen.plan import Ask
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from pdserve import __version__
-from pdserve.balancer.upstream import UpstreamPool
 from pdserve.errors import ConfigError, WorkerError
+from pdserve.http.client import UpstreamPool
 from pdserve.loadgen.client import LoadClient
 from pdserve.loadgen.options import BenchOptions
 from pdserve.loadgen.plan import Ask, plan_asks, warmup_asks

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from pdserve.config import cache_dir
+from pdserve.config.worker_env import cache_dir
 from pdserve.errors import ConfigError
 
 __all__ = ["resolve_model"]

@@ -141,7 +141,7 @@ def _weights(shape: TinyShape, rng: np.random.Generator) -> dict[str, NDArray[np
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
         # Gains: q·k / sqrt(head_dim) has deviation 1.6² so that a few tokens win the softmax, and v·o lets
-        # attention outweigh the residual; measured by tests/unit/test_model_tiny.py.
+        # attention outweigh the residual; measured by tests/model/test_tiny.py.
         weights |= {
             prefix + "input_layernorm.weight": ones,
             prefix + "self_attn.q_proj.weight": linear(hidden, hidden, 1.6),

@@ -24,7 +24,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from pdserve.bootstrap.client import LeaseClient
 from pdserve.bootstrap.messages import RankRoute
-from pdserve.config import WorkerEnv
+from pdserve.config.worker_env import WorkerEnv
 from pdserve.errors import PdserveError
 from pdserve.plugin.dataplane import unsupported
 from pdserve.plugin.geometry import describe_layout, rank_index

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pdserve.config import DataPlaneConfig, WorkerEnv
+from pdserve.config.worker_env import DataPlaneConfig, WorkerEnv
 from pdserve.errors import RegistrationFailed
 from pdserve.kv.coalesce import HostPageCopier, PageCopier
 from pdserve.kv.layout import PagedRegions

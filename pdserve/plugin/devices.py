@@ -9,7 +9,7 @@ from sglang.srt.platforms.cuda import CudaSRTPlatform
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-from pdserve.config import WorkerEnv
+from pdserve.config.worker_env import WorkerEnv
 
 
 class SegmentedPools:

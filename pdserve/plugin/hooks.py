@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdserve import SUPPORTED_SGLANG
-from pdserve.config import WorkerEnv
+from pdserve.config.worker_env import WorkerEnv
 from pdserve.errors import ProtocolMismatch
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pdserve import __version__
 from pdserve.bootstrap.client import LeaseKeeper
-from pdserve.config import WorkerEnv
+from pdserve.config.worker_env import WorkerEnv
 from pdserve.plugin.stats import TransferStats
 from pdserve.plugin.transfer_metrics import publish
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pdserve import leftovers
-from pdserve.config import WorkerEnv, worker_pid
+from pdserve.config.worker_env import WorkerEnv, worker_pid
+from pdserve.process import scratch as leftovers
 
 LISTEN_S = 30.0
 
@@ -21,7 +21,7 @@ def skip_host_register(*_args: Any, **_kwargs: Any) -> None:
 
 
 def snapshot_path_of_worker(_instance_id: str) -> str:
-    """REPLACE for ``shm_path_for``: named after the worker's process id, see leftovers.py."""
+    """REPLACE for ``shm_path_for``: named after the worker's process id, see process/scratch.py."""
     return str(leftovers.snapshot_path(worker_pid()))
 
 

@@ -11,7 +11,7 @@ Source of the seam: sglang/srt/platforms/{__init__,interface}.py in 0.5.23.
 
 from __future__ import annotations
 
-from pdserve.config import WorkerEnv
+from pdserve.config.worker_env import WorkerEnv
 
 
 def activate() -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import psutil
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-from pdserve.leftovers import SHARED_MEMORY
+from pdserve.process.scratch import SHARED_MEMORY
 
 RESERVE_SHARE = 0.05
 """Part of the machine's memory that no pool may take: weights' temporaries, page tables, the kernel."""

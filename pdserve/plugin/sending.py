@@ -29,8 +29,8 @@ from pdserve.transfer.nixl import NixlEngine
 from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import OwnPool, PeerLink, connect_peer, page_blocks
 from pdserve.transfer.plan import Path
-from pdserve.transfer.share import ChunkJob, StepRunner, Target, TransferRecord
-from pdserve.transfer.warm import warm_up
+from pdserve.transfer.steps import ChunkJob, StepRunner, Target, TransferRecord
+from pdserve.transfer.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import struct
 import threading
 from pathlib import Path
 
-from pdserve.config import publish_stats_path, stats_path
+from pdserve.config.worker_env import publish_stats_path, stats_path
 
 MAX_RANKS = 128
 

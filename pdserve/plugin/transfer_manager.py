@@ -32,8 +32,9 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.environ import envs
 from sglang.srt.utils.network import NetworkAddress
 
-from pdserve.config import WorkerEnv, ucx_transports
+from pdserve.config.worker_env import WorkerEnv, ucx_transports
 from pdserve.errors import ProtocolMismatch, RegistrationFailed
+from pdserve.plugin.abort_acks import Undertaker
 from pdserve.plugin.dataplane import (
     BACKENDS,
     WindowTable,
@@ -47,13 +48,12 @@ from pdserve.plugin.geometry import rank_index
 from pdserve.plugin.receiving import DecodePlane
 from pdserve.plugin.sending import CONTROL_TAG, PrefillPlane
 from pdserve.plugin.stats import TransferStats
-from pdserve.plugin.undertaker import Undertaker
 from pdserve.transfer.engine import MemoryKind
 from pdserve.transfer.messages import PeerOffer, decode_offer, encode
 from pdserve.transfer.nixl import NixlEngine
 from pdserve.transfer.peer import OwnPool
 from pdserve.transfer.plan import Path
-from pdserve.transfer.rails import transport_problem
+from pdserve.transfer.ucx import transport_problem
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pdserve import leftovers
-from pdserve.config import WorkerEnv, adopt_scratch, adopt_worker_defaults
+from pdserve.config.worker_env import WorkerEnv, adopt_scratch, adopt_worker_defaults
 from pdserve.errors import PdserveError
 from pdserve.plugin.imports import is_cpu_server, skip_gpu_only_packages, without_collections
+from pdserve.process import scratch as leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = list(sys.argv[1:] if argv is None else argv)
     env = adopt_worker_defaults()
     if env.parent_pid:
-        from pdserve.lifeline import die_with_parent
+        from pdserve.process.parent_death import die_with_parent
 
         die_with_parent(env.parent_pid)
     if is_cpu_server(flags) and not env.stock:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from pdserve.balancer.policy import POLICIES
-from pdserve.config import BalancerConfig
+from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
+from pdserve.scheduling.policy import POLICIES
 from pdserve.sim.cost import CostModel
 from pdserve.sim.forecasts import LENGTHS
 from pdserve.sim.plot import draw, run_panels

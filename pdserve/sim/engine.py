@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pdserve.workload import TracedRequest
 
 if TYPE_CHECKING:
-    from pdserve.balancer.reservation import Reservation
-    from pdserve.balancer.wait_line import Waiter
+    from pdserve.scheduling.queue import Waiter
+    from pdserve.scheduling.reservation import Reservation
     from pdserve.types import RequestShape
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from pdserve.balancer.admission import Admission
-from pdserve.balancer.load import LoadTable
-from pdserve.balancer.member import PairKey, PairRecord, PairState, Worker, WorkerState
-from pdserve.balancer.policy import Policy
-from pdserve.balancer.rotation import Rotation
-from pdserve.config import BalancerConfig
+from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import WorkerError
+from pdserve.scheduling.admission import Admission
+from pdserve.scheduling.load import LoadTable
+from pdserve.scheduling.policy import Policy
+from pdserve.scheduling.ready_pairs import Rotation
+from pdserve.scheduling.workers import PairKey, PairRecord, PairState, Worker, WorkerState
 from pdserve.sim.cost import CostModel
 from pdserve.types import InstanceId, RequestShape, Role, WorkerId, WorkerInfo
 

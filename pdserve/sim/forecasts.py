@@ -6,7 +6,7 @@ from typing import Protocol
 
 import msgspec
 
-from pdserve.balancer import lengths as production
+from pdserve.scheduling import lengths as production
 from pdserve.types import RequestShape
 
 LENGTHS = ("learned", "oracle", "useless", "none")

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from pdserve.balancer.sample import LOADS_PATH, parse_loads
-from pdserve.balancer.upstream import UpstreamPool
 from pdserve.errors import ConfigError, WorkerError, WorkerRejected
+from pdserve.http.client import UpstreamPool
+from pdserve.scheduling.load_sample import LOADS_PATH, parse_loads
 from pdserve.types import Role, WorkerLoad
 
 ASK_S = 15.0

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp
 
-from pdserve.balancer.keeper import IDLE_FACTOR
-from pdserve.balancer.member import Worker
-from pdserve.balancer.policy import Policy, policy_of
-from pdserve.balancer.reservation import Reservation
-from pdserve.balancer.sample import ARRIVAL_S, Sample
-from pdserve.config import BalancerConfig
+from pdserve.balancer.fleet.worker_monitor import IDLE_FACTOR
+from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError, NoWorkerError
+from pdserve.scheduling.load_sample import ARRIVAL_S, Sample
+from pdserve.scheduling.policy import Policy, policy_of
+from pdserve.scheduling.reservation import Reservation
+from pdserve.scheduling.workers import Worker
 from pdserve.sim.cost import CostModel
 from pdserve.sim.decode_server import GAP_BINS, DecodeServer
 from pdserve.sim.engine import Clock, SimRequest

@@ -22,7 +22,7 @@ from pdserve.errors import PdserveError, PeerLost
 from pdserve.transfer.engine import PeerName
 from pdserve.transfer.messages import Credit, Void
 from pdserve.transfer.peer import PeerLink
-from pdserve.transfer.share import ChunkJob, RoomGate, Share, Step, StepRunner
+from pdserve.transfer.steps import ChunkJob, RoomGate, Share, Step, StepRunner
 
 logger = logging.getLogger(__name__)
 

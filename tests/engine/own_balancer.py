@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 from pdserve.balancer.app import Balancer
-from pdserve.config import BalancerConfig
+from pdserve.config.balancer import BalancerConfig
 from tests.engine.fleet import Fleet, call, wait_for
 
 T = TypeVar("T")

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from pdserve.balancer.app import Balancer
-from pdserve.balancer.policy.pair_cost import PairCost
+from pdserve.scheduling.policy.pair_cost import PairCost
 from tests.engine.fleet import Fleet, call, launch_fleet, wait_for
 from tests.engine.own_balancer import OwnBalancer
 

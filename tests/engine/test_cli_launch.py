@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pdserve import leftovers
+from pdserve.process import scratch as leftovers
 from tests.engine.corpus import CORPUS
 from tests.engine.fleet import StockPair, call, free_port, generate_body, launch_fleet, wait_for
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.fleet import Fleet
-from tests.unit.doctor_command import doctor
+from tests.support.doctor_command import doctor
 
 pytestmark = pytest.mark.engine
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from pdserve.balancer.kv_event_channel import KvEventChannels
-from pdserve.balancer.kv_event_keeper import KvEventKeeper, TieKeeper
-from pdserve.balancer.kv_events import events_address, keeps_prefixes
-from pdserve.balancer.member import Worker
-from pdserve.balancer.policy.prompt_tree import PromptTree
-from pdserve.balancer.token_pages import page_hashes
-from pdserve.balancer.upstream import UpstreamPool
+from pdserve.balancer.fleet.kv_event_channel import KvEventChannels
+from pdserve.balancer.fleet.kv_event_follower import KvEventKeeper, TieKeeper
+from pdserve.balancer.fleet.kv_events import events_address, keeps_prefixes
+from pdserve.http.client import UpstreamPool
+from pdserve.scheduling.prefix.token_pages import page_hashes
+from pdserve.scheduling.prefix.tree import PromptTree
+from pdserve.scheduling.workers import Worker
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
 from tests.engine.corpus import PAGE_TOKENS
 from tests.engine.fleet import _start_server, _wait_listening, call, free_port, kill_tree

@@ -16,7 +16,7 @@ import itertools
 from dataclasses import dataclass
 
 from pdserve.types import Role
-from tests.fake_pairing import Way
+from tests.support.sglang_pairing import Way
 
 
 class Ending(enum.Enum):

@@ -2,4 +2,6 @@
 
 import pytest
 
-pytest.register_assert_rewrite("tests.faults.site", "tests.faults.black_hole", "tests.wire", "tests.fakes")
+pytest.register_assert_rewrite(
+    "tests.faults.site", "tests.faults.black_hole", "tests.support.wire", "tests.support.sglang_server"
+)

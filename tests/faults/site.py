@@ -15,10 +15,10 @@ from typing import Any
 
 from pdserve.balancer.app import Balancer
 from pdserve.bootstrap.messages import FleetView
-from pdserve.config import BalancerConfig
+from pdserve.config.balancer import BalancerConfig
 from pdserve.types import Role, WorkerInfo
-from tests.fake_pairing import Hold, Point, Rendezvous, Way
-from tests.fakes import FakeSGLang, until
+from tests.support.sglang_pairing import Hold, Point, Rendezvous, Way
+from tests.support.sglang_server import FakeSGLang, until
 
 KEEPERS = ("keep-", "fleet-", "fake-", "wire")
 """Tasks by which the balancer watches its workers, and the test's own: they go on after a request."""

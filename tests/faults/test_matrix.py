@@ -11,14 +11,14 @@ import json
 import pytest
 
 from pdserve.types import Role
-from tests.fake_answers import event_of
-from tests.fake_pairing import Hold, Point
-from tests.fake_run import PROBE_IDS
-from tests.fakes import FakeSGLang, until
 from tests.faults.black_hole import BlackHole
 from tests.faults.cases import Case, Ending, Stage, all_cases, expected, impossible
 from tests.faults.site import Site, running_site
-from tests.wire import Wire, WireReply
+from tests.support.sglang_answers import event_of
+from tests.support.sglang_pairing import Hold, Point
+from tests.support.sglang_run import PROBE_IDS
+from tests.support.sglang_server import FakeSGLang, until
+from tests.support.wire import Wire, WireReply
 
 SILENCE_S = 0.3
 FAST_SHARE = 10

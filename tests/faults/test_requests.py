@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from pdserve.types import Role
-from tests.fake_pairing import Point, Way
-from tests.fake_run import PROBE_IDS
-from tests.fakes import FakeSGLang, until
 from tests.faults.site import Site, running_site
-from tests.wire import Wire, WireReply
+from tests.support.sglang_pairing import Point, Way
+from tests.support.sglang_run import PROBE_IDS
+from tests.support.sglang_server import FakeSGLang, until
+from tests.support.wire import Wire, WireReply
 
 PLAIN = {"text": "hi"}
 BATCH = {"text": ["a", "b", "c"]}

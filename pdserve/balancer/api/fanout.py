@@ -1,0 +1,223 @@
+"""Control requests that every worker must hear, and those that only one may.
+
+    client ─► balancer ─► prefill-0, prefill-1, decode-0 … ─► one row per worker, 200 only if all said 200
+
+``?worker=ID`` (or the worker's URL; repeatable) narrows a fan-out down to the
+workers named. Workers are told at once, and one that fails does not stop the
+others: the rows say who has done it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+import msgspec
+
+from pdserve.balancer.api.errors import error_answer, worker_error_status
+from pdserve.balancer.api.forward import (
+    ASK_S,
+    WORK_S,
+    Question,
+    Refused,
+    Reply,
+    WorkerAsker,
+    document,
+    fields_of,
+    passed_on,
+)
+from pdserve.balancer.api.health import DataPlane, HealthControl
+from pdserve.errors import WorkerError
+from pdserve.http.answer import Answer, json_answer
+from pdserve.http.incoming import Client
+from pdserve.scheduling.workers import Worker
+
+WORKER = "worker"
+"""Query parameter, and body field where exactly one worker is meant."""
+
+_RANKS = (
+    "a weight update group gives every server ranks of its own (rank_offset), so one body cannot go to all: "
+    'send one request per server with ?worker=ID, all at once, or {"rank_offsets": {"prefill-0": 1, '
+    '"decode-0": 2}} in place of rank_offset'
+)
+_KV_IS_REGISTERED = (
+    "releasing the KV cache of {} is refused: its transfer backend keeps that memory registered and would go "
+    'on writing there; {{"tags": ["weights"]}} releases the weights alone'
+)
+_CAN_DEREGISTER = ("mooncake", "mooncake_tcp", "ascend", "fake")
+"""Transfer backends that let go of released KV memory (sglang disaggregation/*/conn.py); nixl does not."""
+
+
+class FanOutControl:
+    """The endpoints that change workers."""
+
+    def __init__(self, asker: WorkerAsker, health: HealthControl, data_plane: DataPlane) -> None:
+        self._asker = asker
+        self._health = health
+        self._data_plane = data_plane
+        self._request_s = asker.config.request_s
+
+    # -- to all ------------------------------------------------------------------------------
+
+    async def fan_out(self, client: Client, body: bytes) -> Answer:
+        """Method, body and query as they are, to all; quick work."""
+        return await self._fan_out(client, body, WORK_S)
+
+    async def fan_out_slow(self, client: Client, body: bytes) -> Answer:
+        """The same for what may take minutes: weights, profiles, memory."""
+        return await self._fan_out(client, body, self._request_s)
+
+    async def flush_cache(self, client: Client, body: bytes) -> Answer:
+        """Every worker drops its prefix cache; SGLang waits ``?timeout=`` seconds for idleness."""
+        try:
+            wait_s = float(dict(_parameters(client)).get("timeout", "0"))
+        except ValueError:
+            wait_s = 0.0  # SGLang will say what is wrong with it
+        answer = await self._fan_out(client, body, WORK_S + min(max(0.0, wait_s), self._request_s))
+        for worker in self._chosen(client):
+            self._asker.fleet.flushed(
+                worker.instance_id
+            )  # of one that refused we only know less than we might
+        return answer
+
+    async def pause(self, client: Client, body: bytes) -> Answer:
+        """Stop generation everywhere; ``/ready`` is 503 until it goes on, and nobody counts as stuck."""
+        answer = await self._fan_out(client, body, self._request_s)
+        if answer.status == 200 and not _named(client):
+            self._health.is_paused = self._asker.fleet.is_paused = True
+        return answer
+
+    async def go_on(self, client: Client, body: bytes) -> Answer:
+        """End a pause."""
+        self._health.is_paused = self._asker.fleet.is_paused = False
+        return await self._fan_out(client, body, WORK_S)
+
+    async def abort_request(self, client: Client, body: bytes) -> Answer:
+        """Every worker aborts the request; its client may name it by its own rid or X-Request-Id."""
+        fields = fields_of(body)
+        name = fields.get("rid")
+        rids: list[Any] = self._data_plane.give_up(name) if isinstance(name, str) else []
+        workers = self._asker.fleet.workers()
+        replies: Sequence[Reply] = []
+        for rid in rids or [name]:
+            told = msgspec.json.encode({**fields, "rid": rid} if rid is not None else fields)
+            replies = await self._asker.ask_all(Question.of(client, told, timeout_s=ASK_S), workers)
+        return _rows(workers, replies)
+
+    async def open_session(self, client: Client, body: bytes) -> Answer:
+        """One session under one id on every worker; answers with the id alone, as SGLang does."""
+        fields = fields_of(body)
+        session_id = fields.get("session_id") or uuid.uuid4().hex
+        told = msgspec.json.encode({**fields, "session_id": session_id})
+        answer = await self._fan_out(client, told, WORK_S)
+        return json_answer(session_id) if answer.status == 200 else answer
+
+    async def release_memory(self, client: Client, body: bytes) -> Answer:
+        """Release GPU memory; that of the KV cache only where the transfer backend lets it go."""
+        tags = fields_of(body).get("tags")
+        if not isinstance(tags, list) or not tags or "kv_cache" in tags:
+            workers = self._chosen(client)
+            infos = await self._asker.ask_all(Question(client, "GET", "/server_info"), workers)
+            bound = [w.worker_id for w, info in zip(workers, infos, strict=True) if _holds_kv(info)]
+            if bound:
+                raise Refused(_KV_IS_REGISTERED.format(", ".join(bound)), 501)
+        return await self._fan_out(client, body, self._request_s)
+
+    # -- to one ------------------------------------------------------------------------------
+
+    async def one_worker(self, client: Client, body: bytes) -> Answer:
+        """For what concerns a single server: ``?worker=`` or the body's ``worker`` names it, else 400."""
+        names = _named(client)
+        if not names and body:
+            fields = fields_of(body)
+            if WORKER in fields:
+                names = [str(fields.pop(WORKER))]
+                body = msgspec.json.encode(fields)
+        if len(names) != 1:
+            known = ", ".join(worker.worker_id for worker in self._asker.fleet.workers()) or "none yet"
+            raise Refused(f"{client.path} is for one server: name it with ?worker=ID; known: {known}")
+        worker = self._asker.find(names[0])
+        reply = await self._asker.ask(self._question(client, body, self._request_s), worker)
+        if isinstance(reply, WorkerError):
+            return error_answer(worker_error_status(reply), str(reply))
+        return passed_on(reply)
+
+    async def init_weights_update_group(self, client: Client, body: bytes) -> Answer:
+        """Ranks differ from server to server: to one that is named, or each with its own ``rank_offset``."""
+        fields = fields_of(body)
+        offsets = fields.pop("rank_offsets", None)
+        if offsets is None:
+            if WORKER not in fields and not _named(client):
+                raise Refused(_RANKS)
+            return await self.one_worker(client, body)
+        if not isinstance(offsets, dict) or not all(type(offset) is int for offset in offsets.values()):
+            raise Refused("rank_offsets must be an object: worker id to its first rank")
+        workers = [self._asker.find(name) for name in offsets]
+        bodies = [msgspec.json.encode({**fields, "rank_offset": offset}) for offset in offsets.values()]
+        questions = [self._question(client, told, self._request_s) for told in bodies]
+        # At once: each waits for all the others in the rendezvous.
+        asked = (self._asker.ask(q, worker) for q, worker in zip(questions, workers, strict=True))
+        return _rows(workers, await asyncio.gather(*asked))
+
+    # -- telling -----------------------------------------------------------------------------
+
+    async def _fan_out(self, client: Client, body: bytes, timeout_s: float) -> Answer:
+        workers = self._chosen(client)
+        return _rows(workers, await self._asker.ask_all(self._question(client, body, timeout_s), workers))
+
+    def _chosen(self, client: Client) -> list[Worker]:
+        names = _named(client)
+        return [self._asker.find(name) for name in names] if names else self._asker.fleet.workers()
+
+    def _question(self, client: Client, body: bytes, timeout_s: float) -> Question:
+        """The client's request without our own parameter."""
+        query = client.query
+        if _named(client):
+            query = urlencode([pair for pair in _parameters(client) if pair[0] != WORKER]).encode()
+        return Question.of(client, body, query=query, timeout_s=timeout_s)
+
+
+def _parameters(client: Client) -> list[tuple[str, str]]:
+    return parse_qsl(client.query.decode("latin-1"), keep_blank_values=True)
+
+
+def _named(client: Client) -> list[str]:
+    """The workers that ``?worker=`` names."""
+    return [value for name, value in _parameters(client) if name == WORKER] if client.query else []
+
+
+def _holds_kv(reply: Reply) -> bool:
+    if isinstance(reply, WorkerError):
+        return False  # it will not hear the release either; its row says so
+    info = document(reply)
+    return info is None or info.get("disaggregation_transfer_backend") not in _CAN_DEREGISTER
+
+
+def _rows(workers: Sequence[Worker], replies: Sequence[Reply]) -> Answer:
+    """200 if every worker said so; otherwise the first other status, 502 for no answer at all."""
+    if not workers:
+        return error_answer(503, "the fleet has no workers")
+    rows = [_row(worker, reply) for worker, reply in zip(workers, replies, strict=True)]
+    bad = [row for row in rows if row["status"] != 200]
+    message = f"{len(rows) - len(bad)} of {len(rows)} workers have done it"
+    status = bad[0]["status"] if bad else 200
+    return json_answer({"success": not bad, "message": message, "workers": rows}, status)
+
+
+def _row(worker: Worker, reply: Reply) -> dict[str, Any]:
+    """``message`` is what the worker said as text; ``answer`` the document, where it was one."""
+    row: dict[str, Any] = {"worker_id": worker.worker_id, "url": worker.url}
+    if isinstance(reply, WorkerError):
+        return {**row, "status": 502, "message": str(reply)}
+    row |= {"status": reply.status, "message": reply.body.decode("utf-8", "replace").strip()}
+    try:
+        said = msgspec.json.decode(reply.body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return row
+    if isinstance(said, dict):
+        texts = (said.get(name) for name in ("message", "error", "detail"))
+        return {**row, "message": next((text for text in texts if isinstance(text, str)), ""), "answer": said}
+    return {**row, "message": "", "answer": said} if isinstance(said, list) else row

@@ -1,0 +1,97 @@
+"""Is the service up? Answered from what the balancer knows; only ``/health_generate`` asks workers.
+
+A pair is ready once a real token came through it, so readiness already means
+more than SGLang's own ``/health``. ``/health_generate`` makes sure of the
+present: every ready server must generate a token for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from pdserve.balancer.api.errors import error_answer
+from pdserve.balancer.api.forward import Question, WorkerAsker, why_not
+from pdserve.balancer.metrics.ledger import RequestLedger
+from pdserve.balancer.metrics.state import render_state
+from pdserve.http.answer import Answer, json_answer
+from pdserve.http.client import FetchedResponse
+from pdserve.http.incoming import Client
+from pdserve.scheduling.workers import PairState, Worker
+
+HEALTH_GENERATE_S = 25.0
+"""SGLang looks at its token after 1 s at the earliest and gives up after 20 s."""
+
+
+class DataPlane(Protocol):
+    """What is asked of the dispatcher."""
+
+    @property
+    def ledger(self) -> RequestLedger:
+        """Its books."""
+        ...
+
+    def snapshot(self) -> dict[str, object]:
+        """``requests`` and ``recent``."""
+        ...
+
+    def give_up(self, name: str) -> list[str]:
+        """Never to try the live request again that its client calls ``name``; the workers' rids of it."""
+        ...
+
+
+class HealthControl:
+    """Liveness, readiness and the state document."""
+
+    def __init__(self, asker: WorkerAsker, data_plane: DataPlane) -> None:
+        self.is_paused = False
+        """True between ``/pause_generation`` and ``/continue_generation``."""
+        self._asker = asker
+        self._fleet = asker.fleet
+        self._data_plane = data_plane
+        self._generating: asyncio.Task[Answer] | None = None
+
+    async def liveness(self, client: Client, body: bytes) -> Answer:
+        """200 while the process runs."""
+        return json_answer({"status": "alive"})
+
+    async def readiness(self, client: Client, body: bytes) -> Answer:
+        """200 while some pair can serve, else 503 that says why not."""
+        if self._fleet.has_ready_pair:
+            return json_answer({"status": "ready"})
+        return error_answer(503, self._fleet.explain())
+
+    async def acceptance(self, client: Client, body: bytes) -> Answer:
+        """Readiness, and 503 while generation is paused: SGLang's ``/ready``."""
+        if self.is_paused:
+            return error_answer(503, "generation is paused; POST /continue_generation ends that")
+        return await self.readiness(client, body)
+
+    async def health_generate(self, client: Client, body: bytes) -> Answer:
+        """200 if both servers of some ready pair generate a token now.
+
+        Anyone may ask, and each round costs every server a token: those who ask
+        while one is under way get its result.
+        """
+        if not self._fleet.has_ready_pair:
+            return error_answer(503, self._fleet.explain())
+        if self._generating is None or self._generating.done():
+            self._generating = asyncio.create_task(self._generate(client), name="health-generate")
+        return await asyncio.shield(self._generating)
+
+    async def state(self, client: Client, body: bytes) -> Answer:
+        """The state document."""
+        plane = self._data_plane
+        return json_answer(render_state(self._fleet, plane.snapshot(), plane.ledger.traffic))
+
+    async def _generate(self, client: Client) -> Answer:
+        pairs = [record for record in self._fleet.pairs() if record.state is PairState.READY]
+        workers: list[Worker] = list({id(w): w for r in pairs for w in (r.prefill, r.decode)}.values())
+        question = Question(client, "GET", "/health_generate", timeout_s=HEALTH_GENERATE_S)
+        replies = await self._asker.ask_all(question, workers)
+        asked = list(zip(workers, replies, strict=True))
+        well = [w for w, reply in asked if isinstance(reply, FetchedResponse) and reply.status == 200]
+        if any(record.prefill in well and record.decode in well for record in pairs):
+            return json_answer({"status": "ready"})
+        missing = "; ".join(why_not(worker, reply) for worker, reply in asked if worker not in well)
+        return error_answer(503, f"no pair generates: {missing or self._fleet.explain()}")

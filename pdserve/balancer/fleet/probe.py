@@ -1,0 +1,347 @@
+"""Does a real token come through this pair? One tiny request over both legs.
+
+    POST /generate, same body and room ──► prefill ┐ both 200 and
+                                       └─► decode  ┘ decode's answer has output
+
+``max_new_tokens`` is 2: prefill makes the first token, so only the second
+proves that decode got the KV and ran a step. Any failure ends both legs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from pdserve.config.balancer import BalancerConfig
+from pdserve.errors import WorkerError, WorkerUnreachable
+from pdserve.scheduling.workers import Backoff, PairRecord, PairState, WorkerState
+from pdserve.types import MAX_ROOM, Pair, Role, WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+ABORT_S = 2.0
+Headers = tuple[tuple[bytes, bytes], ...]
+JSON: Headers = ((b"content-type", b"application/json"),)
+
+
+class Response(Protocol):
+    """What a pool's ``fetch`` returns."""
+
+    @property
+    def status(self) -> int:
+        """HTTP status."""
+        ...
+
+    @property
+    def body(self) -> bytes:
+        """The whole body."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProbePassed:
+    """A token came through; ``took_s`` from sending to the decode answer."""
+
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeFailed:
+    """``role`` is the leg that failed first, None if only time ran out on both.
+
+    ``unreachable``: its connection could not be made or broke.
+    """
+
+    role: Role | None
+    message: str
+    unreachable: bool = False
+
+
+ProbeResult = ProbePassed | ProbeFailed
+
+
+class _LegFailed(Exception):
+    def __init__(self, worker: WorkerInfo, message: str, *, unreachable: bool = False) -> None:
+        super().__init__(message)
+        self.failure = ProbeFailed(worker.role, f"{worker.role} {message}", unreachable)
+
+
+class Fetcher(Protocol):
+    """The one method of the upstream pool that probes need."""
+
+    async def fetch(
+        self,
+        url: str,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        headers: Headers = (),
+        timeout_s: float,
+    ) -> Response:
+        """One exchange, body read to the end; raises WorkerUnreachable or WorkerTimeout."""
+        ...
+
+
+class WorkerPool(Fetcher, Protocol):
+    """What the fleet needs of the upstream pool."""
+
+    def num_heard(self, url: str) -> int:
+        """Grows whenever bytes of an answer to a client's request arrive from that worker."""
+        ...
+
+    def is_instructed(self, url: str) -> bool:
+        """True while some control request, such as a weight update, is under way there."""
+        ...
+
+    def fail_worker(self, url: str, make_error: Callable[[], WorkerError]) -> int:
+        """End every exchange with that worker with an error; returns how many there were."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerKeys:
+    """Headers that authorize the balancer's own questions: SGLang asks for its ``--api-key``, and on
+    control routes such as /abort_request for its ``--admin-api-key`` if it has one."""
+
+    plain: Headers = ()
+    control: Headers = ()
+
+    @classmethod
+    def of(cls, config: BalancerConfig) -> WorkerKeys:
+        """By the configured keys."""
+        return cls(_bearer(config.worker_key), _bearer(config.worker_control_key))
+
+
+def _bearer(key: str) -> Headers:
+    return ((b"authorization", b"Bearer " + key.encode()),) if key else ()
+
+
+class _Meta(msgspec.Struct):
+    finish_reason: dict[str, Any] | None = None
+    completion_tokens: int = 0
+
+
+class _Generated(msgspec.Struct):
+    text: str = ""
+    output_ids: list[int] | None = None
+    meta_info: _Meta = msgspec.field(default_factory=_Meta)
+
+
+async def probe_pair(
+    pool: Fetcher, pair: Pair, timeout_s: float, keys: WorkerKeys = WorkerKeys()
+) -> ProbeResult:
+    """Send the two-token request to both workers and judge the answers.
+
+    Never raises for what the workers do. Failed or cancelled, it ends both legs
+    before it returns.
+    """
+    rid = uuid.uuid4().hex
+    result: ProbeResult | None = None
+    try:
+        result = await _run_legs(pool, pair, _probe_body(pair.prefill, rid), timeout_s, keys.plain)
+    finally:
+        if not isinstance(result, ProbePassed):
+            await abort_both(pool, pair, rid, keys.control)
+    return result
+
+
+async def abort_both(pool: Fetcher, pair: Pair, rid: str, headers: Headers = ()) -> None:
+    """Tell both servers to drop a request; a server that cannot be told is logged and left."""
+
+    async def abort(worker: WorkerInfo) -> None:
+        body = msgspec.json.encode({"rid": rid})
+        try:
+            await pool.fetch(
+                worker.url, "POST", "/abort_request", body, headers=JSON + headers, timeout_s=ABORT_S
+            )
+        except WorkerError as exc:
+            logger.debug("abort not delivered rid=%s worker=%s: %s", rid, worker.worker_id, exc)
+
+    await asyncio.gather(abort(pair.prefill), abort(pair.decode))
+
+
+async def _run_legs(
+    pool: Fetcher, pair: Pair, body: bytes, timeout_s: float, headers: Headers
+) -> ProbeResult:
+    answered: set[Role] = set()
+    started_s = time.monotonic()
+
+    async def leg(worker: WorkerInfo) -> bytes:
+        answer = await _ask(pool, worker, body, timeout_s, headers)
+        answered.add(worker.role)
+        return answer
+
+    # No TaskGroup: in Python 3.11 it forgets that it was cancelled itself when a child fails at the same
+    # moment, and the keeper that runs this would never end.
+    legs = [asyncio.create_task(leg(worker)) for worker in (pair.prefill, pair.decode)]
+    try:
+        done, missing = await asyncio.wait(legs, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        for task in legs:
+            if task in done:
+                task.result()
+        if missing:
+            return _silent(answered, timeout_s)
+        _check_output(pair.decode, legs[1].result())
+    except _LegFailed as exc:
+        return exc.failure
+    finally:
+        for task in legs:
+            task.cancel()
+        await asyncio.gather(*legs, return_exceptions=True)
+    return ProbePassed(time.monotonic() - started_s)
+
+
+async def _ask(pool: Fetcher, worker: WorkerInfo, body: bytes, timeout_s: float, headers: Headers) -> bytes:
+    try:
+        answer = await pool.fetch(
+            worker.url, "POST", "/generate", body, headers=JSON + headers, timeout_s=timeout_s
+        )
+    except WorkerError as exc:
+        raise _LegFailed(worker, str(exc), unreachable=isinstance(exc, WorkerUnreachable)) from exc
+    if answer.status != 200:
+        text = answer.body[:300].decode(errors="replace")
+        raise _LegFailed(worker, f"{worker.url}: HTTP {answer.status}: {text}")
+    return answer.body
+
+
+def _probe_body(prefill: WorkerInfo, rid: str) -> bytes:
+    return msgspec.json.encode(
+        {
+            "rid": rid,
+            "input_ids": [1, 2, 3, 4, 5, 6, 7, 8],
+            "sampling_params": {"max_new_tokens": 2, "temperature": 0, "ignore_eos": True},
+            "bootstrap_host": prefill.bootstrap_host,
+            "bootstrap_port": prefill.bootstrap_port,
+            "bootstrap_room": secrets.randbelow(MAX_ROOM) + 1,
+        }
+    )
+
+
+def _check_output(worker: WorkerInfo, body: bytes) -> None:
+    """SGLang reports some aborts as 200 with ``finish_reason.type == "abort"``: that is no output."""
+    try:
+        answer = msgspec.json.decode(body, type=_Generated)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise _LegFailed(worker, f"{worker.url}: not an answer: {exc}") from exc
+    reason = answer.meta_info.finish_reason or {}
+    if reason.get("type") == "abort":
+        raise _LegFailed(worker, f"{worker.url}: aborted: {reason.get('message', '')}")
+    if not answer.output_ids and not answer.text:
+        raise _LegFailed(worker, f"{worker.url}: answered without output")
+
+
+def _silent(answered: set[Role], timeout_s: float) -> ProbeFailed:
+    missing = [role for role in Role if role not in answered]
+    return ProbeFailed(
+        missing[0] if len(missing) == 1 else None,
+        f"no answer from {' and '.join(missing) or 'the pair'} within {timeout_s:g} s",
+    )
+
+
+SUSPECT_BACKOFF_S = (0.2, 10.0)
+JOIN_BACKOFF_S = (0.5, 10.0)
+"""Between two probes of a pair that fails: a busy partner of a broken worker hardly notices that."""
+MAX_PROBES = 8
+MAX_PROBES_PER_WORKER = 2
+"""One probe may hang for ``probe_s`` on a broken peer; the second place lets other pairs be tested."""
+
+
+class PairVerdicts(Protocol):
+    """What a pair's keeper reports to."""
+
+    def pair_probed(self, record: PairRecord, result: ProbeResult) -> None:
+        """A probe ended."""
+        ...
+
+
+class ProbeGate:
+    """Bounds how many probes run at once, in all and per worker."""
+
+    def __init__(self) -> None:
+        self._active = 0
+        self._changed = asyncio.Event()
+
+    async def enter(self, record: PairRecord) -> None:
+        """Wait until this pair may be probed. Follow with ``turn``, without an await between."""
+        while not self._has_room(record):
+            await self._changed.wait()
+
+    @contextmanager
+    def turn(self, record: PairRecord) -> Iterator[None]:
+        """Hold the place that ``enter`` waited for."""
+        self._count(record, 1)
+        try:
+            yield
+        finally:
+            self._count(record, -1)
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    def _has_room(self, record: PairRecord) -> bool:
+        busiest = max(record.prefill.num_probes, record.decode.num_probes)
+        return self._active < MAX_PROBES and busiest < MAX_PROBES_PER_WORKER
+
+    def _count(self, record: PairRecord, step: int) -> None:
+        self._active += step
+        record.prefill.num_probes += step
+        record.decode.num_probes += step
+
+
+class PairKeeper:
+    """Probes one pair until it is ready, and again each time it is called into question."""
+
+    def __init__(
+        self,
+        record: PairRecord,
+        config: BalancerConfig,
+        pool: WorkerPool,
+        gate: ProbeGate,
+        verdicts: PairVerdicts,
+    ) -> None:
+        self._record = record
+        self._config = config
+        self._pool = pool
+        self._gate = gate
+        self._verdicts = verdicts
+        self._keys = WorkerKeys.of(config)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        backoff: Backoff | None = None
+        while True:
+            result = await self._probe()
+            if isinstance(result, ProbePassed):
+                backoff = None
+                await self._record.retest.wait()
+            else:
+                backoff = backoff or Backoff(*self._backoff_bounds())
+                await asyncio.sleep(backoff.next_s())
+
+    async def _probe(self) -> ProbeResult:
+        record = self._record
+        while not record.can_be_probed:
+            for worker in (record.prefill, record.decode):
+                await worker.answers.wait()
+                await worker.serves.wait()
+            if record.can_be_probed:
+                await self._gate.enter(record)
+        with self._gate.turn(record):
+            record.retest.clear()
+            record.state = PairState.PROBING
+            result = await probe_pair(self._pool, record.pair, self._config.probe_s, self._keys)
+        self._verdicts.pair_probed(record, result)
+        return result
+
+    def _backoff_bounds(self) -> tuple[float, float]:
+        is_suspect = WorkerState.SUSPECT in (self._record.prefill.state, self._record.decode.state)
+        return SUSPECT_BACKOFF_S if is_suspect else JOIN_BACKOFF_S

@@ -1,0 +1,259 @@
+"""The background loop of one worker: its load, and whether it is there, hangs or stands still.
+
+The keeper polls the worker's load and, when the worker is not believed to
+answer, pings it until it does. It decides nothing: it tells ``Verdicts`` (the
+Judge) what it saw. Pairs have keepers of their own (fleet/probe.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from typing import Protocol
+
+import msgspec
+
+from pdserve.balancer.fleet.liveness import ProgressWatch, Silence, patience_s
+from pdserve.balancer.fleet.probe import Response, WorkerKeys, WorkerPool
+from pdserve.config.balancer import BalancerConfig
+from pdserve.errors import ProtocolMismatch, WorkerError, WorkerUnreachable
+from pdserve.scheduling.load_sample import LOADS_PATH, Sample, parse_loads
+from pdserve.scheduling.workers import Backoff, Worker
+from pdserve.types import WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+PING_S = 5.0
+HEALTH_S = 25.0
+"""SGLang's ``/health`` generates a token: at least 1 s, gives up after 20 s."""
+LOADS_S = 2.0
+UNREACHABLE_POLLS = 2
+"""Polls in a row without a connection that make a worker suspect; one may be a closing keep-alive."""
+SILENT_POLLS = 2
+"""Polls in a row that timed out and make a ping decide."""
+IDLE_FACTOR = 4
+"""An idle worker is polled this many times more slowly; a dispatch ends the pause."""
+POLL_BACKOFF_S = 2.0
+REVIVE_BACKOFF_S = (0.2, 5.0)
+FLAP_WINDOW_S = 120.0
+FREE_REVIVALS = 3
+MAX_REVIVALS = 16
+MAX_CALM_S = 30.0
+"""Each return to service beyond FREE_REVIVALS within FLAP_WINDOW_S takes twice as long, up to this."""
+
+
+class Verdicts(Protocol):
+    """What keepers report to."""
+
+    def worker_learned(self, worker: Worker, info: WorkerInfo) -> None:
+        """The worker described itself."""
+        ...
+
+    def worker_answers(self, worker: Worker) -> None:
+        """A worker that was not believed to answer does."""
+        ...
+
+    def worker_silent(self, worker: Worker, why: str) -> None:
+        """A worker does not answer."""
+        ...
+
+    def worker_hung(self, worker: Worker, why: str) -> None:
+        """A worker with requests in flight shows no sign of life."""
+        ...
+
+    def worker_stalled(self, worker: Worker, why: str) -> None:
+        """A worker answers, and gets nowhere with what it has."""
+        ...
+
+    def worker_sampled(self, worker: Worker, sample: Sample) -> None:
+        """A load sample arrived."""
+        ...
+
+
+class WorkerKeeper:
+    """Polls one worker's load; pings it while it is suspect or, if static, not up yet; tells if it hangs."""
+
+    def __init__(self, worker: Worker, config: BalancerConfig, pool: WorkerPool, verdicts: Verdicts) -> None:
+        self._worker = worker
+        self._config = config
+        self._pool = pool
+        self._verdicts = verdicts
+        self._headers = WorkerKeys.of(config).plain
+        self._progress = ProgressWatch(worker.role)
+        self._silence = Silence(config.wedge_s)
+        self._revivals: deque[float] = deque(maxlen=MAX_REVIVALS)
+        self._unreachable_polls = 0
+        self._silent_polls = 0
+        self._is_mute = False
+        self._backoff = Backoff(config.load_poll_s, max(config.load_poll_s, POLL_BACKOFF_S))
+
+    async def run(self) -> None:
+        """Until cancelled, or the worker has left and nothing of ours is in flight there any more.
+
+        A worker whose lease ran out may hang: who else would end its requests.
+        """
+        worker = self._worker
+        while not worker.is_over:
+            worker.wake.clear()
+            if not worker.answers.is_set():
+                await self._revive()
+            elif worker.needs_ping:
+                worker.needs_ping = False
+                if why := await self._ping():
+                    self._verdicts.worker_silent(worker, why)
+            else:
+                await self._rest(await self._poll())
+
+    async def _ask(self, path: str, timeout_s: float) -> Response:
+        """Any answer is a sign of life; what is missing for too long is told.
+
+        Raises:
+            WorkerError: if there was none.
+        """
+        worker, asked_s = self._worker, time.monotonic()
+        heard = self._pool.num_heard(worker.url)
+        try:
+            answer = await self._pool.fetch(
+                worker.url, "GET", path, headers=self._headers, timeout_s=timeout_s
+            )
+        except WorkerError as exc:
+            self._silence.unanswered(asked_s, heard)
+            now_s, heard = time.monotonic(), self._pool.num_heard(worker.url)
+            if self._silence.is_over(exc, now_s, heard) and worker.num_inflight:
+                why = str(exc).removeprefix(f"{worker.url}: ")
+                self._verdicts.worker_hung(worker, f"{why}; silent for {self._silence.restart(now_s):.0f} s")
+            raise
+        self._silence.answered()
+        return answer
+
+    async def _revive(self) -> None:
+        backoff = Backoff(*REVIVE_BACKOFF_S)
+        while why := await self._ping() or await self._introduce():
+            if self._worker.is_over:
+                return
+            self._worker.last_error = why
+            await asyncio.sleep(backoff.next_s())
+        await asyncio.sleep(self._calm_s())
+        self._unreachable_polls = self._silent_polls = 0
+        self._progress.reset()
+        self._worker.needs_ping = False
+        self._verdicts.worker_answers(self._worker)
+
+    def _calm_s(self) -> float:
+        """A worker that passes its probe and fails its first requests, again and again, is given more and
+        more time: each round costs clients a failed attempt."""
+        now_s = time.monotonic()
+        self._revivals.append(now_s)
+        recent = sum(now_s - each < FLAP_WINDOW_S for each in self._revivals)
+        return min(MAX_CALM_S, 2.0 ** (recent - FREE_REVIVALS)) if recent > FREE_REVIVALS else 0.0
+
+    async def _ping(self) -> str:
+        """Why the worker does not answer, or an empty string."""
+        for path, timeout_s in (("/ping", PING_S), ("/health", HEALTH_S)):
+            try:
+                answer = await self._ask(path, timeout_s)
+            except WorkerError as exc:
+                return str(exc)
+            if answer.status == 200:
+                return ""
+            if answer.status not in (404, 405):
+                return f"{self._worker.url}{path}: HTTP {answer.status}"
+        return f"{self._worker.url} has neither /ping nor /health"
+
+    async def _introduce(self) -> str:
+        """Learn a static worker's model; why it cannot serve its role, or an empty string."""
+        worker = self._worker
+        if not worker.is_static or worker.info.model:
+            return ""
+        try:
+            answer = await self._ask("/model_info", PING_S)
+            about = msgspec.json.decode(answer.body, type=_ModelInfo)
+        except WorkerError as exc:
+            return str(exc)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return ""
+        if about.disaggregation_mode not in (None, worker.role):
+            return (
+                f"{worker.url} runs with --disaggregation-mode {about.disaggregation_mode}; "
+                f"a {worker.role} server was expected there"
+            )
+        name = about.served_model_name or about.model_path
+        self._verdicts.worker_learned(
+            worker, msgspec.structs.replace(worker.info, model=about.model_path, served_model_name=name)
+        )
+        return ""
+
+    async def _poll(self) -> float:
+        """One load sample; the seconds to wait before the next."""
+        sent_s = time.monotonic()
+        try:
+            answer = await self._ask(LOADS_PATH, LOADS_S)
+        except WorkerError as exc:
+            return await self._missed(exc)
+        self._unreachable_polls = self._silent_polls = 0
+        if answer.status != 200:
+            return self._unusable(f"/v1/loads: HTTP {answer.status}")
+        try:
+            sample = parse_loads(answer.body, sent_s=sent_s, received_s=time.monotonic())
+        except ProtocolMismatch as exc:
+            return self._unusable(str(exc))
+        self._is_mute = False
+        self._backoff.reset()
+        self._verdicts.worker_sampled(self._worker, sample)
+        self._watch_progress(sample)
+        return self._config.load_poll_s
+
+    async def _missed(self, exc: WorkerError) -> float:
+        worker = self._worker
+        if isinstance(exc, WorkerUnreachable):
+            self._unreachable_polls += 1
+            if self._unreachable_polls >= UNREACHABLE_POLLS:
+                self._verdicts.worker_silent(worker, str(exc))
+        else:
+            self._silent_polls += 1
+            if self._silent_polls >= SILENT_POLLS and (why := await self._ping()):
+                self._verdicts.worker_silent(worker, why)
+        return self._backoff.next_s()
+
+    def _watch_progress(self, sample: Sample) -> None:
+        worker, wedge_s = self._worker, self._config.wedge_s
+        heard = self._pool.num_heard(worker.url)
+        stalled_s = self._progress.see(sample.load, sample.covered_s, heard, worker.num_inflight)
+        worker.stalled_s = stalled_s
+        if wedge_s <= 0 or stalled_s < patience_s(worker.view, wedge_s):
+            return
+        self._progress.reset()
+        self._verdicts.worker_stalled(worker, f"answers, but has not moved for {stalled_s:.0f} s")
+
+    def _unusable(self, why: str) -> float:
+        """A worker without usable load figures still serves; balanced by in-flight requests alone."""
+        if not self._is_mute:
+            logger.warning("no load figures worker=%s: %s", self._worker.worker_id, why)
+        self._is_mute = True
+        return self._backoff.next_s()
+
+    async def _rest(self, delay_s: float) -> None:
+        worker = self._worker
+        if not worker.answers.is_set() or await _woken(worker, delay_s) or worker.num_inflight:
+            return
+        worker.is_dozing = True
+        await _woken(worker, delay_s * (IDLE_FACTOR - 1))
+        worker.is_dozing = False
+
+
+class _ModelInfo(msgspec.Struct):
+    model_path: str = ""
+    served_model_name: str | None = None
+    disaggregation_mode: str | None = None
+
+
+async def _woken(worker: Worker, delay_s: float) -> bool:
+    """Wait; True if the worker's keeper was woken before the time was up."""
+    try:
+        async with asyncio.timeout(delay_s):
+            await worker.wake.wait()
+    except TimeoutError:
+        return False
+    return True

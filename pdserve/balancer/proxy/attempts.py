@@ -1,0 +1,286 @@
+"""One request over pairs until one works: reserve, relay, retry elsewhere, and end both legs together.
+
+    reserve ─► PairRelay ─► outlet
+       ▲          │ LegFailed, no byte at the outlet yet: new pair, new room, new rid
+       └──────────┘
+any other end than a normal one ─► POST /abort_request to both workers, in the background
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pdserve.balancer.fleet.fleet import Fleet
+from pdserve.balancer.metrics.ledger import RequestLedger, RequestRecord
+from pdserve.balancer.proxy.relay import LegFailed, PairRelay, Relayed
+from pdserve.balancer.request.ids import RequestIds, RoomBook
+from pdserve.balancer.request.request import ParsedRequest, RequestRefused
+from pdserve.balancer.request.transforms import Outlet, renaming_of
+from pdserve.config.balancer import BalancerConfig
+from pdserve.errors import NoWorkerError, WorkerRejected, WorkerTimeout
+from pdserve.http.client import UpstreamPool
+from pdserve.scheduling.reservation import Reservation
+from pdserve.scheduling.workers import PairKey, PairState
+from pdserve.types import RequestShape, Role
+
+if TYPE_CHECKING:
+    from pdserve.balancer.tracing.trace import RunTrace
+import asyncio
+
+from pdserve.balancer.request.headers import JSON_LINE
+from pdserve.errors import WorkerError
+from pdserve.types import Pair
+
+ABORT_S = 5.0
+"""Limit per worker and request."""
+
+
+class AbortDesk:
+    """Sends aborts and owns their tasks; ``await close()`` waits for those under way.
+
+    ``key`` is what workers' control routes ask for; without one the client's own is used.
+    """
+
+    def __init__(self, pool: UpstreamPool, key: str = "") -> None:
+        self._pool = pool
+        self._lines = JSON_LINE + b"authorization: Bearer %b\r\n" % key.encode() if key else b""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def abort(self, pair: Pair, ids: RequestIds, lines: bytes) -> None:
+        """Have both workers drop every rid; ``lines`` are the client's headers. Returns at once."""
+        for worker in (pair.prefill, pair.decode):
+            task = asyncio.create_task(self._tell(worker.url, ids, self._lines or lines))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Wait for the aborts under way; at most ``ABORT_S``."""
+        await asyncio.gather(*self._tasks)
+
+    async def _tell(self, url: str, ids: RequestIds, lines: bytes) -> None:
+        try:
+            async with asyncio.timeout(ABORT_S):
+                for rid in ids.rids:
+                    body = msgspec.json.encode({"rid": rid})
+                    await self._pool.fetch(
+                        url, "POST", "/abort_request", body, headers=lines, timeout_s=ABORT_S
+                    )
+        except (WorkerError, TimeoutError) as exc:
+            logger.info("could not abort rid=%s worker=%s: %s", ids.rids[0], url, exc or "timed out")
+
+
+RETRIES_PER_MINUTE = 10.0
+"""Always allowed, so that a quiet service can retry at all."""
+CAPACITY = 100.0
+"""Retries that may be saved up."""
+
+
+class RetryBudget:
+    """A bucket filled by requests and by time; each retry takes one."""
+
+    def __init__(self, ratio: float) -> None:
+        self._ratio = ratio
+        self._saved = RETRIES_PER_MINUTE
+        self._updated_s = 0.0
+
+    def deposit(self) -> None:
+        """A request arrived."""
+        self._saved = min(CAPACITY, self._saved + self._ratio)
+
+    def withdraw(self, now_s: float) -> bool:
+        """Take one retry; False if there is none left."""
+        if self._updated_s:
+            earned = (now_s - self._updated_s) * RETRIES_PER_MINUTE / 60.0
+            self._saved = min(CAPACITY, self._saved + earned)
+        self._updated_s = now_s
+        if self._saved < 1.0:
+            return False
+        self._saved -= 1.0
+        return True
+
+
+logger = logging.getLogger(__name__)
+
+ABORTED_STATUS = 499
+"""nginx's for a request that its client ended; SGLang has none for one that ends before it ran."""
+MAX_STALE = 2
+"""Attempts that may be lost to kept connections that were closed meanwhile, one of each leg."""
+
+
+class Run(msgspec.Struct, eq=False):
+    """One request on its way. ``ids`` and ``key`` are the present attempt's, ``lines`` its headers.
+
+    ``shape`` is the request's with a forecast. ``exclude`` holds pairs it must not get (again).
+    ``on_prefilled`` is called when the prompt is computed.
+    ``is_aborted``: its client, or an operator, has asked for its end.
+    """
+
+    request: ParsedRequest
+    lines: bytes
+    outlet: Outlet
+    record: RequestRecord
+    shape: RequestShape | None = None
+    exclude: set[PairKey] = msgspec.field(default_factory=set)
+    ids: RequestIds | None = None
+    key: PairKey | None = None
+    on_prefilled: Callable[[], None] | None = None
+    is_aborted: bool = False
+    trace: RunTrace | None = None
+
+
+class Attempts:
+    """Carries runs to their end; shared by all requests of the balancer."""
+
+    def __init__(
+        self, config: BalancerConfig, fleet: Fleet, pool: UpstreamPool, ledger: RequestLedger
+    ) -> None:
+        self.rooms = RoomBook()
+        self.aborts = AbortDesk(pool, config.worker_control_key)
+        self.budget = RetryBudget(config.retry_ratio)
+        self._config = config
+        self._fleet = fleet
+        self._pool = pool
+        self._ledger = ledger
+
+    async def run(self, run: Run) -> Relayed:
+        """Serve ``run`` over some pair, all but the end of its answer, which ``Relayed.finish`` sends.
+
+        Raises:
+            NoWorkerError: if no pair had room in time.
+            LegFailed: if every attempt failed, or one did after the first byte.
+        """
+        failure: LegFailed | None = None
+        retries, num_stale = self._config.max_retries, 0
+        while True:
+            if run.record.trace is not None:
+                run.record.trace.waits(run)
+            reservation = await self._reserve(run, failure)
+            try:
+                return await self._attempt(run, reservation)
+            except LegFailed as exc:
+                if exc.is_client_fault or run.outlet.has_begun:
+                    raise
+                if run.is_aborted:
+                    raise RequestRefused("the request was aborted", ABORTED_STATUS) from exc
+                failure = exc
+            logger.warning("attempt failed rid=%s: %s", run.record.rid, failure)
+            if failure.is_stale and num_stale < MAX_STALE:
+                num_stale += 1
+                self._ledger.retried += 1
+                continue
+            self._avoid(run, reservation.key, failure.role)
+            if retries <= 0 or not self._may_retry(run):
+                raise failure
+            retries -= 1
+
+    def _learn(self, run: Run, relayed: Relayed) -> None:
+        shape, usage = run.shape, relayed.usage
+        if shape is not None and usage.completion_tokens:
+            mean = round(usage.completion_tokens / shape.num_prompts)
+            is_cut = relayed.is_aborted or usage.finish in ("length", "abort") or mean >= shape.max_new_tokens
+            self._fleet.learn(shape, mean, is_cut=is_cut)
+
+    def _may_retry(self, run: Run) -> bool:
+        """Some pair is left that serves or may soon, and the budget allows it."""
+        records = self._fleet.pairs()
+        if all(record.key in run.exclude or record.state is PairState.FAILED for record in records):
+            return False
+        if not self.budget.withdraw(time.monotonic()):
+            logger.warning("no retry rid=%s: the retry budget is used up", run.record.rid)
+            return False
+        self._ledger.retried += 1
+        return True
+
+    async def _reserve(self, run: Run, failure: LegFailed | None) -> Reservation:
+        """A pair not tried yet; after a failed attempt no pair means that failure."""
+        exclude, wait_s = frozenset(run.exclude), self._config.queue_timeout_s
+        try:
+            shape = run.shape = run.shape or self._fleet.foresee(run.request.shape)
+            return await self._fleet.reserve(shape, exclude=exclude, timeout_s=wait_s)
+        except NoWorkerError:
+            if failure is not None:
+                raise failure from None
+            raise
+
+    def _avoid(self, run: Run, tried: PairKey, blamed: Role | None) -> None:
+        """Not that pair again, and where others are ready none with the worker that failed: a worker that
+        fails fast looks idle, and would be chosen with one partner after the other."""
+        run.exclude.add(tried)
+        if blamed is None:
+            return
+        worker = tried[blamed is Role.DECODE]
+        ready = {record.key for record in self._fleet.pairs() if record.state is PairState.READY}
+        its_pairs = {key for key in ready if worker in key}
+        if ready - its_pairs - run.exclude:
+            run.exclude |= its_pairs
+
+    async def _attempt(self, run: Run, reservation: Reservation) -> Relayed:
+        request, record, pair = run.request, run.record, reservation.pair
+        ids = run.ids = self.rooms.take(request.num_prompts, request.route.rid_prefix)
+        run.key = reservation.key
+        run.outlet.identify(ids.rids[0])
+        record.rid, record.room, record.pair = ids.rids[0], ids.rooms[0], pair
+        record.reason = reservation.why
+        record.timeline.paired_s = time.monotonic()
+        is_over = False
+        try:
+            body = request.render_body(pair.prefill.bootstrap_host, pair.prefill.bootstrap_port, ids)
+            renaming = renaming_of(request, ids) if request.client_rid else None
+            relay = PairRelay(
+                self._pool, reservation, request, record.timeline, renaming=renaming,
+                silence_s=self._config.request_s, on_prefilled=run.on_prefilled,
+            )  # fmt: skip
+            if run.trace is None:
+                relayed = await relay.run(body, (run.lines, run.lines), run.outlet)
+            else:
+                relayed = await run.trace.carry(relay, body, run)
+            _release_ended(reservation, relayed, record)
+            self._learn(run, relayed)
+            is_over = relayed.prefill_error is None and not relayed.is_aborted
+            return relayed
+        except LegFailed as exc:
+            if run.is_aborted:
+                reservation.release(prefill_ok=None, decode_ok=None)
+            _release_failed(reservation, exc)
+            raise
+        finally:
+            reservation.release(prefill_ok=None, decode_ok=None)
+            self.rooms.give_back(ids)
+            if not is_over and request.route.rid_field:
+                self.aborts.abort(pair, ids, run.lines)
+
+
+def _release_ended(reservation: Reservation, relayed: Relayed, record: RequestRecord) -> None:
+    if relayed.is_aborted:
+        reservation.release(prefill_ok=None, decode_ok=None)
+        return
+    if relayed.prefill_error is None:
+        reservation.release(prefill_ok=True, decode_ok=True)
+        return
+    if isinstance(relayed.prefill_error, WorkerRejected) and relayed.prefill_error.status < 500:
+        reservation.release(prefill_ok=None, decode_ok=True)
+        return
+    record.error = str(relayed.prefill_error)
+    logger.warning("prefill did not end well rid=%s: %s", record.rid, record.error)
+    # Only a late one: have it pinged, rather than taken for dead.
+    is_late = isinstance(relayed.prefill_error, WorkerTimeout)
+    error = record.error if is_late else relayed.prefill_error
+    reservation.release(prefill_ok=False, decode_ok=True, error=error)
+
+
+def _release_failed(reservation: Reservation, failure: LegFailed) -> None:
+    """Blame the leg that failed first, by its own error; nobody for the client's fault."""
+    prefill_ok = True if failure.is_prefill_done else None
+    if failure.is_client_fault or failure.is_stale:
+        reservation.release(prefill_ok=None, decode_ok=None)
+    elif failure.role is Role.PREFILL:
+        reservation.release(prefill_ok=False, decode_ok=None, error=failure.error)
+    elif failure.role is Role.DECODE:
+        reservation.release(prefill_ok=prefill_ok, decode_ok=False, error=failure.error)
+    else:  # both silent: have both pinged
+        reservation.release(prefill_ok=False, decode_ok=False, error=str(failure.error))

@@ -1,0 +1,240 @@
+"""The data plane's front: every request that takes a prompt gets an answer here, or its client has left.
+
+body ─ parse ─► Attempts (one run, or one per sample of a chat) ─► client, and the books
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from pdserve.balancer.api.errors import (
+    error_event,
+    retry_after,
+    route_error,
+    scrubbed,
+    unreadable_error,
+    worker_error_status,
+)
+from pdserve.balancer.fleet.fleet import Fleet
+from pdserve.balancer.metrics.ledger import Outcome, RequestLedger, RequestRecord
+from pdserve.balancer.proxy.attempts import Attempts, Run
+from pdserve.balancer.proxy.relay import LegFailed, Rejected, Relayed
+from pdserve.balancer.proxy.samples import run_samples
+from pdserve.balancer.request.headers import forwarded_headers
+from pdserve.balancer.request.parse import check_content_type, parse_request
+from pdserve.balancer.request.request import ParsedRequest, RequestRefused, Route
+from pdserve.config.balancer import BalancerConfig
+from pdserve.errors import NoWorkerError
+from pdserve.http.answer import Answer
+from pdserve.http.client import UpstreamPool
+from pdserve.http.incoming import Client, ClientLeft, Interrupted, Presence
+
+if TYPE_CHECKING:
+    from pdserve.balancer.tracing.trace import Tracing
+
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
+"""nginx's status for a client that closed its connection; only in the state document."""
+
+
+class _Call(msgspec.Struct, eq=False):
+    """One request of a client. ``outcome`` stays ABORTED unless something else is known."""
+
+    client: Client
+    record: RequestRecord
+    presence: Presence
+    outcome: Outcome = Outcome.ABORTED
+    runs: list[Run] = msgspec.field(default_factory=list)
+    client_rid: Any = None
+
+
+class PairDispatcher:
+    """The data plane. ``dispatch`` each request; ``close`` ends what is left."""
+
+    def __init__(self, config: BalancerConfig, fleet: Fleet, pool: UpstreamPool) -> None:
+        self.tracing: Tracing | None = None
+        """Set before the first request, or never."""
+        self._config = config
+        self._fleet = fleet
+        self._ledger = RequestLedger()
+        self._attempts = Attempts(config, fleet, pool, self._ledger)
+        self._calls: set[_Call] = set()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._is_closing = False
+        self._id_headers = tuple(name.lower().encode() for name in config.request_id_headers)
+
+    @property
+    def ledger(self) -> RequestLedger:
+        """The books."""
+        return self._ledger
+
+    @property
+    def num_rooms(self) -> int:
+        """Rooms in use; 0 when nothing is on its way."""
+        return len(self._attempts.rooms)
+
+    def snapshot(self) -> dict[str, object]:
+        """``requests`` and ``recent`` of the state document."""
+        return self._ledger.snapshot()
+
+    def rids_of(self, name: str) -> list[str]:
+        """The workers' rids of a live request that its client knows by ``name``."""
+        return [rid for run in self._runs_of(name) if run.ids for rid in run.ids.rids]
+
+    def give_up(self, name: str) -> list[str]:
+        """Not to try that request again, for it is being aborted; its rids.
+
+        Workers report a transfer that was broken off as their failure.
+        """
+        for run in self._runs_of(name):
+            run.is_aborted = True
+        return self.rids_of(name)
+
+    def _runs_of(self, name: str) -> list[Run]:
+        calls = [call for call in self._calls if name and name in (call.client_rid, call.client.request_id)]
+        return [run for call in calls for run in call.runs]
+
+    async def close(self, drain_s: float = 0.0) -> None:
+        """Give requests ``drain_s`` to end, then end the rest, and wait for their aborts."""
+        try:
+            async with asyncio.timeout(drain_s):
+                await self._is_idle.wait()
+        except TimeoutError:
+            logger.warning("ending %d requests that are still in flight", len(self._calls))
+        self._is_closing = True
+        for call in list(self._calls):
+            call.presence.interrupt()
+        await self._is_idle.wait()
+        await self._attempts.aborts.close()
+
+    async def dispatch(self, route: Route, body: bytes, client: Client) -> None:
+        """Serve one request. The client gets an answer unless it leaves."""
+        if request_id := self._request_id(client):
+            client.request_id = request_id.decode("latin-1")
+            client.extra = ((b"x-request-id", request_id),)
+        call = _Call(client, self._ledger.open(route), Presence(client))
+        call.record.request_id = client.request_id
+        if self.tracing is not None:
+            call.record.trace = self.tracing.begin(client.headers)
+        self._calls.add(call)
+        self._is_idle.clear()
+        try:
+            with call.presence:
+                await self._serve(route, body, call)
+        except ClientLeft as exc:
+            call.record.status, call.record.error = CLIENT_LEFT, str(exc)
+        except Interrupted as exc:
+            call.record.error = str(exc)
+            await self._say_failed(call, 503, str(exc))
+        finally:
+            self._ledger.close(call.record, call.outcome)
+            self._calls.discard(call)
+            if call.record.trace is not None:
+                call.record.trace.finish(call.record, call.outcome)
+            if self._config.log_requests:
+                logger.info("%s", call.record)
+            if not self._calls:
+                self._is_idle.set()
+
+    # -- one request -------------------------------------------------------------------------
+
+    async def _serve(self, route: Route, body: bytes, call: _Call) -> None:
+        record = call.record
+        try:
+            if self._is_closing:
+                raise NoWorkerError("the balancer is stopping")
+            check_content_type(route, call.client.headers)
+            request = parse_request(route, body, wants_prompt=self._fleet.policy.needs_prompt)
+            await self._run(request, call)
+        except RequestRefused as exc:
+            record.error = str(exc)
+            if call.client.has_begun:  # a sample of a chat was aborted
+                await self._say_failed(call, exc.status, str(exc))
+                return
+            answer = unreadable_error if exc.is_unreadable else route_error
+            await self._reply(call, answer(route, exc.status, str(exc)), Outcome.FAILED)
+        except NoWorkerError as exc:
+            record.error = str(exc)
+            logger.warning("request shed route=%s: %s", route, exc)
+            await self._shed(call, exc)
+        except LegFailed as exc:
+            await self._leg_failed(call, exc)
+        except Exception as exc:
+            logger.exception("request failed rid=%s", record.rid)
+            record.error = repr(exc)
+            await self._say_failed(call, 500, "internal error of the balancer; its log has the details")
+
+    async def _run(self, request: ParsedRequest, call: _Call) -> None:
+        record, client = call.record, call.client
+        record.is_stream = request.is_stream
+        record.prompt_tokens = request.shape.prompt_tokens
+        call.client_rid = request.client_rid
+        self._attempts.budget.deposit()
+        headers = client.headers if self.tracing is None else self.tracing.forwarded(client.headers, record)
+        lines = forwarded_headers(headers, client.request_id, self._config.worker_api_key)
+        if request.num_requests > 1:
+            relayed = await run_samples(self._attempts, request, lines, client, record, call.runs)
+        else:
+            run = Run(request, lines, client, record)
+            call.runs.append(run)
+            relayed = await self._attempts.run(run)
+        self._completed(call, relayed)
+        await relayed.finish(client)
+
+    def _completed(self, call: _Call, relayed: Relayed) -> None:
+        record, usage = call.record, relayed.usage
+        call.outcome = Outcome.COMPLETED
+        record.status, record.finish = relayed.status, usage.finish
+        record.timeline.completion_tokens = usage.completion_tokens
+        record.prompt_tokens = usage.prompt_tokens or record.prompt_tokens
+        self._ledger.close(record, call.outcome)
+
+    # -- what the client is told ---------------------------------------------------------------
+
+    async def _shed(self, call: _Call, error: NoWorkerError) -> None:
+        if call.client.has_begun:  # a later sample of a chat found no pair
+            await self._say_failed(call, 503, str(error))
+        else:
+            answer = route_error(call.record.route, 503, str(error))
+            await self._reply(call, answer.with_headers(retry_after(error)), Outcome.SHED)
+
+    async def _leg_failed(self, call: _Call, failure: LegFailed) -> None:
+        call.record.error = str(failure)
+        error = failure.error
+        if failure.is_client_fault and isinstance(error, Rejected) and not call.client.has_begun:
+            answer = Answer(error.status, scrubbed(error.body), error.headers)
+            await self._reply(call, answer, Outcome.FAILED)
+            return
+        logger.error("request failed rid=%s pair=%s: %s", call.record.rid, call.record.pair, failure)
+        await self._say_failed(call, worker_error_status(error), str(failure))
+
+    async def _say_failed(self, call: _Call, status: int, message: str) -> None:
+        """By an error answer, or where the head is out already by a last event."""
+        client, record = call.client, call.record
+        if not client.has_begun:
+            await self._reply(call, route_error(record.route, status, message), Outcome.FAILED)
+            return
+        call.outcome = Outcome.FAILED
+        record.status = status
+        self._ledger.close(record, call.outcome)
+        if not client.has_finished:
+            await client.finish(error_event(status, message) if record.is_stream else b"")
+
+    async def _reply(self, call: _Call, answer: Answer, outcome: Outcome) -> None:
+        call.outcome = outcome
+        call.record.status = answer.status
+        self._ledger.close(call.record, outcome)
+        await call.client.answer(answer)
+
+    def _request_id(self, client: Client) -> bytes:
+        headers = client.headers
+        for name in self._id_headers:
+            if name in headers:
+                return headers[name]
+        return b""

@@ -1,0 +1,314 @@
+"""Requests that must be rewritten before workers can take them: batches, samples, ids of the client's own.
+
+SGLang's prefill and decode servers cannot make ``n`` samples of a prompt (all
+would share one room), so samples become copies of the prompt, prompt by prompt,
+as SGLang orders its own answer (tokenizer_manager.py, _handle_batch_request).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from pdserve.balancer.request.fast_parse import BYTES_PER_TOKEN
+from pdserve.balancer.request.merge import needs_prefill_answer
+from pdserve.balancer.request.request import DEFAULT_NEW_TOKENS, ParsedRequest, RequestRefused, Route
+from pdserve.types import RequestShape
+
+MAX_SAMPLES = 1024
+MAX_TOP_LOGPROBS = 128
+"""Room in the metadata that travel with the KV: sglang disaggregation/utils.py, MetadataBuffers."""
+MAX_PROMPTS = 65536
+"""Copies of a prompt in one request; beyond it a small body would fill the memory."""
+
+_PROMPTS = ("text", "input_ids", "input_embeds")
+_PER_PROMPT: tuple[str, ...] = (*_PROMPTS, "image_data", "video_data", "audio_data", "lora_path")
+_PER_PROMPT += ("sampling_params",)
+_PER_PROMPT += ("extra_key", "cache_salt", "kv_hints", "session_params", "custom_logit_processor")
+_PER_PROMPT += ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_hidden_states")
+"""Fields of GenerateReqInput that a batch may give as one value per prompt."""
+_SINGLE_WITH_SAMPLES = ("return_logprob", "logprob_start_len", "top_logprobs_num", "custom_logit_processor")
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+
+
+def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
+    """Decode the whole request and bring it into a form that a pair can serve.
+
+    Raises:
+        RequestRefused: as ``parse_request``.
+    """
+    fields = _document(body)
+    if route is Route.RESPONSES and fields.get("previous_response_id"):
+        raise RequestRefused(
+            "previous_response_id is not supported with disaggregated servers: the prefill server does not "
+            "know the earlier answer; send the whole conversation in `input`",
+            501,
+        )
+    options, prompts = fields, fields
+    if route is Route.VERTEX:
+        fields = _vertex(fields)
+        options = fields["parameters"]
+    _refuse_poison(route, options, _texts(fields))
+    sampling = _sampling(options) if route in (Route.GENERATE, Route.VERTEX) else []
+    samples = _num_samples(options, sampling, route)
+    prompt_tokens = _prompt_tokens(fields)
+    _check_lists(route, options, samples, _num_prompts(fields) if route is Route.GENERATE else None)
+    fields, num_prompts = _with_samples(route, fields, samples)
+    user = options.get("user")
+    shape = RequestShape(
+        prompt_tokens=prompt_tokens * (1 if num_prompts is None else samples),
+        max_new_tokens=_new_tokens(options, sampling),
+        prompt=_prompt_bytes(prompts) if wants_prompt else b"",
+        priority=_priority(options),
+        num_prompts=num_prompts or 1,
+        route=route,
+        user=user if isinstance(user, str) else "",
+    )
+    return ParsedRequest(
+        route=route,
+        shape=shape,
+        is_stream=options.get("stream") is True,
+        fields=fields,
+        num_prompts=num_prompts,
+        num_samples=samples,
+        needs_prefill_answer=needs_prefill_answer(route, options),
+        client_rid=options.get(route.rid_field) if route.rid_field else None,
+    )
+
+
+def _document(body: bytes) -> dict[str, Any]:
+    try:
+        fields = msgspec.json.decode(body)
+    except RecursionError:
+        raise RequestRefused("the request body is nested too deeply", is_unreadable=True) from None
+    except (msgspec.MsgspecError, ValueError) as exc:
+        raise RequestRefused(f"the request body is not valid JSON: {exc}", is_unreadable=True) from exc
+    if not isinstance(fields, dict):
+        message = f"the request body must be a JSON object, got {_json_name(fields)}"
+        raise RequestRefused(message, is_unreadable=True)
+    return fields
+
+
+# -- what would kill a server ----------------------------------------------------------------------
+
+
+def _refuse_poison(route: Route, options: dict[str, Any], texts: list[Any]) -> None:
+    """Refuse what ends SGLang's scheduler process, and with it every other request on that server."""
+    if any(text == "" or text == [] for text in texts):
+        if route is Route.COMPLETIONS:
+            raise RequestRefused("Prompt cannot be empty")
+        is_ids = [] in texts and options.get("text") is None
+        raise RequestRefused(
+            "input_ids cannot be empty." if is_ids else "the prompt is empty: it needs a token"
+        )
+    for name in ("top_logprobs_num", "top_logprobs", "logprobs"):
+        value = options.get(name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and number > MAX_TOP_LOGPROBS:
+                raise RequestRefused(
+                    f"{name} may be {MAX_TOP_LOGPROBS} at most with disaggregation, got {number}"
+                )
+
+
+def _texts(fields: dict[str, Any]) -> list[Any]:
+    """Every prompt that is given as text or token ids."""
+    found: list[Any] = []
+    for name in ("text", "input_ids", "prompt"):
+        value = fields.get(name)
+        is_batch = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
+        found += value if is_batch and isinstance(value, list) else [value]
+    instances = fields.get("instances")
+    for instance in instances if isinstance(instances, list) else ():
+        if isinstance(instance, dict):
+            found += [instance.get("text"), instance.get("input_ids")]
+    return found
+
+
+# -- samples -----------------------------------------------------------------------------------
+
+
+def _num_samples(options: dict[str, Any], sampling: Sequence[dict[str, Any]], route: Route) -> int:
+    if route in (Route.RESPONSES, Route.MESSAGES):
+        return 1  # they have no such field
+    places = sampling if route in (Route.GENERATE, Route.VERTEX) else [options]
+    counts = {1 if _beams(place) > 1 else _count(place.get("n")) for place in places}
+    if len(counts) > 1:
+        raise RequestRefused("n must be the same for every prompt of a batch")
+    samples = counts.pop() if counts else 1
+    if samples > MAX_SAMPLES:
+        raise RequestRefused(f"n may be {MAX_SAMPLES} at most, got {samples}")
+    return samples
+
+
+def _count(value: Any) -> int:
+    """As pydantic reads an int: ``2``, ``2.0`` and ``"2"``; what it refuses is for the worker to refuse."""
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 10:
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and value > 1 else 1
+
+
+def _beams(sampling: dict[str, Any]) -> int:
+    """Beam search makes its ``n`` sequences of one request by itself."""
+    return _count(sampling.get("beam_width"))
+
+
+def _check_lists(route: Route, options: dict[str, Any], samples: int, size: int | None) -> None:
+    """What SGLang refuses of a batch before it looks at the prompts (io_struct.py), in its words."""
+    if route is not Route.GENERATE:
+        return
+    rid = options.get("rid")
+    if isinstance(rid, list) and size is not None:
+        if len(rid) != size:
+            raise RequestRefused(
+                "The specified rids length mismatch with the batch_size for batch processing."
+            )
+        twice = sorted({name for name in rid if isinstance(name, str) and rid.count(name) > 1})
+        if twice:
+            raise RequestRefused(f"Duplicate request IDs detected within the request: {twice}")
+    for name in _SINGLE_WITH_SAMPLES if samples > 1 else ():
+        if isinstance(options.get(name), list):
+            raise RequestRefused(f"Cannot use list {name} with parallel_sample_num > 1")
+
+
+def _with_samples(route: Route, fields: dict[str, Any], n: int) -> tuple[dict[str, Any], int | None]:
+    """The request with its samples as copies, and how many prompts it has then; None: one, not a batch."""
+    match route:
+        case Route.GENERATE:
+            return _generate_batch(fields, n)
+        case Route.VERTEX:
+            return _vertex_batch(fields, n)
+        case Route.COMPLETIONS:
+            return _completions_batch(fields, n)
+        case _:
+            return ({**fields, "n": 1}, None) if n > 1 else (fields, None)
+
+
+def _generate_batch(fields: dict[str, Any], n: int) -> tuple[dict[str, Any], int | None]:
+    size = _num_prompts(fields)
+    if n == 1:
+        return fields, size
+    _check_size(n * (size or 1))
+    copies = {**fields, "sampling_params": _one_sample(fields["sampling_params"])}
+    for name in _PER_PROMPT:
+        value = copies.get(name)
+        if value is None:
+            continue
+        if size is None:
+            # One prompt: its value, whatever its type, is every copy's. Options apply to all anyway.
+            if name in (*_PROMPTS, "image_data", "video_data", "audio_data"):
+                copies[name] = [value] * n
+        elif isinstance(value, list) and len(value) == size:
+            copies[name] = [item for item in value for _ in range(n)]
+    return copies, n * (size or 1)
+
+
+def _completions_batch(fields: dict[str, Any], n: int) -> tuple[dict[str, Any], int | None]:
+    prompt = fields.get("prompt")
+    is_batch = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    if n == 1 and not is_batch:
+        return fields, None
+    prompts = prompt if is_batch and isinstance(prompt, list) else [prompt]
+    _check_size(n * len(prompts))
+    copies = [item for item in prompts for _ in range(n)]
+    return {**fields, "prompt": copies, "n": 1}, len(copies)
+
+
+def _vertex(fields: dict[str, Any]) -> dict[str, Any]:
+    parameters = fields.get("parameters")
+    return {**fields, "parameters": parameters if isinstance(parameters, dict) else {}}
+
+
+def _vertex_batch(fields: dict[str, Any], n: int) -> tuple[dict[str, Any], int | None]:
+    instances, parameters = fields.get("instances"), fields["parameters"]
+    if not isinstance(instances, list) or not instances:
+        return fields, None
+    _check_size(n * len(instances))
+    if n > 1:
+        instances = [instance for instance in instances for _ in range(n)]
+        parameters = {**parameters, "sampling_params": _one_sample(parameters["sampling_params"])}
+    return {**fields, "instances": instances, "parameters": parameters}, len(instances)
+
+
+def _one_sample(sampling: Any) -> Any:
+    if isinstance(sampling, list):
+        return [{**item, "n": 1} if isinstance(item, dict) else item for item in sampling]
+    return {**sampling, "n": 1}
+
+
+def _check_size(num_prompts: int) -> None:
+    if num_prompts > MAX_PROMPTS:
+        raise RequestRefused(f"prompts times n may be {MAX_PROMPTS} at most, got {num_prompts}")
+
+
+def _num_prompts(fields: dict[str, Any]) -> int | None:
+    """As SGLang's GenerateReqInput counts: by the first of text, input_ids, input_embeds that is there."""
+    text, ids, embeds = (fields.get(name) for name in _PROMPTS)
+    batch: Any = None
+    if text is not None:
+        batch = text if isinstance(text, list) else None
+    elif isinstance(ids, list):
+        batch = ids if ids and isinstance(ids[0], list) else None
+    elif isinstance(embeds, list) and embeds and isinstance(embeds[0], list):
+        batch = embeds if embeds[0] and isinstance(embeds[0][0], list) else None
+    if batch is None:
+        return None
+    if not batch:
+        raise RequestRefused("the batch is empty: give at least one prompt")
+    return len(batch)
+
+
+# -- what policies want to know ------------------------------------------------------------------
+
+
+def _sampling(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    value = fields.get("sampling_params")
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
+
+
+def _prompt(fields: dict[str, Any]) -> Any:
+    names = ("input_ids", "text", "prompt", "messages", "input", "instances", "input_embeds")
+    return next((value for name in names if (value := fields.get(name)) is not None), None)
+
+
+def _prompt_tokens(fields: dict[str, Any]) -> int:
+    return max(1, _tokens(_prompt(fields)))
+
+
+def _prompt_bytes(fields: dict[str, Any]) -> bytes:
+    prompt = _prompt(fields)
+    first = prompt[0] if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else prompt
+    return b"" if first is None else msgspec.json.encode(first)
+
+
+def _tokens(value: Any, depth: int = 8) -> int:
+    """Magnitude of a prompt: ints are token ids, text counts by its bytes, containers add up."""
+    if isinstance(value, str):
+        return -(-len(value.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
+    if depth and isinstance(value, list):
+        if value and isinstance(value[0], int | float):
+            return len(value) if isinstance(value[0], int) else 1
+        return sum(_tokens(item, depth - 1) for item in value)
+    if depth and isinstance(value, dict):
+        names = ("content", "text", "input_ids")
+        return _tokens(next((value[name] for name in names if name in value), None), depth - 1)
+    return 0
+
+
+def _new_tokens(fields: dict[str, Any], sampling: Sequence[dict[str, Any]]) -> int:
+    limits = [item.get("max_new_tokens") for item in sampling]
+    limits += [fields.get(name) for name in _LIMITS]
+    return next((n for n in limits if isinstance(n, int) and n >= 0), DEFAULT_NEW_TOKENS)
+
+
+def _priority(fields: dict[str, Any]) -> int:
+    value = fields.get("priority")
+    return value if isinstance(value, int) else 0
+
+
+def _json_name(value: Any) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

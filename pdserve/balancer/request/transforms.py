@@ -1,0 +1,135 @@
+"""Where an attempt's answer goes, and what is done to it on its way. Pure but for the outlet itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from pdserve.balancer.request.ids import RequestIds
+from pdserve.balancer.request.request import ParsedRequest
+from pdserve.http.answer import Answer, Headers
+
+
+class Outlet(Protocol):
+    """The receiving end of one answer: a client, or one sample of what a client gets.
+
+    Either ``answer``, or ``begin``, ``push`` … and ``finish``.
+    """
+
+    on_writable: Callable[[], None] | None
+
+    @property
+    def has_begun(self) -> bool:
+        """True once bytes are out: from here on there is no other try."""
+        ...
+
+    @property
+    def has_finished(self) -> bool:
+        """True once the answer is complete."""
+        ...
+
+    def identify(self, rid: str) -> None:
+        """The name under which the workers know what is coming."""
+        ...
+
+    def begin(self, status: int, headers: Headers) -> None:
+        """The head of a stream."""
+        ...
+
+    def push(self, data: bytes) -> bool:
+        """A piece of a stream; False if the next should wait for ``on_writable``."""
+        ...
+
+    async def finish(self, last: bytes = b"") -> None:
+        """The end of a stream."""
+        ...
+
+    async def answer(self, answer: Answer) -> None:
+        """A whole answer."""
+        ...
+
+
+class Transform(Protocol):
+    """Rewrites a stream of server-sent events as it passes."""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What can go out now; an incomplete event is kept back."""
+        ...
+
+    def finish(self) -> bytes:
+        """What was kept back."""
+        ...
+
+
+class Renaming:
+    """Puts the client's own request ids in place of ours, in a stream or in a whole body.
+
+    Ours are 32 random hex digits in quotes: nothing else in an answer can be equal to one.
+    """
+
+    def __init__(self, names: Mapping[bytes, bytes]) -> None:
+        self._names = names
+        self._tail = b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Whole events, renamed."""
+        text = self._tail + chunk
+        end = text.rfind(b"\n\n") + 2
+        if end < 2:
+            self._tail = text
+            return b""
+        self._tail = text[end:]
+        return self.apply(text[:end])
+
+    def finish(self) -> bytes:
+        """The rest, renamed."""
+        tail, self._tail = self._tail, b""
+        return self.apply(tail)
+
+    def apply(self, body: bytes) -> bytes:
+        """A whole body, renamed."""
+        for ours, theirs in self._names.items():
+            body = body.replace(ours, theirs)
+        return body
+
+
+class Chain:
+    """Several transforms, one after the other."""
+
+    def __init__(self, links: Sequence[Transform]) -> None:
+        self._links = links
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Through all of them."""
+        for link in self._links:
+            chunk = link.feed(chunk)
+        return chunk
+
+    def finish(self) -> bytes:
+        """The ends of all, each through those after it."""
+        rest = b""
+        for link in self._links:
+            rest = link.feed(rest) + link.finish()
+        return rest
+
+
+def renaming_of(request: ParsedRequest, ids: RequestIds) -> Renaming | None:
+    """What to call the request in its answer; None if its client gave no name.
+
+    As SGLang does: a list names each prompt of a batch, one name for a batch is
+    numbered, and samples get names of their own.
+    """
+    name = request.client_rid
+    if not name or request.num_samples > 1:
+        return None
+    if isinstance(name, str):
+        count = request.num_prompts
+        theirs = [name] if count is None else [f"{name}_{index}" for index in range(count)]
+    elif isinstance(name, list) and all(isinstance(item, str) for item in name):
+        theirs = name
+    else:
+        return None
+    pairs = zip(ids.rids, theirs, strict=False)
+    return Renaming({b'"%b"' % ours.encode(): msgspec.json.encode(given) for ours, given in pairs})

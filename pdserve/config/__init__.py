@@ -1,0 +1,1 @@
+"""Settings, said once: dataclasses with defaults and units, TOML files, the environment."""

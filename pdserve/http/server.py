@@ -1,0 +1,148 @@
+"""The HTTP server of the balancer: accepts, keeps the clock for all connections, ends in order.
+
+Knows HTTP, not SGLang: an ``Application`` answers. Without a web framework
+because every request passes here: no per-request scope, queues or middleware.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Awaitable
+from email.utils import formatdate
+from typing import Protocol
+
+from pdserve.http.answer import Answer
+from pdserve.http.incoming import Client
+from pdserve.http.limits import ServerLimits
+from pdserve.http.server_connection import ClientConnection
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+INTERNAL = "internal error of the balancer; its log has the details"
+SWEEP_S = 1.0
+"""Granularity of every time limit on clients."""
+
+
+class Application(Protocol):
+    """What answers."""
+
+    def refuse(self, client: Client) -> Answer | None:
+        """Called once the head is there and before the body: an error, or None to go on."""
+        ...
+
+    def error(self, path: str, status: int, message: str) -> Answer:
+        """An error of HTTP itself, as clients of ``path`` (empty: unknown) expect it."""
+        ...
+
+    def serve(self, client: Client) -> Awaitable[object]:
+        """Called with the whole request; what is returned must answer, unless the client leaves."""
+        ...
+
+
+class HttpServer:
+    """``await start(socket)``, later ``await close(grace_s)``."""
+
+    def __init__(
+        self, application: Application, limits: ServerLimits, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.application = application
+        self.limits = limits
+        self.is_closing = False
+        self.date_line = b""
+        self._tls = tls
+        self._loop = asyncio.get_running_loop()
+        self._server: asyncio.Server | None = None
+        self._connections: set[ClientConnection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+        self.now = self._loop.time
+
+    @property
+    def num_connections(self) -> int:
+        """Clients that are connected now."""
+        return len(self._connections)
+
+    @property
+    def num_serving(self) -> int:
+        """Requests being served now."""
+        return len(self._tasks)
+
+    async def start(self, listener: socket.socket) -> None:
+        """Accept on a bound socket."""
+        self._sweep()
+        self._server = await self._loop.create_server(
+            lambda: ClientConnection(self), sock=listener, backlog=BACKLOG, ssl=self._tls
+        )
+
+    def stop_accepting(self) -> None:
+        """Close the port and every connection between two requests."""
+        self.is_closing = True
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            connection.wind_up()
+
+    async def close(self, grace_s: float) -> None:
+        """Stop accepting, let answers reach their clients for ``grace_s``, break the rest."""
+        self.stop_accepting()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._is_empty.wait()
+        except TimeoutError:
+            for connection in list(self._connections):
+                connection.abort()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks.clear()  # those cancelled before their first step
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+    # -- for connections ---------------------------------------------------------------------
+
+    def admit(self, connection: ClientConnection) -> bool:
+        """Take a new connection in; False if there are too many."""
+        self._connections.add(connection)
+        self._is_empty.clear()
+        return len(self._connections) <= self.limits.max_connections and not self.is_closing
+
+    def forget(self, connection: ClientConnection) -> None:
+        """It is closed."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._is_empty.set()
+
+    def serve(self, client: Client) -> None:
+        """Run the application for one request, in a task owned here."""
+        client.task = self._loop.create_task(self._serve(client))
+        self._tasks.add(client.task)
+
+    async def _serve(self, client: Client) -> None:
+        try:
+            if client.refusal is not None:
+                await client.answer(client.refusal)
+            else:
+                await self.application.serve(client)
+        except Exception:
+            logger.exception("%s %s failed", client.method, client.path)
+            if not client.has_begun:
+                await client.answer(self.application.error(client.path, 500, INTERNAL))
+        finally:
+            self._tasks.discard(client.task)
+            if not client.has_finished:
+                client.break_off()
+
+    def _sweep(self) -> None:
+        self.date_line = b"date: %b\r\n" % formatdate(usegmt=True).encode()
+        now_s = self.now()
+        for connection in list(self._connections):
+            if connection.deadline_s <= now_s:
+                connection.expire()
+        self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)

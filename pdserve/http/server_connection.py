@@ -1,0 +1,341 @@
+"""One client connection: requests parsed as they arrive, served one after the other.
+
+    socket ─► httptools ─► Client (head, then body) ─► task of Application.serve
+           ◄── writes, held up while the client does not read ◄──┘
+
+A request is refused as soon as its head is there (path, key, length), and served
+once its body is complete. Pipelined requests wait, and reading stops meanwhile.
+Times are kept as one ``deadline_s`` that the server's sweep looks at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, cast
+
+import httptools
+
+from pdserve.http.answer import Answer
+from pdserve.http.incoming import Client
+from pdserve.http.limits import KEEP_ALIVE_S, NEVER
+from pdserve.http.sockets import tune
+from pdserve.http.wire import CLOSE_LINE, CONTINUE, render_answer
+
+if TYPE_CHECKING:
+    from pdserve.http.server import HttpServer
+
+LINGER_S = 2.0
+"""How long a refused client may take to stop sending; a reset in its face would eat our answer."""
+
+
+class ClientConnection(asyncio.Protocol):
+    """Speaks HTTP/1.1 (and 1.0) as a server."""
+
+    def __init__(self, server: HttpServer) -> None:
+        self.deadline_s = server.now() + server.limits.header_s
+        self.is_write_paused = False
+        self._server = server
+        self._limits = server.limits
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpRequestParser(self)
+        self._url = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._head_bytes = 0
+        self._read_bytes = 0
+        self._has_begun = False
+        self._is_head_open = False
+        self._reading: Client | None = None
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+        self._serving: Client | None = None
+        self._pipeline: deque[Client] = deque()
+        self._can_resume: asyncio.Future[None] | None = None
+        self._is_deaf = False
+        self._is_lingering = False
+        self._unread_bytes = 0
+
+    # -- for the server ----------------------------------------------------------------------
+
+    @property
+    def is_idle(self) -> bool:
+        """True between two requests."""
+        return self._serving is None and self._reading is None and not self._is_head_open
+
+    def close(self) -> None:
+        """Close once what was written has left."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def wind_up(self) -> None:
+        """Close after the answer that is on its way, at once if there is none."""
+        if self.is_idle:
+            self.close()
+        elif self._serving is not None:
+            self._serving.keep_alive = False
+
+    def abort(self) -> None:
+        """Close now."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def expire(self) -> None:
+        """``deadline_s`` has passed."""
+        if self.is_write_paused or self._is_lingering:
+            self._expire_unread()
+        elif self._is_head_open or self._reading is not None:
+            what = "head" if self._is_head_open else "body"
+            self._refuse(self._error(408, f"the request's {what} did not arrive in time"))
+        elif self.is_idle:
+            self.close()
+
+    def _expire_unread(self) -> None:
+        """Give up on a client that has read nothing since the deadline was set; slowness is no crime."""
+        unread = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        if not 0 < unread < self._unread_bytes:
+            self.abort()
+            return
+        self._unread_bytes = unread
+        self.deadline_s = self._server.now() + self._limits.write_s
+
+    # -- for Client --------------------------------------------------------------------------
+
+    @property
+    def date_line(self) -> bytes:
+        """The ``date`` header of now, with its line end."""
+        return self._server.date_line
+
+    def send(self, data: bytes) -> None:
+        """Write; nothing happens if the client has left."""
+        if self._transport is not None:
+            self._transport.write(data)
+
+    async def drained(self) -> None:
+        """Wait until the client has read enough, or has left."""
+        if self.is_write_paused:
+            self._can_resume = asyncio.get_running_loop().create_future()
+            await self._can_resume
+
+    def finished(self, *, keep_alive: bool) -> None:
+        """The answer to the request being served is complete."""
+        self._serving = None
+        if not keep_alive or self._server.is_closing:
+            self._is_deaf = True
+            self._linger()
+        elif self._pipeline:
+            self._start(self._pipeline.popleft())
+            if not self._pipeline and self._transport is not None:
+                self._transport.resume_reading()
+        else:
+            self.deadline_s = self._server.now() + KEEP_ALIVE_S
+
+    # -- asyncio.Protocol --------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the loop."""
+        self._transport = cast(asyncio.Transport, transport)
+        tune(transport)
+        if not self._server.admit(self):
+            self._refuse(self._error(503, "too many connections; try again later"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the loop."""
+        self._server.forget(self)
+        self._transport = None
+        self.resume_writing()
+        self._pipeline.clear()
+        if self._serving is not None:
+            self._serving.leave()
+
+    def pause_writing(self) -> None:
+        """Called by the loop: the client does not read."""
+        self.is_write_paused = True
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        """Called by the loop: the client has read."""
+        self.is_write_paused = False
+        self._restore_deadline()
+        if self._can_resume is not None and not self._can_resume.done():
+            self._can_resume.set_result(None)
+        if self._serving is not None:
+            self._serving.can_take_more()
+
+    def _restore_deadline(self) -> None:
+        """What is waited for, now that it is not the client's reading."""
+        now_s, limits = self._server.now(), self._limits
+        if self._serving is not None:
+            self.deadline_s = NEVER
+        elif self._is_head_open:
+            self.deadline_s = now_s + limits.header_s
+        elif self._reading is not None:
+            self.deadline_s = now_s + limits.body_s
+        elif not self._is_lingering:
+            self.deadline_s = now_s + KEEP_ALIVE_S
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the loop."""
+        if self._is_deaf:
+            return
+        self._read_bytes, self._has_begun = len(data), False
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._stop_reading()  # the request itself is served; we speak nothing else afterwards
+        except httptools.HttpParserError as exc:
+            if not self._is_deaf:
+                self._refuse(self._error(400, f"this is not valid HTTP: {exc}"))
+        if self._is_head_open and not self._is_deaf:
+            # Of a read in which the head began, only a part is head.
+            self._head_bytes = self._measure_head() if self._has_begun else self._head_bytes + len(data)
+            self._check_head(self._head_bytes)
+
+    # -- httptools ---------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """Called by the parser."""
+        self._url, self._headers = b"", {}
+        self._head_bytes, self._has_begun = 0, True
+        if self.is_idle:
+            self.deadline_s = self._server.now() + self._limits.header_s
+        self._is_head_open = True
+
+    def on_url(self, url: bytes) -> None:
+        """Called by the parser, perhaps in pieces."""
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser, also for trailers: those are dropped, the keys have been checked."""
+        if self._is_head_open:
+            self._headers[name.lower()] = value
+        elif not self._is_deaf:
+            self._head_bytes += len(name) + len(value)
+            self._check_head(self._head_bytes)
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser: refuse, or get ready for the body."""
+        self._is_head_open = False
+        if self._is_deaf:
+            return
+        parser, headers = self._parser, self._headers
+        may_be_long = self._head_bytes + self._read_bytes > self._limits.max_header_bytes
+        if may_be_long and not self._check_head(self._measure_head()):
+            return
+        self._head_bytes = 0
+        client = Client(
+            self,
+            parser.get_method().decode("latin-1"),
+            self._url,
+            headers,
+            keep_alive=parser.should_keep_alive(),
+            is_http_1_0=parser.get_http_version() == "1.0",
+        )
+        self._reading, self._body, self._body_bytes = client, [], 0
+        answer = self._server.application.refuse(client) or self._too_long(headers)
+        if answer is not None:
+            self._refuse_request(client, answer)
+        elif headers.get(b"expect", b"").lower() == b"100-continue":
+            self.send(CONTINUE)
+
+    def on_body(self, data: bytes) -> None:
+        """Called by the parser."""
+        if self._reading is None or self._is_deaf:
+            return
+        self._body.append(data)
+        self._body_bytes += len(data)
+        self.deadline_s = self._server.now() + self._limits.body_s
+        if self._body_bytes > self._limits.max_body_bytes:
+            self._refuse_request(self._reading, self._limit_answer("more"))
+
+    def on_message_complete(self) -> None:
+        """Called by the parser: serve the request, or let it wait its turn."""
+        client, self._reading = self._reading, None
+        if client is None or self._is_deaf:
+            return
+        client.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body = []
+        if self._serving is None:
+            self._start(client)
+        else:
+            self._pipeline.append(client)
+            if self._transport is not None:
+                self._transport.pause_reading()
+
+    # -- refusing ----------------------------------------------------------------------------
+
+    def _measure_head(self) -> int:
+        """Exactly; what was read may hold a body too."""
+        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers.items())
+
+    def _check_head(self, size: int) -> bool:
+        if size <= self._limits.max_header_bytes:
+            return True
+        limit = self._limits.max_header_bytes
+        self._refuse(self._error(431, f"the request's head is longer than {limit} bytes"))
+        return False
+
+    def _too_long(self, headers: dict[bytes, bytes]) -> Answer | None:
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and len(length) < 20 and int(length) <= self._limits.max_body_bytes:
+            return None
+        return self._limit_answer(length.decode("latin-1")) if length else None
+
+    def _limit_answer(self, size: str) -> Answer:
+        limit = self._limits.max_body_bytes
+        return self._error(413, f"the request body has {size} bytes, the limit is {limit}")
+
+    def _refuse_request(self, client: Client, answer: Answer) -> None:
+        """Answer before the body; keep the connection only if none comes and it is this one's turn."""
+        headers = client.headers
+        has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+        if has_body or self._serving is not None:
+            self._refuse(answer, has_body=client.method != "HEAD")
+            return
+        client.refusal = answer
+
+    def _refuse(self, answer: Answer, *, has_body: bool = True) -> None:
+        """Answer out of turn and close. Nothing may follow on this connection."""
+        self._reading, self._is_head_open = None, False
+        self._stop_reading()
+        self._pipeline.clear()
+        if self._serving is not None:  # what is on its way ends first, then the connection
+            self._serving.keep_alive = False
+            return
+        self.send(render_answer(answer, (), rest=self._server.date_line + CLOSE_LINE, has_body=has_body))
+        self._linger()
+
+    def _error(self, status: int, message: str) -> Answer:
+        path = self._reading.path if self._reading is not None else ""
+        return self._server.application.error(path, status, message)
+
+    def _stop_reading(self) -> None:
+        self._is_deaf = True
+        if self._serving is not None:
+            self._serving.keep_alive = False
+
+    def _linger(self) -> None:
+        """Say that nothing more comes, and give the client a moment to close first."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        self._is_lingering = True
+        self._await_reader()
+        try:
+            if transport.can_write_eof():
+                transport.write_eof()
+            else:
+                transport.close()
+        except OSError:  # reset by the client, and the loop has not heard of it yet
+            transport.abort()
+
+    def _await_reader(self) -> None:
+        """Set the deadline by which the client must have read something."""
+        assert self._transport is not None
+        self._unread_bytes = self._transport.get_write_buffer_size()
+        wait_s = self._limits.write_s if self._unread_bytes else LINGER_S
+        self.deadline_s = self._server.now() + wait_s
+
+    def _start(self, client: Client) -> None:
+        self._serving = client
+        self.deadline_s = NEVER
+        self._server.serve(client)

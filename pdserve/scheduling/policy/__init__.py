@@ -1,0 +1,138 @@
+"""Which prefill and which decode worker should serve this request.
+
+Policies are pure: they see the loads at one moment and return a pair. They hold no
+sockets and read no clock, so a simulator can run exactly these objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pdserve.config.balancer import BalancerConfig
+from pdserve.errors import ConfigError
+from pdserve.scheduling.policy.cache_aware import CacheAware, CacheParams
+from pdserve.scheduling.policy.least_load import LeastLoad
+from pdserve.scheduling.policy.pair_cost import PairCost, PairCostParams
+from pdserve.scheduling.policy.peers import Aibrix, DynamoKV, RouterPowerOfTwo, SmgLeastLoad
+from pdserve.scheduling.policy.simple import PowerOfTwo, Random, RoundRobin
+from pdserve.scheduling.policy.split import SplitPolicy
+from pdserve.scheduling.policy.view import (
+    Candidates,
+    Choice,
+    LegPolicy,
+    LinkCost,
+    PairView,
+    Policy,
+    Reason,
+    WorkerView,
+)
+from pdserve.scheduling.prefix.tree import PromptTree
+
+__all__ = [
+    "POLICIES",
+    "CacheParams",
+    "Candidates",
+    "Choice",
+    "LegPolicy",
+    "LinkCost",
+    "PairCost",
+    "PairCostParams",
+    "PairView",
+    "Policy",
+    "PolicyParams",
+    "PromptTree",
+    "Reason",
+    "SplitPolicy",
+    "WorkerView",
+    "make_policy",
+    "policy_of",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyParams:
+    """What any of the policies may be set up with; each takes its own part.
+
+    ``prefix_ttl_s``: a prefix known only from our own dispatches is forgotten when unused this long.
+    """
+
+    cache: CacheParams = field(default_factory=CacheParams)
+    pair: PairCostParams = field(default_factory=PairCostParams)
+    prefix_ttl_s: float = 600.0
+
+    @classmethod
+    def of(cls, config: BalancerConfig) -> PolicyParams:
+        """The part of the balancer's settings that policies know of."""
+        cache = CacheParams(
+            cache_threshold=config.cache_threshold,
+            balance_abs_threshold=config.balance_abs_threshold,
+            balance_rel_threshold=config.balance_rel_threshold,
+            max_tree_size=config.max_tree_size,
+        )
+        pair = PairCostParams(slo_ttft_s=config.slo_ttft_s, slo_tpot_s=config.slo_tpot_s)
+        return cls(cache, pair, config.prefix_ttl_s)
+
+    def tree(self) -> PromptTree:
+        """A new, empty one."""
+        return PromptTree(ttl_s=self.prefix_ttl_s)
+
+
+_MAKERS: dict[str, Callable[[int | None, PolicyParams], LegPolicy]] = {
+    "pair_cost": lambda seed, params: PairCost(params.pair, params.tree(), seed),
+    "least_load": lambda seed, params: LeastLoad(),
+    "cache_aware": lambda seed, params: CacheAware(params.cache),
+    "power_of_two": lambda seed, params: PowerOfTwo(seed),
+    "round_robin": lambda seed, params: RoundRobin(),
+    "random": lambda seed, params: Random(seed),
+    "router_power_of_two": lambda seed, params: RouterPowerOfTwo(seed),
+    "smg_least_load": lambda seed, params: SmgLeastLoad(),
+    "dynamo_kv": lambda seed, params: DynamoKV(params.tree(), seed),
+    "aibrix": lambda seed, params: Aibrix(params.tree()),
+}
+
+POLICIES = tuple(_MAKERS)
+"""Names that ``--policy`` takes; the first is the default."""
+
+_NEAREST = {
+    "bucket": "least_load",
+    "manual": "cache_aware",
+    "consistent_hashing": "cache_aware",
+    "prefix_hash": "cache_aware",
+    "passthrough": "round_robin",
+}
+"""Policies of sglang-router and smg that are not here, and what serves their purpose best."""
+
+
+def make_policy(
+    name: str,
+    seed: int | None = None,
+    cache: CacheParams | None = None,
+    params: PolicyParams | None = None,
+) -> LegPolicy:
+    """Build a policy by name; ``seed`` makes the random ones repeatable.
+
+    Raises:
+        ConfigError: for an unknown name, listing the known ones.
+    """
+    if maker := _MAKERS.get(name):
+        return maker(seed, params or PolicyParams(cache=cache or CacheParams()))
+    hint = f"; the nearest to {name!r} is {_NEAREST[name]!r}" if name in _NEAREST else ""
+    raise ConfigError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}{hint}")
+
+
+def policy_of(config: BalancerConfig, seed: int | None = None) -> Policy:
+    """The policy a balancer with these settings uses: one for both legs, or one for each if they differ.
+
+    Raises:
+        ConfigError: for an unknown name, listing the known ones.
+    """
+    params = PolicyParams.of(config)
+    prefill = config.prefill_policy or config.policy
+    decode = config.decode_policy or config.policy
+    if prefill == decode:
+        return make_policy(prefill, seed, params=params)
+    decode_seed = None if seed is None else seed + 1
+    return SplitPolicy(
+        make_policy(prefill, seed, params=params), make_policy(decode, decode_seed, params=params)
+    )

@@ -1,0 +1,172 @@
+"""The bounded line of requests that wait for a pair: by priority, then by arrival or by least work.
+
+Places are fixed at joining (scheduling/queue.py), so the line is sorted by insertion; it is sorted anew only
+when the order itself changes.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from pdserve.scheduling.regime import Regime
+from pdserve.scheduling.reservation import Reservation
+from pdserve.scheduling.work import Work
+from pdserve.scheduling.workers import PairKey
+from pdserve.types import RequestShape
+
+FCFS, SHORTEST, AUTO = "fcfs", "shortest", "auto"
+AGING = 8.0
+"""A request lets shorter ones pass that arrive within so many times its own work. At load ρ these bring at
+most ρ · 8 times its work, so that it is slowed down by no more than that beyond fcfs; with a smaller
+factor the short ones gain little, as a line under overload is longer than any one request's work."""
+
+
+class QueueOrder:
+    """The order that holds now. ``auto``: shortest while the fleet is short of something, else fcfs.
+
+    Args:
+        mode: ``fcfs``, ``shortest`` or ``auto``.
+        patience_s: the longest wait anybody is granted.
+    """
+
+    def __init__(self, mode: str, patience_s: float) -> None:
+        self.is_shortest = mode == SHORTEST
+        self._is_auto = mode == AUTO
+        self._most_s = patience_s / 2
+
+    def follow(self, regime: Regime) -> bool:
+        """The fleet's state changed; True if with it the order did."""
+        before = self.is_shortest
+        if self._is_auto:
+            self.is_shortest = regime is not Regime.NORMAL
+        return self.is_shortest is not before
+
+    def key(self, since_s: float, work_s: float, *, is_hopeless: bool) -> float:
+        """Smaller goes first. ``is_hopeless``: it misses its objective even on an idle fleet, so that it
+        makes way, for as long as anybody must, for those that can meet theirs."""
+        if is_hopeless:
+            return since_s + self._most_s
+        if self.is_shortest:
+            return since_s + min(AGING * work_s, self._most_s)
+        return since_s
+
+
+_T = TypeVar("_T", contravariant=True)
+
+
+class Grant(Protocol[_T]):
+    """What a wait comes to. An ``asyncio.Future`` is one."""
+
+    def done(self) -> bool:
+        """True once it has an outcome, or nobody waits for it any more."""
+        ...
+
+    def set_result(self, result: _T, /) -> None:
+        """The wait was worth it."""
+        ...
+
+    def set_exception(self, exception: Exception, /) -> None:
+        """It was not."""
+        ...
+
+
+class LineFull(Exception):
+    """There is no place, nor anyone of less priority to take it from."""
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """One waiting request.
+
+    ``number`` counts those that ever joined; ``due_s`` is when it must be sent at the latest to get its
+    first token in time (slo.py), infinite if it need not or cannot. ``num_overtaken`` counts how many behind
+    it were served while it did not fit.
+    """
+
+    shape: RequestShape
+    exclude: frozenset[PairKey]
+    since_s: float
+    grant: Grant[Reservation] = field(repr=False)
+    work: Work
+    due_s: float = math.inf
+    is_hopeless: bool = False
+    number: int = 0
+    place: tuple[int, float, int] = (0, 0.0, 0)
+    num_overtaken: int = 0
+
+
+def _place(waiter: Waiter) -> tuple[int, float, int]:
+    return waiter.place
+
+
+class WaitLine:
+    """Waiters in order. Who is served when is the admission's business."""
+
+    def __init__(self, size: int, order: QueueOrder) -> None:
+        self.size = size
+        self.order = order
+        self._waiters: list[Waiter] = []
+        self._num_joined = 0
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    def __iter__(self) -> Iterator[Waiter]:
+        """In order, as the line was when the iteration began."""
+        return iter(self._waiters.copy())
+
+    @property
+    def oldest_s(self) -> float | None:
+        """When the one that has waited longest joined; None if nobody waits."""
+        return min((waiter.since_s for waiter in self._waiters), default=None)
+
+    def join(self, waiter: Waiter) -> Waiter | None:
+        """Stand in line; returns the waiter of less priority that lost its place to this one, if any.
+
+        Raises:
+            LineFull: if there is no place.
+        """
+        self._num_joined += 1
+        waiter.number = self._num_joined
+        self._put(waiter)
+        displaced = None
+        if len(self._waiters) >= self.size:
+            if not self._waiters or self._waiters[-1].place[0] <= waiter.place[0]:
+                raise LineFull
+            displaced = self._waiters.pop()
+        insort(self._waiters, waiter, key=_place)
+        return displaced
+
+    def reorder(self) -> None:
+        """The order has changed: give everyone the place it has by the new one."""
+        for waiter in self._waiters:
+            self._put(waiter)
+        self._waiters.sort(key=_place)
+
+    def ahead_s(self, waiter: Waiter) -> float:
+        """Prefill seconds of those who would be before ``waiter`` if it joined now."""
+        waiter.number = self._num_joined + 1
+        self._put(waiter)
+        end = bisect_left(self._waiters, waiter.place, key=_place)
+        return sum(each.work.prefill_s for each in self._waiters[:end])
+
+    def _put(self, waiter: Waiter) -> None:
+        key = self.order.key(waiter.since_s, waiter.work.total_s, is_hopeless=waiter.is_hopeless)
+        waiter.place = -waiter.shape.priority, key, waiter.number
+
+    def leave(self, waiter: Waiter) -> None:
+        """Out of the line; nothing happens if it is out already."""
+        index = bisect_left(self._waiters, waiter.place, key=_place)
+        if index < len(self._waiters) and self._waiters[index] is waiter:
+            del self._waiters[index]
+
+    def dismiss(self, make_error: Callable[[], Exception]) -> None:
+        """End every wait with an error."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.grant.done():
+                waiter.grant.set_exception(make_error())

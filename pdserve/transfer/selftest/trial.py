@@ -1,0 +1,356 @@
+"""One prefill and one decode rank in two processes, without SGLang: real pools, slabs and transport.
+
+What ``bench/transfer.py`` measures and the byte-exact tests check: the very
+outbox, inbox and planner that serve, over synthetic KV of any geometry.
+
+    this process                         child process
+    Trial.send ──► outbox ── NIXL ──►    inbox ──► arrival time, checksums
+       ▲            ▲ credits ◄── pipe ──┘ │
+       └────────────┴──────── pipe ◄───────┘
+
+Clocks agree because both processes read the same CLOCK_MONOTONIC.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from types import TracebackType
+
+import msgspec
+import numpy as np
+
+from pdserve.config.worker_env import cache_dir
+from pdserve.errors import TransferFailed
+from pdserve.kv.coalesce import HostPageCopier, PageCopier, host_bytes
+from pdserve.kv.layout import PagedRegions, PageIds
+from pdserve.transfer.engine import MemoryKind, PeerName
+from pdserve.transfer.inbox import Inbox, Window
+from pdserve.transfer.messages import (
+    PROTOCOL_VERSION,
+    Credit,
+    PeerOffer,
+    Void,
+    decode_control,
+    decode_offer,
+    encode,
+)
+from pdserve.transfer.nixl import AgentTuning, NixlEngine, tune_agents
+from pdserve.transfer.outbox import Outbox
+from pdserve.transfer.peer import OwnPool, PeerLink, connect_peer, page_blocks
+from pdserve.transfer.plan import Path
+from pdserve.transfer.selftest.pool import PoolSums, TrialGeometry, TrialPool, make_buffer
+from pdserve.transfer.steps import ChunkJob, StepRunner, Target, TransferRecord
+from pdserve.transfer.warm_up import warm_up
+
+__all__ = ["SendReport", "Trial", "TrialGeometry", "copy_rate_bytes_per_s"]
+
+SEND_S = 120.0
+"""Longest wait for one room; a trial that takes longer has hung."""
+
+
+class _Expect(msgspec.Struct, tag=True, frozen=True):
+    room: int
+    pages: list[int]
+
+
+class _Digest(msgspec.Struct, tag=True, frozen=True):
+    pages: list[int]
+    num_tokens: int
+    first_head: int
+    num_heads: int
+
+
+class _Stop(msgspec.Struct, tag=True, frozen=True):
+    pass
+
+
+class _Hello(msgspec.Struct, tag=True, frozen=True):
+    engine: bytes
+    offer: bytes
+
+
+class _Arrived(msgspec.Struct, tag=True, frozen=True):
+    room: int
+    at_s: float
+    scatter_s: float
+    failure: str = ""
+
+
+_COMMANDS: msgspec.msgpack.Decoder[_Expect | _Digest | _Stop] = msgspec.msgpack.Decoder(
+    _Expect | _Digest | _Stop
+)
+_REPLIES: msgspec.msgpack.Decoder[_Hello | _Arrived | PoolSums] = msgspec.msgpack.Decoder(
+    _Hello | _Arrived | PoolSums
+)
+
+
+def _engine(name: str, geometry: TrialGeometry) -> NixlEngine:
+    if geometry.kind is MemoryKind.DRAM:
+        tune_agents(lambda: AgentTuning(has_progress_thread=False))
+    return NixlEngine.create(name=name)
+
+
+def make_copier(regions: PagedRegions, geometry: TrialGeometry) -> PageCopier:
+    """The copier for the geometry's memory, as the plugin makes it."""
+    if geometry.kind is MemoryKind.DRAM:
+        return HostPageCopier(regions)
+    from pdserve.kv.cuda_copy import CudaPageCopier
+
+    return CudaPageCopier(regions, geometry.device, cache_dir=str(cache_dir() / "kernels"))
+
+
+class _DecodeRank:
+    """The child: answers commands, reports arrivals."""
+
+    def __init__(self, geometry: TrialGeometry, commands: Connection, reports: Connection) -> None:
+        self._geometry = geometry
+        self._commands, self._reports = commands, reports
+        self._send_lock = threading.Lock()
+        self.pool = TrialPool(geometry)
+        self.slab = make_buffer(geometry, geometry.slab_bytes)
+        self.engine = _engine("trial-decode", geometry)
+        self.engine.register(self.pool.spans(), geometry.kind)
+        slab = np.array([(self.slab.address, geometry.slab_bytes, geometry.device)], dtype=np.uint64)
+        self.engine.register(slab, geometry.kind)
+        self.inbox = Inbox(self.engine, make_copier(self.pool.regions, geometry), self, self._credit)
+        self.inbox.open_window(Window(0, self.slab.address, geometry.slab_bytes))
+        self.inbox.expect_connection()
+        self.inbox.start()
+
+    def serve(self) -> None:
+        offer = PeerOffer(
+            version=PROTOCOL_VERSION, instance_id="trial", bases=self.pool.regions.bases,
+            num_pages=self.pool.regions.num_pages, page_size=self.pool.regions.page_size,
+            row_bytes=self.pool.regions.row_bytes, token_stride=self.pool.regions.token_stride,
+            num_kv_heads=self._geometry.num_kv_heads, total_kv_heads=self._geometry.heads,
+            tp_size=self._geometry.tp_size, tp_rank=self._geometry.tp_rank, memory=str(self._geometry.kind),
+            device=self._geometry.device,
+            window=0, window_address=self.slab.address, window_bytes=self._geometry.slab_bytes,
+        )  # fmt: skip
+        self._commands.send_bytes(encode(_Hello(self.engine.describe(), encode(offer))))
+        while True:
+            match _COMMANDS.decode(self._commands.recv_bytes()):
+                case _Expect(room, pages):
+                    self.inbox.expect(room, np.array(pages, dtype=np.int32))
+                    self._commands.send_bytes(b"")
+                case _Digest(pages, num_tokens, first_head, num_heads):
+                    ids = np.array(pages, dtype=np.int32)
+                    sums = self.pool.digest(ids, num_tokens, first_head, num_heads)
+                    self._commands.send_bytes(encode(sums))
+                case _Stop():
+                    self.inbox.close()
+                    return
+
+    def is_open(self, room: int) -> bool:
+        return True
+
+    def rank_arrived(self, room: int, rank: int) -> None:
+        self._report(_Arrived(room, time.perf_counter(), self.inbox.stats.scatter_s))
+        self.inbox.forget(room)
+
+    def failed(self, room: int, reason: str) -> None:
+        self._report(_Arrived(room, time.perf_counter(), self.inbox.stats.scatter_s, reason))
+
+    def _credit(self, credit: Credit) -> None:
+        self._report(credit)
+
+    def _report(self, message: msgspec.Struct) -> None:
+        with self._send_lock:
+            self._reports.send_bytes(encode(message))
+
+
+def _serve(geometry: TrialGeometry, commands: Connection, reports: Connection) -> None:
+    _DecodeRank(geometry, commands, reports).serve()
+
+
+@dataclass(slots=True)
+class SendReport:
+    """One room, from submit to the decode rank's observation that every byte is in its pages. Seconds."""
+
+    total_s: float
+    cpu_s: float
+    """CPU time of this whole process meanwhile."""
+    scatter_s: float
+    record: TransferRecord
+
+
+@dataclass(slots=True)
+class _Flight:
+    done: threading.Event = field(default_factory=threading.Event)
+    sent: threading.Event = field(default_factory=threading.Event)
+    arrived: _Arrived | None = None
+    failure: str = ""
+    record: TransferRecord = field(default_factory=TransferRecord)
+
+
+class Trial:
+    """Both ranks, as a context manager. ``send`` one room at a time."""
+
+    def __init__(
+        self, source: TrialGeometry, target: TrialGeometry | None = None, *, piece_bytes: int = 2 << 20
+    ) -> None:
+        self.source, self.target = source, target or source
+        context = multiprocessing.get_context("spawn")
+        self._commands, commands = context.Pipe()
+        reports_in, reports = context.Pipe(duplex=False)
+        self._reports = reports_in
+        self._child = context.Process(target=_serve, args=(self.target, commands, reports), daemon=True)
+        self._child.start()
+        reports.close()
+        self.pool = TrialPool(source)
+        self._slab = make_buffer(source, source.slab_bytes)
+        self._engine = _engine("trial-prefill", source)
+        self._engine.register(self.pool.spans(), source.kind)
+        slab = np.array([(self._slab.address, source.slab_bytes, source.device)], dtype=np.uint64)
+        self._engine.register(slab, source.kind)
+        self._flights: dict[int, _Flight] = {}
+        self._next_room = 1
+        self._scatter_s = 0.0
+        own = OwnPool(
+            self.pool.regions, source.heads, source.tp_size, source.tp_rank, source.kind, source.device
+        )
+        hello = _REPLIES.decode(self._commands.recv_bytes())
+        assert isinstance(hello, _Hello)
+        peer = self._engine.connect(hello.engine)
+        self.link: PeerLink = connect_peer(
+            self._engine, peer, decode_offer(hello.offer), own,
+            source_blocks=self._engine.prepare(None, page_blocks(own.regions, source.device), source.kind),
+            max_piece_bytes=min(piece_bytes, source.slab_bytes),
+        )  # fmt: skip
+        warm_up(self._engine, self.link, self._slab.address)
+        runner = StepRunner(
+            self._engine, make_copier(self.pool.regions, source),
+            rank=0, kind=source.kind, device=source.device,
+            slab_address=self._slab.address, slab_bytes=source.slab_bytes,
+        )  # fmt: skip
+        self._outbox = Outbox(runner, self, self._send_void)
+        self._outbox.add_peer(self.link)
+        self._outbox.start()
+        self._reader = threading.Thread(target=self._read_reports, name="pdserve-trial", daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._outbox.close()
+        self._commands.send_bytes(encode(_Stop()))
+        self._child.join(10)
+        if self._child.is_alive():
+            self._child.kill()
+
+    def send(
+        self,
+        source: PageIds,
+        target: PageIds,
+        *,
+        path: Path | None = None,
+        piece_bytes: int = 0,
+        chunks: int = 1,
+    ) -> SendReport:
+        """Move all tokens of ``source`` pages into ``target`` pages.
+
+        Raises:
+            TransferFailed: when either side gave the room up.
+        """
+        room, flight = self._next_room, _Flight()
+        self._next_room += 1
+        self._flights[room] = flight
+        self._commands.send_bytes(encode(_Expect(room, target.tolist())))
+        self._commands.recv_bytes()
+        if piece_bytes:
+            self.link.piece_bytes = piece_bytes
+        bounds = [len(source) * part // chunks for part in range(chunks + 1)]
+        begin_cpu, begin = time.process_time(), time.perf_counter()
+        for first, last in zip(bounds, bounds[1:], strict=False):  # noqa: RUF007
+            self._outbox.submit(
+                ChunkJob(
+                    room=room, pages=source[first:last], first_token=first * self.source.page_size,
+                    is_last=last == len(source), targets=[Target(PeerName(self.link.name), target)],
+                    forced_path=path,
+                )
+            )  # fmt: skip
+        if not flight.done.wait(SEND_S) or not flight.sent.wait(SEND_S):
+            raise TransferFailed(room, flight.failure or f"nothing heard for {SEND_S:.0f} s")
+        if flight.failure or flight.arrived is None:
+            raise TransferFailed(room, flight.failure or "no arrival")
+        scatter_s, self._scatter_s = flight.arrived.scatter_s - self._scatter_s, flight.arrived.scatter_s
+        del self._flights[room]
+        return SendReport(
+            flight.arrived.at_s - begin, time.process_time() - begin_cpu, scatter_s, flight.record
+        )
+
+    def digest_target(
+        self, pages: PageIds, num_tokens: int, first_head: int = 0, num_heads: int = 0
+    ) -> PoolSums:
+        """Checksums of the decode rank's pool; see ``TrialPool.digest``."""
+        command = _Digest(pages.tolist(), num_tokens, first_head, num_heads or self.target.num_kv_heads)
+        self._commands.send_bytes(encode(command))
+        reply = _REPLIES.decode(self._commands.recv_bytes())
+        assert isinstance(reply, PoolSums)
+        return reply
+
+    def held_window_bytes(self) -> int:
+        """Slab space the decode rank has not given back."""
+        return self._outbox.held_window_bytes()
+
+    # RoomGate
+
+    def enter(self, room: int) -> bool:
+        """Trial rooms are never closed."""
+        return True
+
+    def is_open(self, room: int) -> bool:
+        """Trial rooms are never closed."""
+        return True
+
+    def finished(self, job: ChunkJob) -> None:
+        """Keep what it took."""
+        flight = self._flights[job.room]
+        flight.record.add(job.record)
+        if job.is_last:
+            flight.sent.set()
+
+    def failed(self, job: ChunkJob, *, settled: bool) -> None:
+        """End the wait."""
+        flight = self._flights[job.room]
+        flight.failure = job.failure or "failed"
+        flight.sent.set()
+        flight.done.set()
+
+    def _send_void(self, peer: PeerName, void: Void) -> None:
+        raise TransferFailed(0, f"{peer}: slab pieces {void.generations} were never credited")
+
+    def _read_reports(self) -> None:
+        while True:
+            try:
+                raw = self._reports.recv_bytes()
+            except (EOFError, OSError):
+                return
+            if b"Arrived" not in raw[:24]:
+                message = decode_control(raw)
+                if isinstance(message, Credit):
+                    self._outbox.credit(message)
+                continue
+            arrived = _REPLIES.decode(raw)
+            assert isinstance(arrived, _Arrived)
+            flight = self._flights[arrived.room]
+            flight.arrived, flight.failure = arrived, arrived.failure or flight.failure
+            flight.done.set()
+
+
+def copy_rate_bytes_per_s(nbytes: int = 256 << 20) -> float:
+    """Plain memory copy on this machine, the ceiling of any host transfer."""
+    source, target = np.ones(nbytes, dtype=np.uint8), np.zeros(nbytes, dtype=np.uint8)
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        np.copyto(host_bytes(target.ctypes.data, nbytes), source)
+        times.append(time.perf_counter() - begin)
+    return nbytes / sorted(times)[2]

@@ -1,0 +1,133 @@
+"""Every route of SGLang is answered, with its methods and its access; nothing is a surprise."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+
+from pdserve.balancer.api.auth import Access
+from pdserve.balancer.api.routes import Endpoint, Surface, build_surface
+from pdserve.balancer.api.unserved import UNSERVED
+from pdserve.balancer.fleet.fleet import Fleet
+from pdserve.balancer.proxy.dispatcher import PairDispatcher
+from pdserve.balancer.request.request import Route
+from pdserve.config.balancer import BalancerConfig
+from pdserve.errors import ConfigError
+from pdserve.http.client import UpstreamPool
+from tests.support.control_worker import control_site
+from tests.support.sglang_routes import DECORATED, NOT_DECORATED, SOURCES, parsed, routes_in
+
+OF_SGLANG = sorted(parsed(DECORATED) | parsed(NOT_DECORATED))
+OF_ROUTER = [
+    *(("GET", path) for path in ("/liveness", "/readiness", "/get_loads", "/engine_metrics", "/workers")),
+    *((method, "/workers/prefill-0") for method in ("GET", "PUT", "PATCH", "DELETE")),
+    *(("POST", path) for path in ("/workers", "/add_worker", "/remove_worker")),
+    *(("GET", path) for path in ("/list_workers", "/pdserve/state")),
+]
+PUBLIC = {"/health", "/health_generate", "/ready", "/ping", "/metrics"}
+"""What SGLang leaves open, and /ping, which SageMaker asks without a key."""
+
+
+@pytest.fixture
+async def surface() -> Surface:
+    config = BalancerConfig()
+    pool = UpstreamPool()
+    fleet = Fleet(config, pool)
+    return build_surface(fleet, pool, PairDispatcher(config, fleet, pool), config)
+
+
+def endpoint_of(surface: Surface, method: str, path: str) -> Endpoint | None:
+    filled = (
+        path.replace("{model:path}", "a/b").replace("{response_id}", "resp_1").replace("{method}", "dump")
+    )
+    methods = surface.find(filled)
+    return (methods or {}).get("GET" if method == "HEAD" else method)
+
+
+def test_the_committed_list_is_that_of_the_installed_wheel() -> None:
+    try:
+        wheel = distribution("sglang")
+    except PackageNotFoundError:
+        pytest.skip("sglang is not installed")
+    folder = Path(str(wheel.locate_file("sglang/srt/entrypoints")))
+    found = {route for name in SOURCES for route in routes_in((folder / name).read_text())}
+    assert found == parsed(DECORATED)
+
+
+@pytest.mark.parametrize(("method", "path", "is_admin"), OF_SGLANG)
+async def test_every_route_of_sglang_is_answered_with_its_access(
+    surface: Surface, method: str, path: str, is_admin: bool
+) -> None:
+    endpoint = endpoint_of(surface, method, path)
+    assert endpoint is not None, f"{method} {path}"
+    wanted = Access.ADMIN if is_admin else Access.PUBLIC if path in PUBLIC else Access.CLIENT
+    assert endpoint.access is wanted
+
+
+@pytest.mark.parametrize(("method", "path"), OF_ROUTER)
+async def test_every_route_of_the_router_is_answered(surface: Surface, method: str, path: str) -> None:
+    assert endpoint_of(surface, method, path) is not None
+
+
+async def test_no_method_beyond_sglangs(surface: Surface) -> None:
+    """A method that SGLang does not take would be answered 405 by it, and so here."""
+    theirs = {(method, path) for method, path, _ in OF_SGLANG}
+    for path in {path for _, path in theirs} - {"/"}:
+        methods = surface.find(path.replace("{response_id}", "x").replace("{method}", "x")) or {}
+        assert {(method, path) for method in methods} <= theirs, path
+
+
+async def test_every_prompt_route_is_a_clients(surface: Surface) -> None:
+    for route in Route:
+        endpoint = endpoint_of(surface, "POST", route)
+        assert endpoint is not None
+        assert endpoint.access is Access.CLIENT
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "/workers/",
+            "/v1/responses/",
+            "/v1/responses/a/b",
+            "/v1/responses//cancel",
+            "/dumper/",
+            "/dumper/a/b",
+        ),
+        *("/generate/", "/v1/models/", "/workers/{id:path}", "", "//", "/v1/responses/{id}x/cancel/"),
+    ],
+)
+async def test_near_misses_are_no_paths(surface: Surface, path: str) -> None:
+    found = surface.find(path)
+    assert found is None or path == "/workers/{id:path}"  # that one is a worker of an odd name
+
+
+async def test_bad_worker_hosts_are_a_config_error() -> None:
+    config = BalancerConfig(worker_hosts=("10.0.0.0/40",))
+    pool = UpstreamPool()
+    fleet = Fleet(config, pool)
+    with pytest.raises(ConfigError, match=r"worker_hosts.*10\.0\.0\.0/40"):
+        build_surface(fleet, pool, PairDispatcher(config, fleet, pool), config)
+
+
+@pytest.mark.parametrize("path", sorted(UNSERVED))
+async def test_what_a_pair_cannot_serve_is_501_with_what_to_do(path: str) -> None:
+    async with control_site(prefill=0, decode=0) as site:
+        method = UNSERVED[path][0][0]
+        reply = await site.ask(method, path, {} if method == "POST" else None)
+    assert reply.status == 501
+    message = reply.json["message"] if path.startswith("/v1/") else reply.json["error"]["message"]
+    assert "plain SGLang server" in message or "use /" in message
+
+
+async def test_keys_open_what_they_are_for() -> None:
+    async with control_site(api_key="client", admin_api_key="admin") as site:
+        control = [(path, 401, 200) for path in ("/workers", "/flush_cache", "/pdserve/state")]
+        for path, client, admin in [("/liveness", 200, 200), ("/v1/models", 200, 401), *control]:
+            for key, status in (("client", client), ("admin", admin)):
+                reply = await site.ask("GET", path, authorization=f"Bearer {key}")
+                assert reply.status == status, (path, key)
+        assert (await site.ask("GET", "/workers")).status == 401

@@ -1,0 +1,165 @@
+"""Canonical text of prompts: one text for every dress of a conversation, growing only at its end."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdserve.scheduling.prefix.text import BytesPerToken, canonical_text
+
+SYSTEM = {"role": "system", "content": 'Be "kind".\nAnd brief: é — 漢'}
+USER = {"role": "user", "content": "What is a tree?"}
+ANSWER = {"role": "assistant", "content": "A plant."}
+CALL: dict[str, Any] = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "7"}
+PICTURE = {
+    "role": "user",
+    "content": [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "u1"}}],
+}
+
+
+def encode(messages: Any, **dress: Any) -> bytes:
+    return json.dumps(messages, **dress).encode()
+
+
+def parts(message: dict[str, Any]) -> dict[str, Any]:
+    return {"content": [{"type": "text", "text": message["content"]}], "role": message["role"]}
+
+
+@pytest.mark.parametrize(
+    "dressed",
+    [
+        encode([SYSTEM, USER], ensure_ascii=False),
+        encode([SYSTEM, USER], indent=2),
+        encode([SYSTEM, USER], separators=(",", ":")),
+        encode([SYSTEM, USER], sort_keys=True),
+        encode([parts(SYSTEM), USER]),
+        encode([SYSTEM, parts(USER)]),
+        b"  " + encode([{**SYSTEM, "cache_control": {"type": "ephemeral"}}, USER]),
+    ],
+)
+def test_equal_conversations_in_other_dress_have_equal_text(dressed: bytes) -> None:
+    assert canonical_text(dressed) == canonical_text(encode([SYSTEM, USER]))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [SYSTEM, {**USER, "role": "assistant"}],
+        [USER, SYSTEM],
+        [SYSTEM, {**USER, "content": "What is a bee?"}],
+        [SYSTEM, {**USER, "name": "Ann"}],
+        [SYSTEM],
+    ],
+)
+def test_other_conversations_have_another_text(other: Any) -> None:
+    assert canonical_text(encode(other)) != canonical_text(encode([SYSTEM, USER]))
+
+
+def test_pictures_are_told_apart() -> None:
+    other = {**PICTURE, "content": [PICTURE["content"][0], {"type": "image_url", "image_url": {"url": "u2"}}]}
+    assert canonical_text(encode([PICTURE])) != canonical_text(encode([other]))
+
+
+@pytest.mark.parametrize("later", [ANSWER, CALL, PICTURE, RESULT, 7, None, {"content": 3}])
+def test_turn_is_the_beginning_of_the_next_whatever_comes(later: Any) -> None:
+    first = canonical_text(encode([SYSTEM, USER]))
+    assert canonical_text(encode([SYSTEM, USER, later])).startswith(first)
+
+
+def test_tool_calls_stay_where_they_were_in_later_turns() -> None:
+    first = canonical_text(encode([USER, CALL, RESULT]))
+    assert canonical_text(encode([USER, CALL, RESULT, ANSWER, PICTURE], sort_keys=True)).startswith(first)
+
+
+def test_head_comes_before_the_conversation_in_one_dress() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    text = canonical_text(encode([USER]), encode(tools))
+    assert text == canonical_text(encode([USER]), encode(tools, indent=1, sort_keys=True))
+    assert text.endswith(canonical_text(encode([USER])))
+    assert text != canonical_text(encode([USER]))
+    assert canonical_text(b'"hi"', b'{"cache_salt": "s"}') != canonical_text(b'"hi"')
+
+
+@pytest.mark.parametrize("prompt", [b'"a text"', b"[1, 2, 3]", b'["a", "b"]', b"", b"[", b"[{", b"[{]", b"7"])
+def test_what_is_no_conversation_is_left_as_it_is(prompt: bytes) -> None:
+    assert canonical_text(prompt) == prompt
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+messages = st.dictionaries(
+    st.sampled_from(["role", "content", "name", "tool_calls", "tool_call_id", "text", "type"]), json_values
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(messages, min_size=1, max_size=4), st.lists(messages, max_size=2))
+def test_odd_messages_never_raise_and_never_spoil_the_prefix(
+    first: list[dict[str, Any]], later: list[dict[str, Any]]
+) -> None:
+    early, late = canonical_text(encode(first)), canonical_text(encode(first + later))
+    is_left_alone = early.startswith(b"[")
+    assert is_left_alone or late.startswith(early)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=60))
+def test_bytes_of_any_kind_never_raise(rest: bytes) -> None:
+    canonical_text(b"[{" + rest)
+    canonical_text(b'[{"role":"user","content":"' + rest + b'"}]', rest)
+
+
+def test_deep_nesting_never_raises() -> None:
+    canonical_text(b'[{"role":' + b"[" * 100_000)
+    canonical_text(encode([USER]), b"[" * 100_000)
+
+
+def test_lone_surrogates_never_raise() -> None:
+    canonical_text(b'[{"role":"user","content":"\\ud800"}]')
+
+
+# -- bytes per token -----------------------------------------------------------------------------
+
+
+def test_ratio_is_found_from_few_requests() -> None:
+    fitted = BytesPerToken()
+    for _ in range(5):
+        fitted.learn(2500, 1000)
+    assert fitted.value == pytest.approx(2.5)
+    assert fitted.tokens(5000) == pytest.approx(2000)
+
+
+def test_ratio_withstands_nonsense_and_follows_a_change() -> None:
+    fitted, chance = BytesPerToken(), random.Random(1)
+    for _ in range(200):
+        fitted.learn(int(1000 * chance.uniform(3.8, 4.2)), 1000)
+        if chance.random() < 0.05:
+            fitted.learn(10**7, 20)
+    assert fitted.value == pytest.approx(4.0, rel=0.1)
+    for _ in range(500):
+        fitted.learn(3000, 1000)
+    assert fitted.value == pytest.approx(3.0, rel=0.05)
+
+
+@pytest.mark.parametrize(("num_bytes", "num_tokens"), [(0, 100), (100, 0), (-1, 50), (40, 3)])
+def test_what_tells_nothing_is_not_learned(num_bytes: int, num_tokens: int) -> None:
+    fitted = BytesPerToken()
+    fitted.learn(num_bytes, num_tokens)
+    assert fitted.value == pytest.approx(4.0)

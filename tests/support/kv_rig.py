@@ -1,0 +1,252 @@
+"""A prefill and a decode rank without SGLang: real pools, real outbox and inbox, any engine.
+
+Room bookkeeping is the smallest that keeps the contract of RoomGate/RoomOwner;
+control messages are handed over in memory, as the ZMQ socket would.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pdserve.kv.coalesce import HostPageCopier
+from pdserve.kv.layout import PagedRegions
+from pdserve.transfer.engine import MemoryKind, PeerName, TransferEngine
+from pdserve.transfer.inbox import Inbox, Window
+from pdserve.transfer.messages import PROTOCOL_VERSION, Credit, PeerOffer, Void
+from pdserve.transfer.outbox import Outbox
+from pdserve.transfer.peer import OwnPool, connect_peer, page_blocks
+from pdserve.transfer.steps import ChunkJob, StepRunner, Target
+
+AUX_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of one rank's pool."""
+
+    num_regions: int = 4
+    num_pages: int = 40
+    page_size: int = 4
+    num_kv_heads: int = 2
+    total_kv_heads: int = 2
+    head_bytes: int = 24
+    gap_bytes: int = 0
+    tp_size: int = 1
+    tp_rank: int = 0
+
+
+class Pool:
+    """Host memory laid out as SGLang's pools, with a random gap between regions."""
+
+    def __init__(self, geometry: Geometry, rng: np.random.Generator) -> None:
+        self.geometry = geometry
+        row = geometry.num_kv_heads * geometry.head_bytes
+        stride = row + geometry.gap_bytes
+        nbytes = geometry.num_pages * geometry.page_size * stride
+        self._memory = [
+            rng.integers(0, 256, nbytes + 64, dtype=np.uint8) for _ in range(geometry.num_regions)
+        ]
+        self._starts = [int(rng.integers(0, 8)) * 8 for _ in range(geometry.num_regions)]
+        self.regions = PagedRegions(
+            bases=tuple(
+                memory.ctypes.data + start for memory, start in zip(self._memory, self._starts, strict=True)
+            ),
+            num_pages=geometry.num_pages,
+            page_size=geometry.page_size,
+            row_bytes=row,
+            token_stride=stride,
+            num_kv_heads=geometry.num_kv_heads,
+        )
+        self.slots = geometry.num_pages * geometry.page_size
+        self.aux = rng.integers(0, 256, (8, AUX_BYTES), dtype=np.uint8)
+
+    def rows(self, region: int) -> npt.NDArray[np.uint8]:
+        """``[slots, heads, head_bytes]`` view of one region."""
+        geometry, regions = self.geometry, self.regions
+        start = self._starts[region]
+        flat = self._memory[region][start : start + self.slots * regions.token_stride]
+        strided = flat.reshape(self.slots, regions.token_stride)[:, : regions.row_bytes]
+        return strided.reshape(self.slots, geometry.num_kv_heads, geometry.head_bytes)
+
+    def tokens(self, region: int, pages: npt.NDArray[np.int32], count: int) -> npt.NDArray[np.uint8]:
+        """The first ``count`` tokens held by ``pages``, copied."""
+        size = self.geometry.page_size
+        slots = (pages.astype(np.int64)[:, None] * size + np.arange(size)).reshape(-1)[:count]
+        return self.rows(region)[slots].copy()
+
+    def snapshot(self) -> list[npt.NDArray[np.uint8]]:
+        """All memory, gaps and margins included."""
+        return [memory.copy() for memory in self._memory]
+
+    def spans(self) -> npt.NDArray[np.uint64]:
+        """Everything a peer or the transport may touch."""
+        whole = [(memory.ctypes.data, memory.nbytes, 0) for memory in self._memory]
+        return np.array([*whole, (self.aux.ctypes.data, self.aux.nbytes, 0)], dtype=np.uint64)
+
+    def aux_span(self, row: int) -> npt.NDArray[np.uint64]:
+        """One metadata row."""
+        return np.array([[self.aux.ctypes.data + row * AUX_BYTES, AUX_BYTES, 0]], dtype=np.uint64)
+
+
+@dataclass
+class Gate:
+    """Prefill rank's rooms."""
+
+    closed: set[int] = field(default_factory=set)
+    outstanding: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    done: list[ChunkJob] = field(default_factory=list)
+    failures: dict[int, tuple[str, bool]] = field(default_factory=dict)
+
+    def enter(self, room: int) -> bool:
+        self.outstanding[room] += 1
+        if room in self.closed:
+            self.outstanding[room] -= 1
+            return False
+        return True
+
+    def is_open(self, room: int) -> bool:
+        return room not in self.closed
+
+    def finished(self, job: ChunkJob) -> None:
+        if job.is_entered:
+            self.outstanding[job.room] -= 1
+        self.done.append(job)
+
+    def failed(self, job: ChunkJob, *, settled: bool) -> None:
+        if job.is_entered and settled:
+            self.outstanding[job.room] -= 1
+        self.failures[job.room] = (job.failure or "", settled)
+
+
+@dataclass
+class Owner:
+    """Decode rank's rooms."""
+
+    closed: set[int] = field(default_factory=set)
+    arrived: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    failures: dict[int, str] = field(default_factory=dict)
+
+    def is_open(self, room: int) -> bool:
+        return room not in self.closed
+
+    def rank_arrived(self, room: int, rank: int) -> None:
+        self.arrived[room].append(rank)
+
+    def failed(self, room: int, reason: str) -> None:
+        self.failures[room] = reason
+        self.closed.add(room)
+
+
+class DecodeRank:
+    """Pool, slab and inbox of one decode rank."""
+
+    def __init__(
+        self, engine: TransferEngine, geometry: Geometry, rng: np.random.Generator,
+        *, slab_bytes: int = 1 << 20, arrival_timeout_s: float = 30.0,
+    ) -> None:  # fmt: skip
+        self.engine, self.geometry = engine, geometry
+        self.pool = Pool(geometry, rng)
+        self.slab = np.zeros(max(slab_bytes, 1), dtype=np.uint8)
+        self.slab_bytes = slab_bytes
+        engine.register(self.pool.spans(), MemoryKind.DRAM)
+        engine.register(
+            np.array([(self.slab.ctypes.data, self.slab.nbytes, 0)], dtype=np.uint64), MemoryKind.DRAM
+        )
+        self.owner = Owner()
+        self.prefills: dict[int, PrefillRank] = {}
+        self.inbox = Inbox(
+            engine, HostPageCopier(self.pool.regions), self.owner, self._credit,
+            arrival_timeout_s=arrival_timeout_s,
+        )  # fmt: skip
+        self.num_credit_messages = 0
+
+    def _credit(self, credit: Credit) -> None:
+        self.num_credit_messages += 1
+        self.prefills[credit.window].outbox.credit(credit)
+
+    def offer(self, prefill: PrefillRank) -> PeerOffer:
+        """A window of the slab for this prefill rank; each gets an equal part of it."""
+        number = len(self.prefills)
+        self.prefills[number] = prefill
+        share = self.slab_bytes // 2
+        address = self.slab.ctypes.data + number * share
+        self.inbox.open_window(Window(number, address, share))
+        regions, geometry = self.pool.regions, self.geometry
+        return PeerOffer(
+            version=PROTOCOL_VERSION, instance_id="d", bases=regions.bases, num_pages=regions.num_pages,
+            page_size=regions.page_size, row_bytes=regions.row_bytes, token_stride=regions.token_stride,
+            num_kv_heads=regions.num_kv_heads, total_kv_heads=geometry.total_kv_heads,
+            tp_size=geometry.tp_size, tp_rank=geometry.tp_rank, memory="DRAM", device=0,
+            window=number, window_address=address, window_bytes=share,
+        )  # fmt: skip
+
+
+class PrefillRank:
+    """Pool, slab and outbox of one prefill rank."""
+
+    def __init__(
+        self, engine: TransferEngine, geometry: Geometry, rng: np.random.Generator,
+        *, slab_bytes: int = 1 << 20, max_piece_bytes: int = 4096, credit_timeout_s: float = 30.0,
+        rank: int = 0,
+    ) -> None:  # fmt: skip
+        self.engine, self.geometry = engine, geometry
+        self.pool = Pool(geometry, rng)
+        self.slab = np.zeros(slab_bytes, dtype=np.uint8)
+        engine.register(self.pool.spans(), MemoryKind.DRAM)
+        engine.register(np.array([(self.slab.ctypes.data, slab_bytes, 0)], dtype=np.uint64), MemoryKind.DRAM)
+        self.own = OwnPool(
+            self.pool.regions, geometry.total_kv_heads, geometry.tp_size, geometry.tp_rank, MemoryKind.DRAM, 0
+        )
+        self.blocks = engine.prepare(None, page_blocks(self.pool.regions, 0), MemoryKind.DRAM)
+        self.gate = Gate()
+        self.max_piece_bytes = max_piece_bytes
+        self.peers: dict[PeerName, DecodeRank] = {}
+        self.runner = StepRunner(
+            engine, HostPageCopier(self.pool.regions), rank=rank, kind=MemoryKind.DRAM, device=0,
+            slab_address=self.slab.ctypes.data, slab_bytes=slab_bytes,
+        )  # fmt: skip
+        self.outbox = Outbox(self.runner, self.gate, self._void, credit_timeout_s=credit_timeout_s)
+
+    def _void(self, peer: PeerName, void: Void) -> None:
+        self.peers[peer].inbox.void(void)
+
+    def connect(self, decode: DecodeRank) -> PeerName:
+        """Exchange offers, as SGLang's registration does."""
+        offer = decode.offer(self)
+        name = self.engine.connect(decode.engine.describe())
+        self.peers[name] = decode
+        link = connect_peer(
+            self.engine,
+            name,
+            offer,
+            self.own,
+            source_blocks=self.blocks,
+            max_piece_bytes=self.max_piece_bytes,
+        )
+        self.outbox.add_peer(link)
+        return name
+
+    def job(self, room: int, pages: npt.NDArray[np.int32], first_token: int, is_last: bool,
+            targets: list[Target], **kwargs: object) -> ChunkJob:  # fmt: skip
+        """A chunk whose metadata row is row 1."""
+        return ChunkJob(
+            room=room, pages=pages, first_token=first_token, is_last=is_last, targets=targets,
+            aux=self.pool.aux_span(1) if is_last else None, **kwargs,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def wait_until(
+    condition: Callable[[], bool], *, timeout_s: float = 10.0, poll: Callable[[], object] = bool
+) -> None:
+    """Poll until true; fail loudly otherwise."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "condition not reached in time"
+        poll()
+        time.sleep(0.0005)
