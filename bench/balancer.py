@@ -35,7 +35,7 @@ from proxy.parts import Plan, compare, hold_memory, hold_streams
 from proxy.processes import raise_open_files
 from proxy.rounds import Bench, RoundFailed, Row
 from proxy.tables import LEGEND, format_memory, format_rows, format_streams
-from proxy.targets import Verdict, judge, judge_memory, judge_streams
+from proxy.targets import Verdict, health, judge_memory, judge_streams
 from proxy.tools import Tools, prepare_tools
 
 from pdserve.config.worker_env import cache_dir
@@ -205,7 +205,7 @@ def _measure(
         for title, offers in plan.offers(part).items():
             tables[title] = compare(bench, started, fleet, offers, plan.rounds)
             print(format_rows(title, tables[title]) + "\n", flush=True)
-    verdicts += judge(tables)
+    verdicts += health(tables)
     pdserve = next((one for one in started if one.contender.name == "pdserve"), None)
     for part in (part for part in ALONE if part in parts):
         if pdserve is None:

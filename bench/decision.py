@@ -144,7 +144,7 @@ class Bench:
 
     def pick(self) -> float:
         """Seconds of one bare choice and its ends."""
-        shape, candidates, policy = self.shape(), self.admission.placement.rotation.candidates, self.policy
+        shape, candidates, policy = self.shape(), self.admission.placement.ready_pairs.candidates, self.policy
         self._now_s += 0.01
         candidates.now_s = now_s = self._now_s
         started_s = time.perf_counter()
@@ -155,7 +155,7 @@ class Bench:
 
     def choose(self) -> float:
         """Seconds of one bare choice."""
-        shape, candidates, policy = self.shape(), self.admission.placement.rotation.candidates, self.policy
+        shape, candidates, policy = self.shape(), self.admission.placement.ready_pairs.candidates, self.policy
         self._now_s += 0.01
         candidates.now_s = now_s = self._now_s
         started_s = time.perf_counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pdserve.sim.plot import Line, Panel, draw
+from pdserve.sim.plot import Panel, PlotLine, draw
 
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}
 """Student's t by degrees of freedom, 95 %, two-sided."""
@@ -64,7 +64,7 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
             half = [point["goodput"]["half"] or 0.0 for point in curve]
             low = [a - b for a, b in zip(y, half, strict=True)]
             high = [a + b for a, b in zip(y, half, strict=True)]
-            lines.append(Line(row, [point["rate"] for point in curve], y, low, high))
+            lines.append(PlotLine(row, [point["rate"] for point in curve], y, low, high))
         title = f"{judged['trace']} {judged['workers']}P{judged['workers']}D"
         panels.append(Panel(title, "requests per second", "goodput per second", lines))
     draw(panels, path, columns=3)

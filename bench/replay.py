@@ -21,7 +21,7 @@ import psutil
 
 from pdserve.cluster.ports import SystemPorts
 from pdserve.errors import WorkerError
-from pdserve.sim.live import Answer, LiveService, LiveWorker, named_workers
+from pdserve.sim.live import LiveAnswer, LiveService, LiveWorker, named_workers
 from pdserve.types import WorkerLoad
 from pdserve.workload import TracedRequest
 
@@ -48,7 +48,7 @@ class Replay:
     """One run of a trace: answers in the order of requests (None: failed), what each server counted, how much
     of the machine's processor time was ours and how much was others'."""
 
-    answers: list[Answer | None]
+    answers: list[LiveAnswer | None]
     before: list[WorkerLoad]
     after: list[WorkerLoad]
     span_s: float
@@ -128,7 +128,7 @@ async def _replay(fleet: Servers, url: str, trace: Sequence[TracedRequest]) -> R
         start_s = time.monotonic()
         late_s = 0.0
 
-        async def one(request: TracedRequest, prompt: list[int]) -> Answer | None:
+        async def one(request: TracedRequest, prompt: list[int]) -> LiveAnswer | None:
             nonlocal late_s
             await asyncio.sleep(max(0.0, start_s + request.arrival_s - time.monotonic()))
             late_s = max(late_s, time.monotonic() - start_s - request.arrival_s)

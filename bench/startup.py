@@ -5,7 +5,7 @@ and the same servers started by hand as SGLang's documentation says (one
 ``launch_server`` process each, all at once, on the same CPU platform), ready
 when each answers and one token has come through each pair. Physics: a server
 is three processes and each imports torch and SGLang, 18 to 25 s of one core;
-the nursery imports once and forks.
+the forkserver imports once and forks.
 
     python bench/startup.py [--rounds 3] [--model PATH]
 """
@@ -97,7 +97,7 @@ def launch(model: str, decode: int, folder: Path) -> Run:
 
 
 def by_hand(model: str, decode: int, folder: Path) -> Run:
-    """The same servers as separate stock processes: no nursery, no forks, no pdserve hooks on idling."""
+    """The same servers as separate stock processes: no forkserver, no forks, no pdserve hooks on idling."""
     folder.mkdir()
     ports = SystemPorts()
     bootstrap = ports.pick("127.0.0.1", 17_500)
@@ -169,7 +169,7 @@ def _one_token(prefill: int, decode: int, bootstrap: int) -> None:
 def _launch_parts(log: Path) -> dict[str, float]:
     """Milestones from the launcher's own lines: ``[  29.4 s] prefill-0: loading weights``."""
     names = {
-        "imports": "waiting for the nursery|starting", "weights": "loading weights|weights loaded",
+        "imports": "waiting for the forkserver|starting", "weights": "loading weights|weights loaded",
         "kv pool": "KV pool allocated", "server up": "server up|joined", "pairs": "ready",
     }  # fmt: skip
     last: dict[str, float] = {}

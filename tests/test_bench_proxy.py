@@ -28,7 +28,7 @@ from proxy.processes import Child, free_port
 from proxy.prompts import Prompt
 from proxy.rounds import Bench, Offer, Round, RoundFailed, Row, summarize
 from proxy.tables import format_rows
-from proxy.targets import judge, judge_memory
+from proxy.targets import health, judge_memory
 from proxy.tools import Tools, prepare_tools
 
 PROGRAMS = Programs(Path("python"), "", "")
@@ -182,7 +182,7 @@ def test_a_balancer_that_is_gone_fails_its_round_and_no_more(bench: Bench, fleet
         "throughput generate", [Row(DIRECT, 2, [round_of()]), Row("pdserve", 2, [round_of()]), row]
     )
     assert "smg at 2 failed: gone" in text
-    assert judge({"throughput generate": [row]}) == []
+    assert health({"throughput generate": [row]}) == []
 
 
 # -- arithmetic --------------------------------------------------------------------------------------
@@ -258,16 +258,16 @@ def test_pdserve_is_judged_against_the_faster_smg() -> None:
         Row("smg:round_robin", 16, [round_of(400, cpu_us_request=300)]),
         Row("smg:default", 16, [round_of(600, cpu_us_request=180)]),
     ]  # fmt: skip
-    requests, cpu = judge({"throughput generate": rows})
+    requests, cpu = health({"throughput generate": rows})
     assert (requests.is_met, requests.found) == (False, "1.67 x")
     assert (cpu.is_met, cpu.found) == (False, "0.56 x")
-    (added,) = judge({"latency generate": rows})
+    (added,) = health({"latency generate": rows})
     assert (added.is_met, added.found) == (True, "0.350 ms")
 
 
 def test_wrong_answers_are_a_missed_target() -> None:
     rows = [Row(DIRECT, 1, [round_of()]), Row("pdserve", 1, [round_of(num_wrong=1)])]
-    assert [verdict.is_met for verdict in judge({"streaming chat": rows})] == [False]
+    assert [verdict.is_met for verdict in health({"streaming chat": rows})] == [False]
 
 
 @pytest.mark.parametrize(

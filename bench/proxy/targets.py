@@ -35,7 +35,7 @@ class Verdict:
         return f"  {'met   ' if self.is_met else 'MISSED'}  {self.target:62} {self.found}"
 
 
-def judge(parts: Mapping[str, list[Row]]) -> list[Verdict]:
+def health(parts: Mapping[str, list[Row]]) -> list[Verdict]:
     """Every target that these parts are about."""
     verdicts: list[Verdict] = []
     for title, rows in parts.items():

@@ -1,4 +1,4 @@
-"""What the kernels must do, in numpy: slow, obvious, and the judge of every build.
+"""What the kernels must do, in numpy: slow, obvious, and the health of every build.
 
 Same arguments as CopyParams and Fp8Params (pdserve/kv/kernels.py), with arrays in place of addresses. Pools
 and slabs are flat uint8 arrays per region, so that strides and offsets are as free as in the kernels.

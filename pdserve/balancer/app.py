@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from pdserve.balancer.api.auth import KeyRing
-from pdserve.balancer.api.routes import App, build_surface
-from pdserve.balancer.fleet.fleet import Fleet, Membership
+from pdserve.balancer.api.routes import BalancerApi, build_routes
+from pdserve.balancer.fleet.fleet import Membership, WorkerFleet
 from pdserve.balancer.proxy.dispatcher import PairDispatcher
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
-from pdserve.http.client import UpstreamPool
+from pdserve.http.client import HttpClient
 from pdserve.http.limits import ServerLimits
 from pdserve.http.server import HttpServer
 
@@ -51,8 +51,8 @@ class Balancer:
 
     def __init__(self, config: BalancerConfig, membership: Membership | None = None) -> None:
         self.config = config
-        self.pool = UpstreamPool(connect_s=config.connect_s)
-        self.fleet = Fleet(config, self.pool, membership)
+        self.pool = HttpClient(connect_s=config.connect_s)
+        self.fleet = WorkerFleet(config, self.pool, membership)
         self.dispatcher = PairDispatcher(config, self.fleet, self.pool)
         self._socket: socket.socket | None = None
         self._server: HttpServer | None = None
@@ -83,8 +83,8 @@ class Balancer:
             self._tracing = self.dispatcher.tracing = open_tracing(config.otlp_endpoint, config.otlp_sample)
         tls = tls_context(config.tls_cert_path, config.tls_key_path)
         self._socket = bind(config.host, config.port)
-        surface = build_surface(self.fleet, self.pool, self.dispatcher, config)
-        app = App(surface, KeyRing(config.api_key, config.control_key))
+        routes = build_routes(self.fleet, self.pool, self.dispatcher, config)
+        app = BalancerApi(routes, KeyRing(config.api_key, config.control_key))
         await self.fleet.start()
         self._server = HttpServer(app, _limits(config), tls)
         await self._server.start(self._socket)

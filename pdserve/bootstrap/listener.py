@@ -92,7 +92,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-class Listener:
+class RouteListener:
     """Serves ``app`` on ``host:port`` between ``start`` and ``stop``. Port 0 takes a free one."""
 
     def __init__(self, app: Any, host: str, port: int) -> None:

@@ -64,7 +64,7 @@ class Instance:
         return first is not None and len(self.ranks) >= first.num_ranks
 
 
-class Fleet:
+class MemberRegistry:
     """All instances. ``on_gone`` is called with the id of each instance that leaves, whatever the cause."""
 
     def __init__(self, on_gone: Callable[[InstanceId], None] = lambda _: None) -> None:

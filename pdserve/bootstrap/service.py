@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pdserve.bootstrap.listener import Listener
+from pdserve.bootstrap.listener import RouteListener
 from pdserve.bootstrap.main_api import fleet_app
 from pdserve.bootstrap.messages import FleetView, Lease, Register
 from pdserve.bootstrap.ports import PortPlan
 from pdserve.bootstrap.prefill_api import prefill_app
-from pdserve.bootstrap.registry import Fleet, Instance, Refused
+from pdserve.bootstrap.registry import Instance, MemberRegistry, Refused
 from pdserve.bootstrap.route_table import RouteError, RouteTable
 from pdserve.config.launch import BootstrapConfig
 from pdserve.errors import ConfigError
@@ -40,7 +40,7 @@ STALL_S = 1.0
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
     table: RouteTable
-    listener: Listener
+    listener: RouteListener
 
 
 class BootstrapService:
@@ -50,10 +50,10 @@ class BootstrapService:
         if config.lease_s <= 0:
             raise ConfigError(f"lease_s must be above 0, got {config.lease_s:g}")
         self.config = config
-        self.fleet = Fleet(on_gone=self._close_endpoint)
+        self.fleet = MemberRegistry(on_gone=self._close_endpoint)
         self._ports = PortPlan(config.port_range)
         self._endpoints: dict[InstanceId, _Endpoint] = {}
-        self._listener = Listener(fleet_app(self), config.host, config.port)
+        self._listener = RouteListener(fleet_app(self), config.host, config.port)
         self._joining = asyncio.Lock()  # one at a time: a client that retries must not get two ports
         self._changed = asyncio.Event()
         self._is_stopping = False
@@ -172,12 +172,12 @@ class BootstrapService:
 
     async def _open_port(
         self, instance_id: InstanceId, table: RouteTable, request: Register
-    ) -> Listener | None:
+    ) -> RouteListener | None:
         """Listen on the best free port. The predecessor's is still open, so it cannot be that one."""
         name, former = request.worker.worker_id, request.worker.bootstrap_port
         app = prefill_app(table, lambda: self.fleet.get(instance_id) is not None)
         for port in self._ports.candidates(former, self.now()):
-            listener = Listener(app, self.config.host, port)
+            listener = RouteListener(app, self.config.host, port)
             try:
                 await listener.start()
             except OSError:

@@ -35,7 +35,7 @@ _POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class DemoAnswer:
     """One streamed answer as the client measured it. ``completion_tokens`` as the service reports usage."""
 
     text: str
@@ -95,7 +95,7 @@ def launch_argv(port: int, model: str) -> list[str]:
     return [sys.executable, "-m", "pdserve", *command]
 
 
-def run_demo(argv: list[str], port: int, log: Path, ask: Callable[[str], Answer]) -> None:
+def run_demo(argv: list[str], port: int, log: Path, ask: Callable[[str], DemoAnswer]) -> None:
     """Start ``argv`` with its output in ``log``, ask through ``ask(url)``, stop it and check each step.
 
     Raises:
@@ -195,7 +195,7 @@ def _kv_bytes_sent(port: int, more_than: int = -1) -> int:
     return total
 
 
-def _print_answer(answer: Answer, record: Mapping[str, Any], kv_bytes: int) -> None:
+def _print_answer(answer: DemoAnswer, record: Mapping[str, Any], kv_bytes: int) -> None:
     moved = f"{kv_bytes / 1e6:.2f} MB" if kv_bytes else "not reported"
     print(f"  Q  {QUESTION}\n  A  {answer.text}\n")
     print(f"  pair            {record.get('pair') or 'not reported'}")
@@ -207,7 +207,7 @@ def _print_answer(answer: Answer, record: Mapping[str, Any], kv_bytes: int) -> N
     print(f"  TPOT            {answer.tpot_s * 1000:.0f} ms, mean of the {after} tokens after it\n")
 
 
-def _openai_asker() -> Callable[[str], Answer]:
+def _openai_asker() -> Callable[[str], DemoAnswer]:
     """Import the client before anything is started.
 
     Raises:
@@ -218,7 +218,7 @@ def _openai_asker() -> Callable[[str], Answer]:
     except ImportError as exc:
         raise ConfigError("the demo needs the openai client: pip install 'pdserve[demo]'") from exc
 
-    def ask(url: str) -> Answer:
+    def ask(url: str) -> DemoAnswer:
         # trust_env=False: a proxy named in the environment must not see a request to 127.0.0.1.
         http_client = openai.DefaultHttpxClient(trust_env=False)
         with openai.OpenAI(
@@ -232,7 +232,7 @@ def _openai_asker() -> Callable[[str], Answer]:
     return ask
 
 
-def _stream_answer(client: Any) -> Answer:
+def _stream_answer(client: Any) -> DemoAnswer:
     model = client.models.list().data[0].id
     started = time.monotonic()
     stream = client.chat.completions.create(
@@ -251,7 +251,7 @@ def _stream_answer(client: Any) -> Answer:
             last = time.monotonic()
             first = first or last
             text += piece
-    return Answer(
+    return DemoAnswer(
         text=text,
         prompt_tokens=usage.prompt_tokens if usage else 0,
         completion_tokens=usage.completion_tokens if usage else 0,

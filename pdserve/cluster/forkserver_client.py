@@ -1,8 +1,8 @@
-"""The launcher's half of the nursery: start it, ask it to fork workers, learn how they ended.
+"""The launcher's half of the forkserver: start it, ask it to fork workers, learn how they ended.
 
 The protocol is one JSON object a line over a Unix socket pair, see
 plugin/forkserver.py. Everything here is called from the launcher's main thread;
-``spawn`` blocks only for the fork itself once the nursery is ready.
+``spawn`` blocks only for the fork itself once the forkserver is ready.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ SPAWN_S = 30.0
 """Longest wait for a fork; it takes about 30 ms."""
 
 
-class NurseryChild:
-    """A worker forked by the nursery. Same protocol as a child the launcher forks itself."""
+class ForkedChild:
+    """A worker forked by the forkserver. Same protocol as a child the launcher forks itself."""
 
-    def __init__(self, nursery: Nursery, pid: int) -> None:
+    def __init__(self, forkserver: ForkServer, pid: int) -> None:
         self.pid = pid
-        self._nursery = nursery
+        self._forkserver = forkserver
 
     def poll(self) -> int | None:
         """Exit status (negative: signal), or None while it runs."""
-        return self._nursery.returncode(self.pid)
+        return self._forkserver.returncode(self.pid)
 
     def wait(self, timeout: float | None = None) -> int:
         """Block until it ends. Raises TimeoutError."""
@@ -44,7 +44,7 @@ class NurseryChild:
             left = 0.1 if deadline is None else min(0.1, deadline - time.monotonic())
             if left <= 0:
                 raise TimeoutError(f"process {self.pid} still runs after {timeout} s")
-            self._nursery.pump(left)
+            self._forkserver.pump(left)
         return code
 
     def signal(self, sig: int) -> None:
@@ -60,8 +60,8 @@ class NurseryChild:
             return
 
 
-class Nursery:
-    """One nursery process. Call ``start`` in the main thread: the parent-death signal is per thread."""
+class ForkServer:
+    """One forkserver process. Call ``start`` in the main thread: the parent-death signal is per thread."""
 
     def __init__(self, env: Mapping[str, str], log_path: Path) -> None:
         self._env = {**env, "PDSERVE_ACTIVE": "1", "PDSERVE_PARENT_PID": str(os.getpid())}
@@ -101,12 +101,12 @@ class Nursery:
         self._channel.setblocking(False)
 
     def fileno(self) -> int:
-        """The socket, readable when the nursery said something; for an event loop's reader."""
+        """The socket, readable when the forkserver said something; for an event loop's reader."""
         assert self._channel is not None
         return self._channel.fileno()
 
     def pump(self, timeout_s: float = 0.0) -> None:
-        """Take in what the nursery said, waiting up to ``timeout_s`` for it."""
+        """Take in what the forkserver said, waiting up to ``timeout_s`` for it."""
         if self._channel is None:
             return
         readable, _, _ = select.select([self._channel], [], [], max(timeout_s, 0.0))
@@ -126,14 +126,14 @@ class Nursery:
 
     def spawn(
         self, *, argv: Sequence[str], flags: Sequence[str], env: Mapping[str, str], log_path: Path
-    ) -> NurseryChild:
+    ) -> ForkedChild:
         """Fork one worker running SGLang with ``flags``.
 
         Raises:
-            StartupError: if the nursery ended or does not answer.
+            StartupError: if the forkserver ended or does not answer.
         """
         if self._channel is None or not self.is_alive:
-            raise StartupError(f"the nursery process ended; its log is {self.log_path}")
+            raise StartupError(f"the forkserver process ended; its log is {self.log_path}")
         request_id = next(self._ids)
         request = {
             "id": request_id,
@@ -148,19 +148,19 @@ class Nursery:
         deadline = time.monotonic() + SPAWN_S
         while request_id not in self._spawned:
             if time.monotonic() > deadline or not self.is_alive:
-                raise StartupError(f"the nursery forked no worker; its log is {self.log_path}")
+                raise StartupError(f"the forkserver forked no worker; its log is {self.log_path}")
             self.pump(0.1)
-        return NurseryChild(self, self._spawned.pop(request_id))
+        return ForkedChild(self, self._spawned.pop(request_id))
 
     def returncode(self, pid: int) -> int | None:
-        """How the child ended, None while it runs; a child of a dead nursery was killed with it."""
+        """How the child ended, None while it runs; a child of a dead forkserver was killed with it."""
         self.pump()
         if pid in self._exits:
             return self._exits[pid]
         return None if self.is_alive else -signal.SIGKILL
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """End the nursery; every worker it forked dies with it."""
+        """End the forkserver; every worker it forked dies with it."""
         if self._channel is not None:
             self._channel.close()
             self._channel = None

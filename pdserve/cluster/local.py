@@ -27,7 +27,7 @@ from pdserve.cluster.supervise import State, Supervised, Supervisor
 from pdserve.config.launch import LaunchConfig
 from pdserve.config.worker_env import cache_dir
 from pdserve.errors import ConfigError, StartupError
-from pdserve.process import scratch as leftovers
+from pdserve.process import scratch
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class LocalCluster:
             await asyncio.wait({self._supervisor.failure}, timeout=STEADY_POLL_S)
 
     async def stop(self) -> None:
-        """Let running requests end (``drain_s``), then end workers, bootstrap service and nursery."""
+        """Let running requests end (``drain_s``), then end workers, bootstrap service and forkserver."""
         supervisor = self._supervisor
         supervisor.is_stopping = True
         grace_s = self.config.drain_s if self.is_ready else SERVICE_GRACE_S
@@ -160,7 +160,7 @@ class LocalCluster:
 
     def _close(self, *, is_forced: bool = False) -> None:
         self._workers_by.close(is_forced=is_forced)
-        leftovers.sweep()
+        scratch.sweep()
         if self._supervisor.failure.done():
             self._supervisor.failure.exception()  # seen, whether or not anybody raised it
 
@@ -242,7 +242,7 @@ def run_launch(config: LaunchConfig, display: Display) -> int:
     """
     spec = plan_on_this_machine(config)
     log_dir = make_log_dir(config.log_dir)
-    leftovers.sweep()
+    scratch.sweep()
 
     async def run() -> int:
         return await run_cluster(LocalCluster(config, spec, log_dir, display))

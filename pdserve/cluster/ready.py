@@ -144,7 +144,7 @@ def stage_of(process: Supervised, state: FleetState, log: LogStage) -> str:
     if not process.is_worker:
         return "connecting" if state.is_reached else "starting"
     if process.state is State.STARTING:
-        return "waiting for the nursery"
+        return "waiting for the forkserver"
     if not state.has_joined(process):
         return log.stage or "starting"
     trouble = state.pair_trouble(process)

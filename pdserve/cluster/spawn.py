@@ -1,4 +1,4 @@
-"""How a planned process becomes a running one: executed, or forked from the nursery.
+"""How a planned process becomes a running one: executed, or forked from the forkserver.
 
 Everything here runs in the launcher's main thread, because the kernel's
 parent-death signal is tied to the thread that creates the child.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pdserve.cluster.diagnose import diagnose, last_lines, read_tail
-from pdserve.cluster.forkserver_client import Nursery
+from pdserve.cluster.forkserver_client import ForkServer
 from pdserve.cluster.spec import ClusterSpec, ProcessSpec
 from pdserve.config.launch import LaunchConfig
 from pdserve.config.worker_env import environment
@@ -25,7 +25,7 @@ from pdserve.process.parent_death import die_with_parent
 
 _PUMP_S = 0.05
 _PERSONAL = ("PDSERVE_ROLE", "PDSERVE_WORKER_ID", "PDSERVE_INSTANCE_ID")
-"""Variables of one worker; the nursery itself must not have them."""
+"""Variables of one worker; the forkserver itself must not have them."""
 
 
 class Child(Protocol):
@@ -109,66 +109,66 @@ class ExecSpawner:
         """Nothing to end."""
 
 
-class NurserySpawner:
-    """Forks workers from one process that has SGLang imported; a dead nursery is started anew."""
+class ForkServerSpawner:
+    """Forks workers from one process that has SGLang imported; a dead forkserver is started anew."""
 
     def __init__(self, env: Mapping[str, str], log_path: Path) -> None:
         self._env = {key: value for key, value in env.items() if key not in _PERSONAL}
         self._log_path = log_path
-        self._nursery: Nursery | None = None
+        self._forkserver: ForkServer | None = None
 
     def start(self) -> None:
         """Start importing; returns at once."""
-        self._nursery = Nursery(self._env, self._log_path)
-        self._nursery.start()
+        self._forkserver = ForkServer(self._env, self._log_path)
+        self._forkserver.start()
 
     async def spawn(self, spec: ProcessSpec, *, log_path: Path, instance_id: str = "") -> Child:
-        """Fork a worker once the nursery is ready. Raises StartupError if the nursery cannot start."""
+        """Fork a worker once the forkserver is ready. Raises StartupError if the forkserver cannot start."""
         env = child_environment(spec, instance_id)
         for _ in range(2):
-            nursery = await self._ready_nursery()
+            forkserver = await self._ready_nursery()
             try:
-                return nursery.spawn(argv=spec.argv, flags=spec.flags, env=env, log_path=log_path)
+                return forkserver.spawn(argv=spec.argv, flags=spec.flags, env=env, log_path=log_path)
             except (StartupError, OSError) as exc:
-                if nursery.is_alive:
+                if forkserver.is_alive:
                     raise StartupError(f"{spec.name} could not be forked: {exc}") from exc
         raise StartupError(
-            f"the nursery ended twice while it forked {spec.name}; its log is {self._log_path}"
+            f"the forkserver ended twice while it forked {spec.name}; its log is {self._log_path}"
         )
 
     def close(self, *, is_forced: bool = False) -> None:
-        """End the nursery; workers that still run die with it."""
-        nursery, self._nursery = self._nursery, None
-        if nursery is None:
+        """End the forkserver; workers that still run die with it."""
+        forkserver, self._forkserver = self._forkserver, None
+        if forkserver is None:
             return
         # One that still imports hears nothing for seconds, and Ctrl-C would wait for it.
-        if nursery.is_alive and (is_forced or not nursery.is_ready):
-            os.kill(nursery.pid, signal.SIGKILL)
-        nursery.close()
+        if forkserver.is_alive and (is_forced or not forkserver.is_ready):
+            os.kill(forkserver.pid, signal.SIGKILL)
+        forkserver.close()
 
-    async def _ready_nursery(self) -> Nursery:
-        if self._nursery is not None and not self._nursery.is_alive and self._nursery.is_ready:
-            self._nursery.close()
-            self._nursery = None
-        if self._nursery is None:
+    async def _ready_nursery(self) -> ForkServer:
+        if self._forkserver is not None and not self._forkserver.is_alive and self._forkserver.is_ready:
+            self._forkserver.close()
+            self._forkserver = None
+        if self._forkserver is None:
             self.start()
-        nursery = self._nursery
-        assert nursery is not None
-        while not nursery.is_ready:
-            nursery.pump()
-            if not nursery.is_ready and not nursery.is_alive:
-                raise self._nursery_failed(nursery)
+        forkserver = self._forkserver
+        assert forkserver is not None
+        while not forkserver.is_ready:
+            forkserver.pump()
+            if not forkserver.is_ready and not forkserver.is_alive:
+                raise self._forkserver_failed(forkserver)
             await asyncio.sleep(_PUMP_S)
-        return nursery
+        return forkserver
 
-    def _nursery_failed(self, nursery: Nursery) -> StartupError:
-        nursery.close()
-        if self._nursery is nursery:
-            self._nursery = None
+    def _forkserver_failed(self, forkserver: ForkServer) -> StartupError:
+        forkserver.close()
+        if self._forkserver is forkserver:
+            self._forkserver = None
         tail = read_tail(self._log_path)
         why = diagnose(tail) or f"its log is {self._log_path}"
         return StartupError(
-            f"the nursery, which imports SGLang for all workers, ended: {why}", last_lines(tail)
+            f"the forkserver, which imports SGLang for all workers, ended: {why}", last_lines(tail)
         )
 
 
@@ -181,10 +181,10 @@ def child_environment(spec: ProcessSpec, instance_id: str) -> dict[str, str]:
 
 
 def choose_spawner(config: LaunchConfig, spec: ClusterSpec, log_dir: Path) -> Spawner:
-    """The spawner for workers: the nursery where a fork is possible and wanted."""
+    """The spawner for workers: the forkserver where a fork is possible and wanted."""
     if not spec.can_fork or config.start_method == "spawn":
         return ExecSpawner()
-    return NurserySpawner({**environment(), **spec.workers[0].env}, log_dir / "nursery.log")
+    return ForkServerSpawner({**environment(), **spec.workers[0].env}, log_dir / "forkserver.log")
 
 
 def _execute(spec: ProcessSpec, log_path: Path, instance_id: str) -> subprocess.Popen[bytes]:

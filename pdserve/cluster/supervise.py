@@ -27,7 +27,7 @@ from pdserve.cluster.diagnose import explain_exit, last_lines, read_tail
 from pdserve.cluster.spawn import Child, Spawner
 from pdserve.cluster.spec import ProcessKind, ProcessSpec
 from pdserve.errors import StartupError
-from pdserve.process import scratch as leftovers
+from pdserve.process import scratch
 from pdserve.types import InstanceId
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ class Supervisor:
             await asyncio.to_thread(
                 client.deregister, InstanceId(process.instance_id), f"process {pid} of {process.name} ended"
             )
-        leftovers.remove(pid)
+        scratch.remove(pid)
 
     async def _may_restart(self, process: Supervised, why: str, is_final: bool) -> bool:
         """Report the death; wait out the back-off. False if this process stays down."""

@@ -50,29 +50,29 @@ def fleet_groups(url: str, api_key: str) -> list[Group]:
     looks = _FleetLooks(fleet_url(url), Keys.of(api_key, keys_from_environment()))
     checks = (
         Check("balancer", lambda: fleet_checks.judge_balancer(looks.facts()), LOOK_S),
-        Check("workers", lambda: looks.judge(fleet_checks.judge_workers)),
-        Check("versions", lambda: looks.judge(fleet_checks.judge_versions)),
-        Check("clocks", lambda: looks.judge(fleet_checks.judge_clocks)),
-        Check("load", lambda: looks.judge(fleet_checks.judge_load)),
-        Check("KV layouts", lambda: looks.judge(pair_checks.judge_layouts)),
-        Check("pairs", lambda: looks.judge(pair_checks.judge_pair_states)),
-        Check("a token", lambda: looks.judge(looks.pairs), ALL_PROBES_S + 20.0),
+        Check("workers", lambda: looks.health(fleet_checks.judge_workers)),
+        Check("versions", lambda: looks.health(fleet_checks.judge_versions)),
+        Check("clocks", lambda: looks.health(fleet_checks.judge_clocks)),
+        Check("load", lambda: looks.health(fleet_checks.judge_load)),
+        Check("KV layouts", lambda: looks.health(pair_checks.judge_layouts)),
+        Check("pairs", lambda: looks.health(pair_checks.judge_pair_states)),
+        Check("a token", lambda: looks.health(looks.pairs), ALL_PROBES_S + 20.0),
     )
     return [Group(f"Fleet at {looks.url}", checks, in_turn=True)]
 
 
 class _FleetLooks:
-    """The fleet is asked once; every judge sees the same answers."""
+    """The fleet is asked once; every health sees the same answers."""
 
     def __init__(self, url: str, keys: Keys) -> None:
         self.url = url
         self._keys = keys
         self.facts = functools.cache(lambda: gather_fleet(url, keys))
 
-    def judge(self, judge: fleet_checks.Judge) -> list[Finding]:
+    def health(self, health: fleet_checks.Judge) -> list[Finding]:
         """Nothing is judged of a fleet whose balancer does not answer: that was said already."""
         facts: FleetFacts = self.facts()
-        return [] if facts.balancer.trouble else judge(facts)
+        return [] if facts.balancer.trouble else health(facts)
 
     def pairs(self, facts: FleetFacts) -> list[Finding]:
         """A token through every pair that is not known to be impossible."""

@@ -24,7 +24,7 @@ from pdserve.balancer.fleet.probe import Headers, ProbeResult, WorkerKeys, probe
 from pdserve.bootstrap.messages import FleetView
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import PdserveError, WorkerError
-from pdserve.http.client import FetchedResponse, UpstreamPool
+from pdserve.http.client import FetchedResponse, HttpClient
 from pdserve.types import InstanceId, Pair, Role, WorkerId, WorkerInfo
 
 STATE_S = 10.0
@@ -135,7 +135,7 @@ def gather_fleet(url: str, keys: Keys) -> FleetFacts:
 
 
 async def _gather(url: str, keys: Keys) -> FleetFacts:
-    pool = UpstreamPool()
+    pool = HttpClient()
     try:
         balancer = await _look_at_state(pool, url, keys.admin)
         rows = balancer.state.get("workers") or []
@@ -148,7 +148,7 @@ async def _gather(url: str, keys: Keys) -> FleetFacts:
         await pool.close()
 
 
-async def _look_at_state(pool: UpstreamPool, url: str, key: str) -> StateLook:
+async def _look_at_state(pool: HttpClient, url: str, key: str) -> StateLook:
     headers: Headers = ((b"authorization", b"Bearer " + key.encode()),) if key else ()
     asked_s, wall_s = time.monotonic(), time.time()
     try:
@@ -166,7 +166,7 @@ async def _look_at_state(pool: UpstreamPool, url: str, key: str) -> StateLook:
     return StateLook(state, status=200, took_s=took_s, skew_s=skew_s)
 
 
-async def _look_at_view(pool: UpstreamPool, service: str, url: str) -> dict[str, WorkerInfo]:
+async def _look_at_view(pool: HttpClient, service: str, url: str) -> dict[str, WorkerInfo]:
     if not service or is_hidden(service, url):
         return {}
     try:
@@ -178,7 +178,7 @@ async def _look_at_view(pool: UpstreamPool, service: str, url: str) -> dict[str,
 
 
 async def _look_at_worker(
-    pool: UpstreamPool, row: Row, fleet_url: str, headers: Headers, gate: asyncio.Semaphore
+    pool: HttpClient, row: Row, fleet_url: str, headers: Headers, gate: asyncio.Semaphore
 ) -> WorkerLook:
     url = str(row.get("url", ""))
     if is_hidden(url, fleet_url):
@@ -199,7 +199,7 @@ async def _look_at_worker(
 
 
 async def _ask(
-    pool: UpstreamPool, url: str, path: str, headers: Headers, limit_s: float
+    pool: HttpClient, url: str, path: str, headers: Headers, limit_s: float
 ) -> tuple[str, dict[str, Any]]:
     """Why it gave no good answer (empty if it did), and the answer's JSON object."""
     try:
@@ -274,7 +274,7 @@ def gather_pairs(facts: FleetFacts, keys: Keys, untried: Mapping[str, str]) -> l
 async def _gather_pairs(facts: FleetFacts, keys: Keys, untried: Mapping[str, str]) -> list[PairLook]:
     prefills = [look for look in facts.workers if look.role is Role.PREFILL]
     decodes = [look for look in facts.workers if look.role is Role.DECODE]
-    pool, gate = UpstreamPool(), asyncio.Semaphore(PROBES_AT_ONCE)
+    pool, gate = HttpClient(), asyncio.Semaphore(PROBES_AT_ONCE)
     ends_s = time.monotonic() + ALL_PROBES_S
 
     async def look_at(prefill: WorkerLook, decode: WorkerLook) -> PairLook:

@@ -19,8 +19,8 @@ from functools import cache
 from urllib.parse import urlsplit
 
 from pdserve.errors import ConfigError, WorkerError, WorkerTimeout, WorkerUnreachable
-from pdserve.http.client_connection import UpstreamConnection
-from pdserve.http.client_response import Alarm, Deadlines, Headers, UpstreamResponse, Wakeup
+from pdserve.http.client_connection import ClientConnection
+from pdserve.http.client_response import Alarm, ClientResponse, Deadlines, Headers, Wakeup
 
 IDLE_S = 4.0
 """SGLang's uvicorn closes a kept connection after 5 s without a request; be first."""
@@ -45,14 +45,14 @@ class _Target:
 
     __slots__ = ("_pool", "authority", "host", "idle", "num_heard", "port", "tls", "url")
 
-    def __init__(self, url: str, pool: UpstreamPool) -> None:
+    def __init__(self, url: str, pool: HttpClient) -> None:
         self.url = url
         self.host, self.port, self.tls, self.authority = _address(url)
-        self.idle: deque[UpstreamConnection] = deque()
+        self.idle: deque[ClientConnection] = deque()
         self.num_heard = 0
         self._pool = pool
 
-    def take_idle(self, now_s: float) -> UpstreamConnection | None:
+    def take_idle(self, now_s: float) -> ClientConnection | None:
         """A kept connection that the worker has most likely not closed yet."""
         while self.idle:
             connection = self.idle.pop()
@@ -61,7 +61,7 @@ class _Target:
             connection.drop()
         return None
 
-    def put_back(self, connection: UpstreamConnection) -> None:
+    def put_back(self, connection: ClientConnection) -> None:
         """Keep it for the next request."""
         if self._pool.is_closed or len(self.idle) >= MAX_IDLE:
             connection.drop()
@@ -70,13 +70,13 @@ class _Target:
         self.idle.append(connection)
         self._pool.expect_idle()
 
-    def forget(self, connection: UpstreamConnection) -> None:
+    def forget(self, connection: ClientConnection) -> None:
         """It is closed."""
         self._pool.connections.discard(connection)
         with contextlib.suppress(ValueError):
             self.idle.remove(connection)
 
-    def send_again(self, response: UpstreamResponse) -> None:
+    def send_again(self, response: ClientResponse) -> None:
         """The kept connection was stale."""
         self._pool.connect_for(self, response)
 
@@ -86,16 +86,16 @@ class _Target:
             self.idle.popleft().drop()
 
 
-class UpstreamPool:
+class HttpClient:
     """Connections to every worker, by base URL. One per event loop; ``await close()`` at the end."""
 
     def __init__(self, connect_s: float = 5.0) -> None:
         self.connect_s = connect_s
         self.deadlines = Deadlines()
-        self.connections: set[UpstreamConnection] = set()
+        self.connections: set[ClientConnection] = set()
         self.is_closed = False
         self._targets: dict[str, _Target] = {}
-        self._connecting: dict[asyncio.Task[None], UpstreamResponse] = {}
+        self._connecting: dict[asyncio.Task[None], ClientResponse] = {}
         self._idle_timer: asyncio.TimerHandle | None = None
 
     def start(
@@ -109,7 +109,7 @@ class UpstreamPool:
         limits: tuple[float, float],
         wakeup: Alarm | None = None,
         can_resend: bool = True,
-    ) -> UpstreamResponse:
+    ) -> ClientResponse:
         """Send a request and return its response, still empty.
 
         Args:
@@ -121,14 +121,14 @@ class UpstreamPool:
             can_resend: a kept connection that breaks at once may be replaced and the request sent
                 again; not for prompts, whose room the worker may already have taken.
 
-        Never raises for what the worker does; see ``UpstreamResponse.error``.
+        Never raises for what the worker does; see ``ClientResponse.error``.
         """
         target = self._targets.get(url)
         if target is None:
             target = self._targets[url] = _Target(url, self)
         lines = headers if isinstance(headers, bytes) else render_headers(headers)
         head = _HEAD % (method.encode(), path.encode(), target.authority, lines, len(body))
-        response = UpstreamResponse(url, head, body, limits, self.deadlines)
+        response = ClientResponse(url, head, body, limits, self.deadlines)
         response.wakeup = Wakeup() if wakeup is None else wakeup
         response.can_resend = can_resend
         now_s = self.deadlines.now()
@@ -149,7 +149,7 @@ class UpstreamPool:
         headers: Iterable[tuple[bytes, bytes]] | bytes = (),
         first_byte_s: float,
         silence_s: float,
-    ) -> UpstreamResponse:
+    ) -> ClientResponse:
         """Send a request and wait for the response head. The caller reads the body or calls ``close``.
 
         Raises:
@@ -220,7 +220,7 @@ class UpstreamPool:
             target.drop_older(float("inf"))
         return sum(not response.can_resend for response in exchanges)
 
-    def _exchanges(self, url: str) -> list[UpstreamResponse]:
+    def _exchanges(self, url: str) -> list[ClientResponse]:
         return [each for each in (*self.deadlines.open(), *self._connecting.values()) if each.url == url]
 
     async def close(self) -> None:
@@ -240,7 +240,7 @@ class UpstreamPool:
 
     # -- for targets -------------------------------------------------------------------------
 
-    def connect_for(self, target: _Target, response: UpstreamResponse) -> None:
+    def connect_for(self, target: _Target, response: ClientResponse) -> None:
         """Send over a fresh connection; the task that opens it is ours."""
         if self.is_closed:
             response.fail(WorkerUnreachable(target.url, "the balancer is stopping"))
@@ -263,11 +263,11 @@ class UpstreamPool:
         if any(target.idle for target in self._targets.values()):
             self.expect_idle()
 
-    async def _connect(self, target: _Target, response: UpstreamResponse) -> None:
+    async def _connect(self, target: _Target, response: ClientResponse) -> None:
         try:
             async with asyncio.timeout(self.connect_s):
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: UpstreamConnection(target), target.host, target.port, ssl=target.tls
+                    lambda: ClientConnection(target), target.host, target.port, ssl=target.tls
                 )
         except TimeoutError as exc:
             response.fail(_unreachable(target.url, f"no connection within {self.connect_s:g} s", exc))

@@ -11,7 +11,7 @@ from typing import Protocol, cast
 import httptools
 
 from pdserve.errors import WorkerUnreachable
-from pdserve.http.client_response import Headers, UpstreamResponse
+from pdserve.http.client_response import ClientResponse, Headers
 from pdserve.http.sockets import tune
 
 STALE_WINDOW_S = 1.0
@@ -27,20 +27,20 @@ class Home(Protocol):
     num_heard: int
     """Grows with each piece of an answer to a client's request."""
 
-    def put_back(self, connection: UpstreamConnection) -> None:
+    def put_back(self, connection: ClientConnection) -> None:
         """The response is complete and the connection can take another request."""
         ...
 
-    def forget(self, connection: UpstreamConnection) -> None:
+    def forget(self, connection: ClientConnection) -> None:
         """The connection is closed."""
         ...
 
-    def send_again(self, response: UpstreamResponse) -> None:
+    def send_again(self, response: ClientResponse) -> None:
         """The worker had closed the kept connection: use a fresh one."""
         ...
 
 
-class UpstreamConnection(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     """Speaks HTTP/1.1 as a client, one exchange at a time."""
 
     def __init__(self, home: Home) -> None:
@@ -49,7 +49,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._home = home
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
-        self._response: UpstreamResponse | None = None
+        self._response: ClientResponse | None = None
         self._headers: Headers = []
         self._keep_alive = True
         self._has_bytes = False
@@ -61,7 +61,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     # -- towards the exchange ----------------------------------------------------------------
 
-    def send(self, response: UpstreamResponse, now_s: float) -> None:
+    def send(self, response: ClientResponse, now_s: float) -> None:
         """Write the exchange's request; its response is pushed as it arrives."""
         transport = self._transport
         assert transport is not None
@@ -135,7 +135,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         response.on_progress()
 
-    def _take_whole(self, response: UpstreamResponse, data: bytes) -> bool:
+    def _take_whole(self, response: ClientResponse, data: bytes) -> bool:
         """Take a response that came in one piece with its length, as most do, without the parser.
 
         Anything unusual (other names' spelling, codings, closing, further bytes) is the parser's.
@@ -193,7 +193,7 @@ class UpstreamConnection(asyncio.Protocol):
         else:
             cast(asyncio.Transport, self._transport).close()
 
-    def _lost_before_answer(self, response: UpstreamResponse, exc: Exception | None) -> None:
+    def _lost_before_answer(self, response: ClientResponse, exc: Exception | None) -> None:
         age_s = asyncio.get_running_loop().time() - response.sent_s
         is_stale = self.num_served > 0 and response.attempts == 1 and age_s < STALE_WINDOW_S
         if is_stale and response.can_resend:

@@ -84,7 +84,7 @@ class _Nobody:
 NOBODY = _Nobody()
 
 
-class UpstreamResponse:
+class ClientResponse:
     """A request sent to a worker and what has come back: ``async for chunk in response``.
 
     With a ``sink`` body bytes go there as they arrive, without a turn of the event
@@ -185,7 +185,7 @@ class UpstreamResponse:
         """The rest of the body."""
         return b"".join([chunk async for chunk in self])
 
-    def __aiter__(self) -> UpstreamResponse:
+    def __aiter__(self) -> ClientResponse:
         return self
 
     async def __anext__(self) -> bytes:
@@ -310,7 +310,7 @@ class Deadlines:
     """
 
     def __init__(self) -> None:
-        self._open: set[UpstreamResponse] = set()
+        self._open: set[ClientResponse] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = NEVER
         self._num_ended = 0
@@ -323,29 +323,29 @@ class Deadlines:
             loop = self._loop = asyncio.get_running_loop()
         return loop.time()
 
-    def add(self, response: UpstreamResponse) -> None:
+    def add(self, response: ClientResponse) -> None:
         """Watch ``response.deadline_s``."""
         self._open.add(response)
         if response.deadline_s < self._due_s:
             self._arm(response.deadline_s)
 
-    def touch(self, response: UpstreamResponse) -> None:
+    def touch(self, response: ClientResponse) -> None:
         """It is not silent: its silence limit starts anew."""
         response.deadline_s = self.now() + response.silence_s
         if response.deadline_s < self._due_s:
             self._arm(response.deadline_s)
 
-    def discard(self, response: UpstreamResponse) -> int:
+    def discard(self, response: ClientResponse) -> int:
         """It has ended; returns how many had before, itself included."""
         self._open.discard(response)
         self._num_ended += 1
         return self._num_ended
 
-    def open(self) -> list[UpstreamResponse]:
+    def open(self) -> list[ClientResponse]:
         """Exchanges that were sent and have not ended."""
         return list(self._open)
 
-    def close(self) -> list[UpstreamResponse]:
+    def close(self) -> list[ClientResponse]:
         """Stop the timer; returns what was still open."""
         if self._timer is not None:
             self._timer.cancel()

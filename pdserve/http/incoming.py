@@ -61,7 +61,7 @@ class Line(Protocol):
         ...
 
 
-class Client:
+class IncomingRequest:
     """One request and its answer.
 
     Exactly one of ``answer`` (whole) or ``begin`` … ``write`` … ``finish`` (as it
@@ -185,7 +185,7 @@ class Client:
             self.on_writable()
 
 
-class Presence:
+class CancelOnDisconnect:
     """Cancels the task that serves ``client`` when the client has left, or on ``interrupt``.
 
     ``with presence:`` goes around the serving, in that task; it raises ClientLeft
@@ -195,7 +195,7 @@ class Presence:
 
     __slots__ = ("_client", "_has_left", "_is_interrupted", "_task")
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: IncomingRequest) -> None:
         self._client = client
         self._has_left = False
         self._is_interrupted = False

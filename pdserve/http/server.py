@@ -15,9 +15,9 @@ from email.utils import formatdate
 from typing import Protocol
 
 from pdserve.http.answer import Answer
-from pdserve.http.incoming import Client
+from pdserve.http.incoming import IncomingRequest
 from pdserve.http.limits import ServerLimits
-from pdserve.http.server_connection import ClientConnection
+from pdserve.http.server_connection import ServerConnection
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ SWEEP_S = 1.0
 class Application(Protocol):
     """What answers."""
 
-    def refuse(self, client: Client) -> Answer | None:
+    def refuse(self, client: IncomingRequest) -> Answer | None:
         """Called once the head is there and before the body: an error, or None to go on."""
         ...
 
@@ -38,7 +38,7 @@ class Application(Protocol):
         """An error of HTTP itself, as clients of ``path`` (empty: unknown) expect it."""
         ...
 
-    def serve(self, client: Client) -> Awaitable[object]:
+    def serve(self, client: IncomingRequest) -> Awaitable[object]:
         """Called with the whole request; what is returned must answer, unless the client leaves."""
         ...
 
@@ -56,7 +56,7 @@ class HttpServer:
         self._tls = tls
         self._loop = asyncio.get_running_loop()
         self._server: asyncio.Server | None = None
-        self._connections: set[ClientConnection] = set()
+        self._connections: set[ServerConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._is_empty = asyncio.Event()
@@ -77,7 +77,7 @@ class HttpServer:
         """Accept on a bound socket."""
         self._sweep()
         self._server = await self._loop.create_server(
-            lambda: ClientConnection(self), sock=listener, backlog=BACKLOG, ssl=self._tls
+            lambda: ServerConnection(self), sock=listener, backlog=BACKLOG, ssl=self._tls
         )
 
     def stop_accepting(self) -> None:
@@ -107,24 +107,24 @@ class HttpServer:
 
     # -- for connections ---------------------------------------------------------------------
 
-    def admit(self, connection: ClientConnection) -> bool:
+    def admit(self, connection: ServerConnection) -> bool:
         """Take a new connection in; False if there are too many."""
         self._connections.add(connection)
         self._is_empty.clear()
         return len(self._connections) <= self.limits.max_connections and not self.is_closing
 
-    def forget(self, connection: ClientConnection) -> None:
+    def forget(self, connection: ServerConnection) -> None:
         """It is closed."""
         self._connections.discard(connection)
         if not self._connections:
             self._is_empty.set()
 
-    def serve(self, client: Client) -> None:
+    def serve(self, client: IncomingRequest) -> None:
         """Run the application for one request, in a task owned here."""
         client.task = self._loop.create_task(self._serve(client))
         self._tasks.add(client.task)
 
-    async def _serve(self, client: Client) -> None:
+    async def _serve(self, client: IncomingRequest) -> None:
         try:
             if client.refusal is not None:
                 await client.answer(client.refusal)

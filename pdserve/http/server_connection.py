@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 import httptools
 
 from pdserve.http.answer import Answer
-from pdserve.http.incoming import Client
+from pdserve.http.incoming import IncomingRequest
 from pdserve.http.limits import KEEP_ALIVE_S, NEVER
 from pdserve.http.sockets import tune
 from pdserve.http.wire import CLOSE_LINE, CONTINUE, render_answer
@@ -29,7 +29,7 @@ LINGER_S = 2.0
 """How long a refused client may take to stop sending; a reset in its face would eat our answer."""
 
 
-class ClientConnection(asyncio.Protocol):
+class ServerConnection(asyncio.Protocol):
     """Speaks HTTP/1.1 (and 1.0) as a server."""
 
     def __init__(self, server: HttpServer) -> None:
@@ -45,11 +45,11 @@ class ClientConnection(asyncio.Protocol):
         self._read_bytes = 0
         self._has_begun = False
         self._is_head_open = False
-        self._reading: Client | None = None
+        self._reading: IncomingRequest | None = None
         self._body: list[bytes] = []
         self._body_bytes = 0
-        self._serving: Client | None = None
-        self._pipeline: deque[Client] = deque()
+        self._serving: IncomingRequest | None = None
+        self._pipeline: deque[IncomingRequest] = deque()
         self._can_resume: asyncio.Future[None] | None = None
         self._is_deaf = False
         self._is_lingering = False
@@ -222,7 +222,7 @@ class ClientConnection(asyncio.Protocol):
         if may_be_long and not self._check_head(self._measure_head()):
             return
         self._head_bytes = 0
-        client = Client(
+        client = IncomingRequest(
             self,
             parser.get_method().decode("latin-1"),
             self._url,
@@ -284,7 +284,7 @@ class ClientConnection(asyncio.Protocol):
         limit = self._limits.max_body_bytes
         return self._error(413, f"the request body has {size} bytes, the limit is {limit}")
 
-    def _refuse_request(self, client: Client, answer: Answer) -> None:
+    def _refuse_request(self, client: IncomingRequest, answer: Answer) -> None:
         """Answer before the body; keep the connection only if none comes and it is this one's turn."""
         headers = client.headers
         has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
@@ -335,7 +335,7 @@ class ClientConnection(asyncio.Protocol):
         wait_s = self._limits.write_s if self._unread_bytes else LINGER_S
         self.deadline_s = self._server.now() + wait_s
 
-    def _start(self, client: Client) -> None:
+    def _start(self, client: IncomingRequest) -> None:
         self._serving = client
         self.deadline_s = NEVER
         self._server.serve(client)

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import msgspec
 
 from pdserve.errors import WorkerError
-from pdserve.http.client import UpstreamPool
+from pdserve.http.client import HttpClient
 from pdserve.loadgen.plan import Ask
 
 
 @dataclass(slots=True)
-class Outcome:
+class RequestResult:
     """What came of one request; seconds on this machine's monotonic clock.
 
     ``error`` is empty if it was answered whole. ``late_s``: how long after it was due it was sent.
@@ -92,17 +92,17 @@ class LoadClient:
     """Sends requests to one service. ``headers`` go with each."""
 
     def __init__(
-        self, url: str, pool: UpstreamPool, headers: list[tuple[bytes, bytes]], timeout_s: float
+        self, url: str, pool: HttpClient, headers: list[tuple[bytes, bytes]], timeout_s: float
     ) -> None:
         self.url = url
         self._pool = pool
         self._headers = headers
         self._limits = (timeout_s, timeout_s)
 
-    async def send(self, ask: Ask, due_s: float) -> Outcome:
+    async def send(self, ask: Ask, due_s: float) -> RequestResult:
         """Send one and read its answer; whatever goes wrong is in the outcome. ``due_s`` on our clock."""
         started_s = time.monotonic()
-        outcome = Outcome(started_s, max(0.0, started_s - due_s))
+        outcome = RequestResult(started_s, max(0.0, started_s - due_s))
         response = self._pool.start(
             self.url, "POST", ask.path, ask.body, headers=self._headers, limits=self._limits
         )
@@ -130,7 +130,7 @@ class LoadClient:
 class _Reader:
     """Puts what arrives into an outcome."""
 
-    def __init__(self, outcome: Outcome) -> None:
+    def __init__(self, outcome: RequestResult) -> None:
         self._outcome = outcome
         self._rest = b""
         self._is_done = False

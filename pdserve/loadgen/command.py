@@ -16,7 +16,7 @@ import msgspec
 
 from pdserve import __version__
 from pdserve.errors import ConfigError, WorkerError
-from pdserve.http.client import UpstreamPool
+from pdserve.http.client import HttpClient
 from pdserve.loadgen.client import LoadClient
 from pdserve.loadgen.options import BenchOptions
 from pdserve.loadgen.plan import Ask, plan_asks, warmup_asks
@@ -45,7 +45,7 @@ def run_bench(options: BenchOptions, say: Callable[[str], None] = print) -> int:
 class _Service:
     """One of the services under load."""
 
-    def __init__(self, url: str, pool: UpstreamPool, options: BenchOptions) -> None:
+    def __init__(self, url: str, pool: HttpClient, options: BenchOptions) -> None:
         self.url = url.rstrip("/")
         self.headers = [(b"content-type", b"application/json")]
         if options.api_key:
@@ -83,7 +83,7 @@ class _Service:
 
 
 async def _run(options: BenchOptions, say: Callable[[str], None]) -> list[_Service]:
-    pool = UpstreamPool()
+    pool = HttpClient()
     services = [_Service(url, pool, options) for url in (options.url, options.vs) if url]
     try:
         for service in services:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdserve.errors import ConfigError
-from pdserve.workload import Lengths
+from pdserve.workload import LengthDistribution
 
 ROUTES = {"generate": "/generate", "completions": "/v1/completions", "chat": "/v1/chat/completions"}
 """Names of ``--route`` and their paths."""
@@ -76,20 +76,20 @@ class BenchOptions:
         lengths(self.output, "output")
 
 
-def lengths(text: str, name: str) -> Lengths:
+def lengths(text: str, name: str) -> LengthDistribution:
     """``256`` (all alike), ``128-512`` (uniform) or ``256~0.5`` (lognormal: mean and spread over it).
 
     Raises:
         ConfigError: for anything else.
     """
     if match := re.fullmatch(r"(\d+)", text):
-        length = Lengths("fixed", float(match[1]))
+        length = LengthDistribution("fixed", float(match[1]))
     elif match := re.fullmatch(r"(\d+)-(\d+)", text):
-        length = Lengths("uniform", low=int(match[1]), high=int(match[2]))
+        length = LengthDistribution("uniform", low=int(match[1]), high=int(match[2]))
     elif match := re.fullmatch(r"(\d+)~(\d*\.?\d+)", text):
-        length = Lengths("lognormal", float(match[1]), float(match[2]))
+        length = LengthDistribution("lognormal", float(match[1]), float(match[2]))
     else:
-        length = Lengths("fixed", 0.0)
+        length = LengthDistribution("fixed", 0.0)
     if length.mean < 1 or not 1 <= length.low <= length.high:
         raise ConfigError(
             f"{name} must be tokens as 256, 128-512 (uniform) or 256~0.5 (lognormal), got {text!r}"

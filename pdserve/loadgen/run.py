@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pdserve.loadgen.client import LoadClient, Outcome
+from pdserve.loadgen.client import LoadClient, RequestResult
 from pdserve.loadgen.plan import Ask
 
 
@@ -32,7 +32,7 @@ class RunResult:
     """What came of a run. ``wall_s``: from its start to the end of the last answer."""
 
     wall_s: float = 0.0
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[RequestResult] = field(default_factory=list)
 
     def extend(self, other: RunResult) -> None:
         """Add another round of the same service."""
@@ -55,7 +55,7 @@ async def run_asks(
     started_s = time.monotonic()
     gate = asyncio.Semaphore(concurrency) if concurrency else None
     first_due_s = asks[0].due_s if asks else 0.0
-    outcomes: list[Outcome | None] = [None] * len(asks)
+    outcomes: list[RequestResult | None] = [None] * len(asks)
 
     async def send(index: int, due_s: float) -> None:
         try:

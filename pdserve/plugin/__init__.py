@@ -6,5 +6,5 @@
 ``idle``      what keeps an idle or waiting scheduler from burning a core
 ``membership``registering with the bootstrap service and keeping the lease
 ``worker``    the entry point: ``python -m pdserve.plugin.worker <sglang flags>``
-``nursery``   forks workers from one process that has SGLang imported
+``forkserver``   forks workers from one process that has SGLang imported
 """

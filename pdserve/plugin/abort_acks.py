@@ -27,7 +27,7 @@ GIVE_UP_S = 120.0
 Endpoint = tuple[str, int]
 
 
-class Undertaker:
+class DeadPeerWatch:
     """Watches the endpoints of rooms that wait for acknowledgements. Thread-safe."""
 
     def __init__(self, is_gone: Callable[[Endpoint], bool] | None = None) -> None:
@@ -42,7 +42,7 @@ class Undertaker:
         with self._wake:
             self._waiting[room] = (tuple(endpoints), time.monotonic())
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="pdserve-undertaker", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="pdserve-dead-peers", daemon=True)
                 self._thread.start()
             self._wake.notify()
 

@@ -1,15 +1,15 @@
 """Forks workers from one process that has SGLang imported: ``python -m pdserve.plugin.forkserver FD``.
 
 Importing torch and SGLang takes longer than all the rest of a start, and each
-SGLang server does it three times (HTTP, scheduler, detokenizer). The nursery
+SGLang server does it three times (HTTP, scheduler, detokenizer). The forkserver
 does it once; every server and every child of it is then a fork that shares
 those pages. CPU only: a forked CUDA context is not usable.
 
-    launcher ──spawn request (JSON line)──► nursery ──fork──► worker ──fork──► scheduler, detokenizer
+    launcher ──spawn request (JSON line)──► forkserver ──fork──► worker ──fork──► scheduler, detokenizer
              ◄──pid, later exit status────
 
 The launcher's half is cluster/forkserver_client.py; FD is one end of a Unix
-socket pair. The nursery dies with the launcher, the workers with the nursery.
+socket pair. The forkserver dies with the launcher, the workers with the forkserver.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PRELOAD = (
 def main() -> None:
     """Import, say ready, then serve spawn requests until the launcher closes its end."""
     # First of all: it remembers where argv and the environment lie, to write the title there later.
-    setproctitle.setproctitle("pdserve nursery")
+    setproctitle.setproctitle("pdserve forkserver")
     channel = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent(WorkerEnv.from_environ().parent_pid or os.getppid())
     preload()
@@ -73,7 +73,7 @@ def preload() -> None:
             try:
                 importlib.import_module(name)
             except ImportError as exc:
-                logger.warning("nursery could not preload %s: %s", name, exc)
+                logger.warning("forkserver could not preload %s: %s", name, exc)
     gc.collect()
     gc.freeze()
 
@@ -114,14 +114,14 @@ def _reap(channel: socket.socket, children: set[int]) -> None:
 
 def _fork_worker(channel: socket.socket, request: dict[str, Any], wake: tuple[int, int]) -> int:
     """Fork one worker; the parent answers with its pid, the child never returns."""
-    nursery_pid = os.getpid()
+    forkserver_pid = os.getpid()
     pid = os.fork()
     if pid:
         _send(channel, {"event": "spawned", "id": request["id"], "pid": pid})
         return pid
     status = 1
     try:
-        _become_worker(channel, request, wake, nursery_pid)
+        _become_worker(channel, request, wake, forkserver_pid)
         status = 0
     except SystemExit as exc:
         status = exc.code if isinstance(exc.code, int) else 1
@@ -136,11 +136,11 @@ def _fork_worker(channel: socket.socket, request: dict[str, Any], wake: tuple[in
 
 
 def _become_worker(
-    channel: socket.socket, request: dict[str, Any], wake: tuple[int, int], nursery_pid: int
+    channel: socket.socket, request: dict[str, Any], wake: tuple[int, int], forkserver_pid: int
 ) -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    die_with_parent(nursery_pid)
+    die_with_parent(forkserver_pid)
     os.setsid()
     channel.close()
     for descriptor in wake:

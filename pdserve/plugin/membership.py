@@ -23,7 +23,7 @@ from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
 logger = logging.getLogger(__name__)
 
 
-class Membership:
+class WorkerMembership:
     """Registers once the server is ready, renews, and leaves on ``stop``; inert without a service."""
 
     def __init__(self, env: WorkerEnv, server_args: Any, on_refused: Callable[[Exception], None]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pdserve.config.worker_env import WorkerEnv, worker_pid
-from pdserve.process import scratch as leftovers
+from pdserve.process import scratch
 
 LISTEN_S = 30.0
 
@@ -22,7 +22,7 @@ def skip_host_register(*_args: Any, **_kwargs: Any) -> None:
 
 def snapshot_path_of_worker(_instance_id: str) -> str:
     """REPLACE for ``shm_path_for``: named after the worker's process id, see process/scratch.py."""
-    return str(leftovers.snapshot_path(worker_pid()))
+    return str(scratch.snapshot_path(worker_pid()))
 
 
 def fork_scheduler_processes(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ from sglang.srt.utils.network import NetworkAddress
 
 from pdserve.config.worker_env import WorkerEnv, ucx_transports
 from pdserve.errors import ProtocolMismatch, RegistrationFailed
-from pdserve.plugin.abort_acks import Undertaker
+from pdserve.plugin.abort_acks import DeadPeerWatch
 from pdserve.plugin.dataplane import (
     BACKENDS,
     WindowTable,
@@ -75,9 +75,9 @@ class TransferManager(NixlKVManager):
     transfer_stats: TransferStats | None = None
 
     @functools.cached_property
-    def undertaker(self) -> Undertaker:
+    def dead_peer_watch(self) -> DeadPeerWatch:
         """Watches prefill ranks that owe an abort acknowledgement."""
-        return Undertaker()
+        return DeadPeerWatch()
 
     @property
     def stats_rank(self) -> int:
@@ -304,13 +304,13 @@ class TransferManager(NixlKVManager):
         """As SGLang's, and no scatter runs into the room's pages; a dead prefill rank owes nothing."""
         if self.decode_plane is not None and self.decode_plane.inbox.is_busy(bootstrap_room):
             return False
-        if self.undertaker.are_all_dead(bootstrap_room):
+        if self.dead_peer_watch.are_all_dead(bootstrap_room):
             return True
         return bool(super().is_abort_release_safe(bootstrap_room, required_acks))
 
     def clear_deferred_abort_state(self, bootstrap_room: int) -> None:
         """The room's pages are released."""
-        self.undertaker.forget(bootstrap_room)
+        self.dead_peer_watch.forget(bootstrap_room)
         super().clear_deferred_abort_state(bootstrap_room)
 
     def offer_frames(self, endpoint: str) -> list[bytes]:
@@ -350,7 +350,7 @@ class PdserveKVReceiver(NixlKVReceiver):
             return  # nothing was announced to the prefill, so no page waits for an acknowledgement
         infos = self.bootstrap_infos or []
         endpoints = [(str(info["rank_ip"]), int(info["rank_port"])) for info in infos]
-        self.kv_mgr.undertaker.watch(self.bootstrap_room, endpoints)
+        self.kv_mgr.dead_peer_watch.watch(self.bootstrap_room, endpoints)
 
     def clear(self) -> None:
         """The room is over: later messages of it are nobody's."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pdserve.config.worker_env import WorkerEnv, adopt_scratch, adopt_worker_defaults
 from pdserve.errors import PdserveError
 from pdserve.plugin.imports import is_cpu_server, skip_gpu_only_packages, without_collections
-from pdserve.process import scratch as leftovers
+from pdserve.process import scratch
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_sglang(flags: Sequence[str], env: WorkerEnv) -> None:
-    """Serve with these SGLang flags; used by ``main`` and, after a fork, by the nursery."""
+    """Serve with these SGLang flags; used by ``main`` and, after a fork, by the forkserver."""
     with without_collections():
         from sglang.srt.plugins import load_plugins
 
@@ -47,15 +47,15 @@ def run_sglang(flags: Sequence[str], env: WorkerEnv) -> None:
         from sglang.srt.server_args import prepare_server_args
         from sglang.srt.utils import kill_process_tree
 
-    leftovers.sweep()
-    scratch = leftovers.scratch_dir(os.getpid())
-    adopt_scratch(scratch)
+    scratch.sweep()
+    folder = scratch.scratch_dir(os.getpid())
+    adopt_scratch(folder)
     server_args = prepare_server_args(list(flags))
 
-    from pdserve.plugin.membership import Membership
+    from pdserve.plugin.membership import WorkerMembership
     from pdserve.plugin.patches import run_scheduler
 
-    membership = Membership(env, server_args, on_refused=_leave_refused)
+    membership = WorkerMembership(env, server_args, on_refused=_leave_refused)
     app.add_api_route("/pdserve/instance", membership.describe, methods=["GET"])
     try:
         server_args.resolve_once()
@@ -63,7 +63,7 @@ def run_sglang(flags: Sequence[str], env: WorkerEnv) -> None:
     finally:
         membership.stop()
         kill_process_tree(os.getpid(), include_parent=False)
-        leftovers.remove(os.getpid(), scratch)
+        scratch.remove(os.getpid(), folder)
 
 
 def _leave_refused(error: Exception) -> None:

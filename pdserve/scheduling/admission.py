@@ -19,11 +19,11 @@ from typing import Protocol
 
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerError
-from pdserve.scheduling.kv_room import ENDLESS, Limits
+from pdserve.scheduling.kv_room import ENDLESS, WorkerLimits
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.placement import Placement
 from pdserve.scheduling.policy import Policy
-from pdserve.scheduling.queue import Grant, LineFull, QueueOrder, Waiter, WaitLine
+from pdserve.scheduling.queue import AdmissionQueue, Grant, QueueFull, QueueOrder, Waiter
 from pdserve.scheduling.regime import RegimeChange, RegimeMonitor
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.slo import FirstTokenGate, late_ones, prefill_queue_s
@@ -69,21 +69,21 @@ class Admission:
         config: BalancerConfig,
         table: LoadTable,
         policy: Policy,
-        judge: PairJudge,
+        health: PairJudge,
         explain: Explain,
         on_drained: Callable[[Worker], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.regime = RegimeMonitor(config.slo_ttft_s, config.slo_tpot_s)
         self.regime.on_change.append(self._regime_changed)
-        self.line = WaitLine(config.queue_size, QueueOrder(config.queue_order, config.queue_timeout_s))
+        self.line = AdmissionQueue(config.queue_size, QueueOrder(config.queue_order, config.queue_timeout_s))
         self.work = WorkEstimate()
         self._config = config
         self.placement = Placement(table, policy, self._limits(), clock, predicts=config.predict_lengths)
         self.shed: Counter[str] = Counter()
         self.completions = CompletionRate()
         self._max_open = config.max_concurrent_requests or ENDLESS
-        self._judge = judge
+        self._health = health
         self._clock = clock
         self._explain = explain
         self._on_drained = on_drained
@@ -165,7 +165,7 @@ class Admission:
             if waiter is self._favoured or (tokens[0] <= free[0] and tokens[1] <= free[1]):
                 reservation = self._place(waiter.shape, waiter.exclude, waiter)
             if reservation is None:
-                if front is None and len(placement.rotation.without(waiter.exclude)):
+                if front is None and len(placement.ready_pairs.without(waiter.exclude)):
                     front = waiter
                 least = min(least[0], tokens[0]), min(least[1], tokens[1])
                 continue
@@ -217,7 +217,7 @@ class Admission:
         decode_ok: bool | None,
         error: str | WorkerError,
     ) -> None:
-        """Called by a reservation, once: end both legs, then judge each worker by its own."""
+        """Called by a reservation, once: end both legs, then health each worker by its own."""
         self.completions.total += 1
         if reservation.is_prefilling:
             reservation.is_prefilling = False
@@ -230,7 +230,7 @@ class Admission:
             record.prefill.breaker.succeed()
             decode.breaker.succeed()
         else:
-            self._judge.pair_ended(record, prefill_ok, decode_ok, error)
+            self._health.pair_ended(record, prefill_ok, decode_ok, error)
             self.placement.doubt(record)  # one may have said that it is full
         if self.line:
             self.serve()
@@ -256,7 +256,7 @@ class Admission:
 
     def _observe(self, now_s: float) -> None:
         self._observed_s = now_s
-        views = self.placement.rotation.candidates
+        views = self.placement.ready_pairs.candidates
         self.work.refresh(views.prefills, views.decodes)
         self.regime.observe(views.prefills, views.decodes, len(self.line), now_s)
 
@@ -266,12 +266,12 @@ class Admission:
             self.placement.limit(self._limits())
             self._least_waiting = (0, 0)
 
-    def _limits(self) -> Limits:
+    def _limits(self) -> WorkerLimits:
         config = self._config
         is_ordered = self.line.order.is_shortest
         longest_s = prefill_queue_s(config.prefill_queue_s, config.slo_ttft_s, is_ordered=is_ordered)
         self.regime.longest_queue_s = longest_s
-        return Limits(longest_s, config.slo_tpot_s)
+        return WorkerLimits(longest_s, config.slo_tpot_s)
 
     # -- the line ----------------------------------------------------------------------------
 
@@ -284,14 +284,14 @@ class Admission:
     def _is_late(self, now_s: float, work: Work, ahead_s: float) -> bool:
         """True if a request that comes now will not get its first token in time, others' prefills of
         ``ahead_s`` seconds in all going before it."""
-        num_prefills = len(self.placement.rotation.prefills)
+        num_prefills = len(self.placement.ready_pairs.prefills)
         due_s = self._gate.due_s(now_s, work.prefill_s, self.work.overhead_s)
         if due_s == math.inf or not num_prefills:
             return False
         return now_s + self.placement.least_queue_s() + ahead_s / num_prefills > due_s
 
     def _shed_late(self) -> None:
-        now_s, num_prefills = self._clock(), len(self.placement.rotation.prefills)
+        now_s, num_prefills = self._clock(), len(self.placement.ready_pairs.prefills)
         if not num_prefills or not self._gate.looks(now_s):
             return
         for waiter in late_ones(self.line, num_prefills, self.placement.least_queue_s(), now_s):
@@ -310,7 +310,7 @@ class Admission:
             raise self._too_late(waiter)
         try:
             displaced = self.line.join(waiter)
-        except LineFull:
+        except QueueFull:
             why = f"{len(self.line)} requests wait already: {self._explain(exclude, shape)}"
             raise self._refusal("queue_full", why) from None
         if displaced is not None:

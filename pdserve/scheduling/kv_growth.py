@@ -58,7 +58,7 @@ MIN_STEP_S = 1e-4
 """No decode step is shorter; a line fitted through zero says so of an empty batch."""
 
 
-class Growth:
+class KvGrowth:
     """Sums over the open legs of a decode worker; exactly nothing when none is open.
 
     Whole numbers, so that what is added and taken away leaves no rest.

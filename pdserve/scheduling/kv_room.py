@@ -29,7 +29,7 @@ EASY_SHARE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class WorkerLimits:
     """How far workers are filled. ``prefill_queue_s``: longest expected wait in a prefill server's queue;
     ``slo_tpot_s``: time per token that a decode batch must keep, 0: any."""
 
@@ -37,7 +37,7 @@ class Limits:
     slo_tpot_s: float = 0.0
 
 
-def free_tokens(worker: Worker, limits: Limits, growth_tokens: int = 0) -> int:
+def free_tokens(worker: Worker, limits: WorkerLimits, growth_tokens: int = 0) -> int:
     """KV tokens that may still be promised of a worker; CLOSED if it takes no request at all now.
 
     ``growth_tokens`` is what its open answers are expected to come to. A worker with nothing of ours in
@@ -95,7 +95,7 @@ def easy_tokens(worker: Worker) -> int:
     return capacity // EASY_SHARE if capacity > 0 else ENDLESS
 
 
-def set_calm(worker: Worker, limits: Limits) -> None:
+def set_calm(worker: Worker, limits: WorkerLimits) -> None:
     """State as plain numbers what a worker may hold without being tight: compared at each dispatch."""
     view, capacity = worker.view, worker.view.kv_capacity
     worker.calm_tokens = capacity - easy_tokens(worker) if capacity > 0 else ENDLESS

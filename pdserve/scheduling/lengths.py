@@ -115,7 +115,7 @@ class LengthPredictor:
         """An answer of ``output_tokens`` is over. Judges ``shape.forecast``, if that was learned."""
         if output_tokens < 0 or (is_cut and output_tokens == 0):
             return
-        self._judge(shape, output_tokens, is_cut)
+        self._health(shape, output_tokens, is_cut)
         self.num_learned += 1
         histories, keep, bucket = self._histories, self._keep, bucket_of(output_tokens)
         for key in _keys(shape):
@@ -137,7 +137,7 @@ class LengthPredictor:
             **self._score.snapshot(),
         }
 
-    def _judge(self, shape: RequestShape, output_tokens: int, is_cut: bool) -> None:
+    def _health(self, shape: RequestShape, output_tokens: int, is_cut: bool) -> None:
         told = shape.forecast or self.forecast(shape)
         if not told.is_learned:
             return

@@ -35,7 +35,7 @@ _TOLD = tuple(each.name for each in fields(PartialLoad) if each.name != "covered
 
 
 @dataclass(frozen=True, slots=True)
-class Credit:
+class LoadCredit:
     """Open legs that the last sample cannot contain."""
 
     reqs: int = 0
@@ -173,10 +173,10 @@ class LoadTable:
         entry = self._entries.get(instance_id)
         return entry.load if entry else None
 
-    def credit(self, instance_id: InstanceId) -> Credit:
+    def credit(self, instance_id: InstanceId) -> LoadCredit:
         """What we dispatched to this worker that its last sample cannot contain."""
         entry = self._entries.get(instance_id)
-        return Credit(entry.credit_reqs, entry.credit_tokens) if entry else Credit()
+        return LoadCredit(entry.credit_reqs, entry.credit_tokens) if entry else LoadCredit()
 
     def view(self, instance_id: InstanceId) -> WorkerView:
         """The worker as policies see it: one object from ``add`` to ``remove``, kept right in place.

@@ -1,6 +1,6 @@
 """Where a request fits: slots and KV tokens promised, the policy asked only about workers with room.
 
-    place ─► every worker calm? ─ yes ─► policy over the whole rotation ─► promise both legs
+    place ─► every worker calm? ─ yes ─► policy over all ready pairs ─► promise both legs
                     └─ no ─► only the workers with room ─┘
 
 A worker is *tight* when some request of at most ``easy_tokens`` might not fit it. While none is, a
@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from pdserve.scheduling.kv_growth import Growth, expected_answer
+from pdserve.scheduling.kv_growth import KvGrowth, expected_answer
 from pdserve.scheduling.kv_room import (
     CLOSED,
     DECODE_RESERVE_TOKENS,
     ENDLESS,
-    Limits,
+    WorkerLimits,
     easy_tokens,
     free_tokens,
     has_room,
@@ -27,7 +27,7 @@ from pdserve.scheduling.kv_room import (
 )
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.policy import Candidates, Choice, Policy
-from pdserve.scheduling.ready_pairs import Rotation
+from pdserve.scheduling.ready_pairs import ReadyPairs
 from pdserve.scheduling.reservation import Holder, Reservation
 from pdserve.scheduling.work import queue_s
 from pdserve.scheduling.workers import PairKey, PairRecord, Worker
@@ -45,19 +45,19 @@ class Placement:
         self,
         table: LoadTable,
         policy: Policy,
-        limits: Limits,
+        limits: WorkerLimits,
         clock: Callable[[], float],
         *,
         predicts: bool = True,
     ) -> None:
-        self.rotation = Rotation()
+        self.ready_pairs = ReadyPairs()
         self.num_open = 0
         self._table = table
         self._policy = policy
         self._limits = limits
         self._clock = clock
         self._predicts = predicts
-        self._growth: dict[Worker, Growth] = {}
+        self._growth: dict[Worker, KvGrowth] = {}
         self._tight: set[Worker] = set()
         self._easy_tokens = ENDLESS
         self._largest_tokens = ENDLESS
@@ -68,16 +68,16 @@ class Placement:
     def readiness_changed(self, records: list[PairRecord]) -> None:
         """Only the ready ones of ``records`` take traffic from now on; no pair is kept for anybody."""
         self.keep_pair(None)
-        self.rotation = Rotation.of(records)
+        self.ready_pairs = ReadyPairs.of(records)
         self._tight = {worker for record in records for worker in (record.prefill, record.decode)}
         self._growth = {worker: growth for worker, growth in self._growth.items() if growth}
         self._measure()
 
-    def limit(self, limits: Limits) -> None:
+    def limit(self, limits: WorkerLimits) -> None:
         """Fill workers so far from now on."""
         if limits != self._limits:
             self._limits = limits
-            self._tight = {*self.rotation.prefills, *self.rotation.decodes}
+            self._tight = {*self.ready_pairs.prefills, *self.ready_pairs.decodes}
             self._measure()
 
     def sampled(self, worker: Worker) -> bool:
@@ -144,7 +144,7 @@ class Placement:
             free = self._free(record.prefill), self._free(record.decode)
             return max(0, tokens[0] - free[0]) + max(0, tokens[1] - free[1])
 
-        record = self._kept = min(self.rotation.without(exclude).records.values(), key=lack)
+        record = self._kept = min(self.ready_pairs.without(exclude).records.values(), key=lack)
         record.prefill.held_for = record.decode.held_for = waiter
 
     # -- decisions ---------------------------------------------------------------------------
@@ -156,14 +156,14 @@ class Placement:
 
         ``holder`` takes it back. ``waiter`` may have a pair that was kept for it.
         """
-        rotation = self.rotation.without(exclude) if exclude else self.rotation
-        if not rotation.records:
+        ready_pairs = self.ready_pairs.without(exclude) if exclude else self.ready_pairs
+        if not ready_pairs.records:
             return None
         promise = self._promise(shape)
         tokens = self._needed(shape, promise) if self._predicts else promise
-        candidates: Candidates | None = rotation.candidates
+        candidates: Candidates | None = ready_pairs.candidates
         if waiter is not None or not self._is_easy(tokens[1]):
-            candidates = self._with_room(rotation, shape, tokens, waiter)
+            candidates = self._with_room(ready_pairs, shape, tokens, waiter)
         if candidates is None:
             return None
         candidates.now_s = now_s = self._clock()
@@ -191,7 +191,7 @@ class Placement:
 
     def least_queue_s(self) -> float:
         """Expected wait in the shortest prefill queue; 0 without prefill workers."""
-        return min((queue_s(worker.view) for worker in self.rotation.prefills), default=0.0)
+        return min((queue_s(worker.view) for worker in self.ready_pairs.prefills), default=0.0)
 
     def _is_easy(self, tokens: int) -> bool:
         """True if such a request fits anywhere."""
@@ -200,15 +200,15 @@ class Placement:
         return not self._tight and tokens <= self._easy_tokens
 
     def _with_room(
-        self, rotation: Rotation, shape: RequestShape, tokens: tuple[int, int], waiter: object | None
+        self, ready_pairs: ReadyPairs, shape: RequestShape, tokens: tuple[int, int], waiter: object | None
     ) -> Candidates | None:
-        reach_s = self._reach_s(rotation, shape)
-        return rotation.where(lambda worker: self._fits(worker, tokens, waiter, reach_s.get(worker, 0.0)))
+        reach_s = self._reach_s(ready_pairs, shape)
+        return ready_pairs.where(lambda worker: self._fits(worker, tokens, waiter, reach_s.get(worker, 0.0)))
 
-    def _reach_s(self, rotation: Rotation, shape: RequestShape) -> dict[Worker, float]:
+    def _reach_s(self, ready_pairs: ReadyPairs, shape: RequestShape) -> dict[Worker, float]:
         """By how much each prefill worker's queue may be longer for this request than for others."""
-        reaches_s = self._policy.reach_s(shape, rotation.candidates.prefills, self._clock())
-        return dict(zip(rotation.prefills, reaches_s, strict=True)) if reaches_s else {}
+        reaches_s = self._policy.reach_s(shape, ready_pairs.candidates.prefills, self._clock())
+        return dict(zip(ready_pairs.prefills, reaches_s, strict=True)) if reaches_s else {}
 
     def _fits(
         self, worker: Worker, tokens: tuple[int, int], waiter: object | None, reach_s: float = 0.0
@@ -234,7 +234,7 @@ class Placement:
     ) -> Reservation:
         prefill_id = choice.pair.prefill.info.instance_id
         decode_id = choice.pair.decode.info.instance_id
-        record = self.rotation.records[prefill_id, decode_id]
+        record = self.ready_pairs.records[prefill_id, decode_id]
         record.requests += 1
         self.num_open += 1
         prefill, decode, prompt_tokens = record.prefill, record.decode, shape.prompt_tokens
@@ -260,29 +260,29 @@ class Placement:
         """Count the answer that is expected; True if that makes the worker tight."""
         growth = self._growth.get(decode)
         if growth is None:
-            growth = self._growth[decode] = Growth()
+            growth = self._growth[decode] = KvGrowth()
         return growth.add(leg, shape, promise) > decode.calm_tokens
 
     def _measure(self) -> None:
-        workers = (*self.rotation.prefills, *self.rotation.decodes)
+        workers = (*self.ready_pairs.prefills, *self.ready_pairs.decodes)
         for worker in workers:
             set_calm(worker, self._limits)
         self._easy_tokens = min((easy_tokens(worker) for worker in workers), default=ENDLESS)
         self._largest_tokens = min(
             max((worker.view.kv_capacity or ENDLESS for worker in row), default=ENDLESS)
-            for row in (self.rotation.prefills, self.rotation.decodes)
+            for row in (self.ready_pairs.prefills, self.ready_pairs.decodes)
         )
 
     def most_free(self) -> tuple[int, int]:
         """The most that any worker, not held for somebody, could still be promised: prefill, decode."""
         prefill, decode = (
             max((self._free(w) for w in row if w.held_for is None), default=CLOSED)
-            for row in (self.rotation.prefills, self.rotation.decodes)
+            for row in (self.ready_pairs.prefills, self.ready_pairs.decodes)
         )
         return prefill, decode
 
     def lacks_room(self, worker: Worker, shape: RequestShape | None = None) -> bool:
-        """True if a worker in the rotation has no room for such a request; None: for any at all."""
+        """True if a worker in the ready pairs has no room for such a request; None: for any at all."""
         if shape is None:
             return self._free(worker) <= 0
         return not self._fits(worker, self.tokens_needed(shape), None)

@@ -74,7 +74,7 @@ class Grant(Protocol[_T]):
         ...
 
 
-class LineFull(Exception):
+class QueueFull(Exception):
     """There is no place, nor anyone of less priority to take it from."""
 
 
@@ -103,7 +103,7 @@ def _place(waiter: Waiter) -> tuple[int, float, int]:
     return waiter.place
 
 
-class WaitLine:
+class AdmissionQueue:
     """Waiters in order. Who is served when is the admission's business."""
 
     def __init__(self, size: int, order: QueueOrder) -> None:
@@ -136,7 +136,7 @@ class WaitLine:
         displaced = None
         if len(self._waiters) >= self.size:
             if not self._waiters or self._waiters[-1].place[0] <= waiter.place[0]:
-                raise LineFull
+                raise QueueFull
             displaced = self._waiters.pop()
         insort(self._waiters, waiter, key=_place)
         return displaced

@@ -8,11 +8,11 @@ from pdserve.scheduling.policy import Candidates, WorkerView
 from pdserve.scheduling.workers import PairKey, PairRecord, PairState, Worker
 
 
-class Rotation:
+class ReadyPairs:
     """Ready pairs as two rows of workers and the allowed positions of their grid.
 
     Built when readiness changes. ``candidates`` has the workers' live views, so a
-    decision over the whole rotation builds nothing.
+    decision over all ready pairs builds nothing.
     """
 
     __slots__ = ("_allowed", "candidates", "decodes", "prefills", "records")
@@ -28,15 +28,15 @@ class Rotation:
         self.candidates = Candidates(_views(self.prefills), _views(self.decodes), self._allowed)
 
     @classmethod
-    def of(cls, records: Iterable[PairRecord]) -> Rotation:
+    def of(cls, records: Iterable[PairRecord]) -> ReadyPairs:
         """The ready ones of ``records``."""
         return cls([record for record in records if record.state is PairState.READY])
 
-    def without(self, exclude: frozenset[PairKey]) -> Rotation:
-        """A rotation that leaves these pairs out; itself if none of them is in it."""
+    def without(self, exclude: frozenset[PairKey]) -> ReadyPairs:
+        """The ready pairs that leaves these pairs out; itself if none of them is in it."""
         if exclude.isdisjoint(self.records):
             return self
-        return Rotation([record for key, record in self.records.items() if key not in exclude])
+        return ReadyPairs([record for key, record in self.records.items() if key not in exclude])
 
     def where(self, fits: Callable[[Worker], bool]) -> Candidates | None:
         """The pairs of which both workers fit; None if there is none."""
@@ -48,7 +48,7 @@ class Rotation:
             return Candidates(_views(prefills), _views(decodes))
         kept_prefills, kept_decodes = set(prefills), set(decodes)
         kept = [r for r in self.records.values() if r.prefill in kept_prefills and r.decode in kept_decodes]
-        return Rotation(kept).candidates if kept else None
+        return ReadyPairs(kept).candidates if kept else None
 
     def __len__(self) -> int:
         return len(self.records)

@@ -73,7 +73,7 @@ class Reservation(msgspec.Struct, eq=False):
     def release(
         self, *, prefill_ok: bool | None, decode_ok: bool | None, error: str | WorkerError = ""
     ) -> None:
-        """End both legs and judge them. Idempotent.
+        """End both legs and health them. Idempotent.
 
         Args:
             prefill_ok: False blames that worker, True clears it, None says nothing

@@ -22,7 +22,7 @@ from pdserve.errors import ConfigError, WorkerError
 from pdserve.sim.cost import CostModel
 from pdserve.sim.fits import Fit, fit
 from pdserve.sim.live import LiveService, LiveWorker, named_workers
-from pdserve.sim.measure import DECODE_TERMS, PREFILL_TERMS, Limits, Measured, Measurer, Scale
+from pdserve.sim.measure import DECODE_TERMS, PREFILL_TERMS, Measured, MeasureLimits, Measurer, Scale
 
 MAX_ERROR = 0.35
 """Median relative error of a fit from which it explains nothing. On two cores shared with other programs
@@ -104,7 +104,7 @@ async def calibrate(options: CalibrationOptions) -> Calibration:
 
 
 def fit_model(
-    options: CalibrationOptions, limits: Limits, measured: Measured, pool_bytes_per_token: float
+    options: CalibrationOptions, limits: MeasureLimits, measured: Measured, pool_bytes_per_token: float
 ) -> Calibration:
     """Pure. Raises ConfigError if the measurements do not make a model."""
     fits = _Fits(
@@ -130,7 +130,7 @@ class _Fits:
 
 
 def _model(
-    name: str, limits: Limits, fits: _Fits, kv_bytes: int, overheads: tuple[float, float]
+    name: str, limits: MeasureLimits, fits: _Fits, kv_bytes: int, overheads: tuple[float, float]
 ) -> CostModel:
     prefill, decode = fits.prefill.cost, fits.decode.cost
     link = fits.link.cost if fits.link else dict.fromkeys(LINK_TERMS, 0.0)
@@ -217,7 +217,7 @@ def _overheads(measured: Measured, link: Fit | None) -> tuple[float, float]:
 # -- what the servers say of themselves --------------------------------------------------------
 
 
-async def read_limits(service: LiveService) -> Limits:
+async def read_limits(service: LiveService) -> MeasureLimits:
     """Sizes the model needs, from ``/server_info``; the smallest of all workers of a role.
 
     Raises:
@@ -229,7 +229,7 @@ async def read_limits(service: LiveService) -> Limits:
     chunk = int(first.get("chunked_prefill_size") or 0)
     most = int(first.get("max_prefill_tokens") or 16384)
     loads = [await service.load(worker) for worker in service.decodes]
-    return Limits(
+    return MeasureLimits(
         chunk_tokens=chunk if chunk > 0 else most,
         page_tokens=max(1, int(first.get("page_size") or 1)),
         prefill_pool_tokens=min(int(info["max_total_num_tokens"]) for info in prefills),

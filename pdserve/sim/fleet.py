@@ -12,7 +12,7 @@ from pdserve.errors import WorkerError
 from pdserve.scheduling.admission import Admission
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.policy import Policy
-from pdserve.scheduling.ready_pairs import Rotation
+from pdserve.scheduling.ready_pairs import ReadyPairs
 from pdserve.scheduling.workers import PairKey, PairRecord, PairState, Worker, WorkerState
 from pdserve.sim.cost import CostModel
 from pdserve.types import InstanceId, RequestShape, Role, WorkerId, WorkerInfo
@@ -81,7 +81,7 @@ def _worker(role: Role, index: int, model: CostModel, table: LoadTable) -> Worke
     return worker
 
 
-class Fleet:
+class SimulatedFleet:
     """Workers, load table and admission, ready for requests. ``index_of``: a worker's number by its id."""
 
     def __init__(
@@ -111,17 +111,17 @@ class Fleet:
             self.admission.readiness_changed(grid)
             return
         # A diagonal names every worker once, so that all that is derived from workers is right; then
-        # the rotation is made whole.
+        # the ready pairs are made whole.
         rounds = range(max(len(prefills), len(decodes)))
         pairs = {(i % len(prefills), i % len(decodes)) for i in rounds}
         grid = [PairRecord(prefills[p], decodes[d], PairState.READY) for p, d in sorted(pairs)]
         self.admission.readiness_changed(grid)
-        whole = Rotation(grid[:1])
+        whole = ReadyPairs(grid[:1])
         views = [[worker.view for worker in row] for row in (prefills, decodes)]
         whole.records = _LazyGrid(prefills, decodes)
         whole.prefills, whole.decodes = tuple(prefills), tuple(decodes)
         whole.candidates = type(whole.candidates)(views[0], views[1])
-        self.admission.placement.rotation = whole
+        self.admission.placement.ready_pairs = whole
 
 
 def _no_room(exclude: frozenset[PairKey], shape: RequestShape) -> str:

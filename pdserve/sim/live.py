@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pdserve.errors import ConfigError, WorkerError, WorkerRejected
-from pdserve.http.client import UpstreamPool
+from pdserve.http.client import HttpClient
 from pdserve.scheduling.load_sample import LOADS_PATH, parse_loads
 from pdserve.types import Role, WorkerLoad
 
@@ -43,7 +43,7 @@ class LiveWorker:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LiveAnswer:
     """One request as its client saw it. Seconds of the monotonic clock; ``cached_tokens`` as the
     server reports them."""
 
@@ -81,7 +81,7 @@ class LiveService:
         self.url = url
         self.prefills = [worker for worker in workers if worker.role is Role.PREFILL]
         self.decodes = [worker for worker in workers if worker.role is Role.DECODE]
-        self._pool = UpstreamPool()
+        self._pool = HttpClient()
         self._headers = [(b"content-type", b"application/json")]
         if key:
             self._headers.append((b"authorization", f"Bearer {key}".encode()))
@@ -186,7 +186,7 @@ class LiveService:
 
     async def over_pair(
         self, prefill: LiveWorker, decode: LiveWorker, input_ids: Sequence[int], max_new_tokens: int
-    ) -> Answer:
+    ) -> LiveAnswer:
         """One greedy request over this pair, never ended by a token.
 
         Raises:
@@ -208,12 +208,12 @@ class LiveService:
             receiver.cancel()
         return receiver.result()
 
-    async def through(self, input_ids: Sequence[int], max_new_tokens: int) -> Answer:
+    async def through(self, input_ids: Sequence[int], max_new_tokens: int) -> LiveAnswer:
         """The same over the balancer; it chooses the pair."""
         content = json.dumps(generate_body(input_ids, max_new_tokens)).encode()
         return await self._stream(self.url, content, len(input_ids))
 
-    async def _stream(self, url: str, content: bytes, prompt_tokens: int) -> Answer:
+    async def _stream(self, url: str, content: bytes, prompt_tokens: int) -> LiveAnswer:
         sent_s = time.monotonic()
         response = await self._pool.open(
             url,
@@ -240,12 +240,12 @@ class LiveService:
         return _answer(url, last, prompt_tokens, (sent_s, first_s, last_s))
 
 
-def _answer(url: str, event: bytes, prompt_tokens: int, times: tuple[float, float, float]) -> Answer:
+def _answer(url: str, event: bytes, prompt_tokens: int, times: tuple[float, float, float]) -> LiveAnswer:
     meta = json.loads(event.removeprefix(b"data: ")).get("meta_info", {}) if event else {}
     finish = meta.get("finish_reason") or {}
     if not meta or finish.get("type") == "abort":
         raise WorkerError(url, f"ended a stream badly: {finish.get('message', 'no event with a token')}")
-    return Answer(
+    return LiveAnswer(
         *times, prompt_tokens, int(meta.get("cached_tokens") or 0), int(meta.get("completion_tokens") or 1)
     )
 

@@ -22,7 +22,7 @@ from itertools import pairwise
 
 from pdserve.errors import ConfigError
 from pdserve.sim.fits import Row
-from pdserve.sim.live import Answer, LiveService, LiveWorker
+from pdserve.sim.live import LiveAnswer, LiveService, LiveWorker
 from pdserve.types import WorkerLoad
 
 PREFILL_TERMS = ("pass", "token", "pair", "reread")
@@ -40,7 +40,7 @@ SHORT_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class MeasureLimits:
     """What the servers take: their own words."""
 
     chunk_tokens: int
@@ -71,7 +71,7 @@ class Measured:
     """Decode rows taken while the other decode servers were idle."""
     link: list[Row] = field(default_factory=list)
     bytes_per_token: list[float] = field(default_factory=list)
-    over_pair: list[tuple[Answer, float]] = field(default_factory=list)
+    over_pair: list[tuple[LiveAnswer, float]] = field(default_factory=list)
     """Short requests and the prefill server's busy seconds for each."""
     through_s: list[float] = field(default_factory=list)
     """TTFT of short requests over the balancer."""
@@ -100,7 +100,7 @@ class Stopwatch:
 class Measurer:
     """Runs the stages against one service, which nobody else may use meanwhile."""
 
-    def __init__(self, service: LiveService, limits: Limits, scale: Scale, seed: int) -> None:
+    def __init__(self, service: LiveService, limits: MeasureLimits, scale: Scale, seed: int) -> None:
         self._service = service
         self._limits = limits
         self._scale = scale

@@ -15,7 +15,7 @@ MAX_POINTS = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PlotLine:
     """One line of a panel: points, and how far each may be off (empty: not drawn)."""
 
     name: str
@@ -32,7 +32,7 @@ class Panel:
     title: str
     x_label: str
     y_label: str
-    lines: Sequence[Line]
+    lines: Sequence[PlotLine]
     mark_x: float | None = None
     mark_y: float | None = None
     has_log_x: bool = False
@@ -71,12 +71,12 @@ def run_panels(reports: Mapping[str, SimReport], slo: Slo) -> list[Panel]:
     return panels
 
 
-def _distribution(name: str, report: SimReport, field: str) -> Line:
+def _distribution(name: str, report: SimReport, field: str) -> PlotLine:
     values = sorted(getattr(record, field) for record in report.served)
     step = max(1, len(values) // MAX_POINTS)
     places = list(range(0, len(values), step))
     total = len(report.records)
-    return Line(name, [values[i] for i in places], [(i + 1) / total for i in places])
+    return PlotLine(name, [values[i] for i in places], [(i + 1) / total for i in places])
 
 
 def _fill(axes: Any, panel: Panel) -> None:

@@ -40,7 +40,7 @@ def parse_slo(text: str) -> Slo:
     return Slo(values["ttft"], values["tpot"])
 
 
-class RequestRecord(msgspec.Struct, frozen=True):
+class SimulatedRequest(msgspec.Struct, frozen=True):
     """One request's outcome. Seconds since the run's start, or spans; -1 where it did not get that far.
 
     ``tpot_s`` is 0 for an answer of one token. ``error`` is empty if it was served.
@@ -64,7 +64,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
     error: str
 
     @classmethod
-    def of(cls, request: SimRequest, response_s: float) -> RequestRecord:
+    def of(cls, request: SimRequest, response_s: float) -> SimulatedRequest:
         """Of a request that has ended; ``response_s``: from a token's making to the client."""
         first_s, ended_s = request.first_token_s, request.finished_s
         tokens = request.output_tokens - 1
@@ -124,14 +124,14 @@ class SimReport:
 
     policy: str
     model: str
-    records: list[RequestRecord]
+    records: list[SimulatedRequest]
     use: UseReport
     span_s: float
     num_events: int
     shed: dict[str, int]
 
     @property
-    def served(self) -> list[RequestRecord]:
+    def served(self) -> list[SimulatedRequest]:
         """Those that were answered."""
         return [record for record in self.records if not record.error]
 

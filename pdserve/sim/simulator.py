@@ -26,11 +26,11 @@ from pdserve.scheduling.workers import Worker
 from pdserve.sim.cost import CostModel
 from pdserve.sim.decode_server import GAP_BINS, DecodeServer
 from pdserve.sim.engine import Clock, SimRequest
-from pdserve.sim.fleet import Fleet
+from pdserve.sim.fleet import SimulatedFleet
 from pdserve.sim.forecasts import LENGTHS, Lengths, make_lengths
 from pdserve.sim.link import Port
 from pdserve.sim.prefill_server import PrefillServer
-from pdserve.sim.report import RequestRecord, SimReport, UseReport, WorkerUse
+from pdserve.sim.report import SimReport, SimulatedRequest, UseReport, WorkerUse
 from pdserve.types import RequestShape
 from pdserve.workload import TracedRequest, prompt_bytes
 
@@ -127,7 +127,7 @@ class Simulation:
         options: SimOptions,
     ) -> None:
         self.clock = clock = Clock()
-        self.fleet = Fleet(model, *size, policy, config, clock.time)
+        self.fleet = SimulatedFleet(model, *size, policy, config, clock.time)
         self.policy = policy
         self._admission = self.fleet.admission
         self._model = model
@@ -136,7 +136,7 @@ class Simulation:
         self._options = options
         self._trace = trace
         self._num_open = len(trace)
-        self._records: list[RequestRecord] = []
+        self._records: list[SimulatedRequest] = []
         self.decodes = [
             DecodeServer(index, model, clock, self._has_pages, self._finished) for index in range(size[1])
         ]
@@ -262,7 +262,7 @@ class Simulation:
 
     def _close(self, request: SimRequest) -> None:
         self._num_open -= 1
-        self._records.append(RequestRecord.of(request, self._model.response_s))
+        self._records.append(SimulatedRequest.of(request, self._model.response_s))
 
     # -- samples -----------------------------------------------------------------------------
 

@@ -7,12 +7,12 @@ leading ids are an equal prompt prefix. Pure data; nothing here knows of workers
 from pdserve.workload.change import cut, overlaid, rate_of, rearrived, sampled, scaled, shifted, spread
 from pdserve.workload.read import read_trace
 from pdserve.workload.request import BLOCK_TOKENS, BYTES_PER_TOKEN, TracedRequest, prompt_bytes
-from pdserve.workload.synthetic import Lengths, Synthetic, synthetic
+from pdserve.workload.synthetic import LengthDistribution, Synthetic, synthetic
 
 __all__ = [
     "BLOCK_TOKENS",
     "BYTES_PER_TOKEN",
-    "Lengths",
+    "LengthDistribution",
     "Synthetic",
     "TracedRequest",
     "cut",

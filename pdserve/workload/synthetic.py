@@ -12,7 +12,7 @@ from pdserve.workload.request import BLOCK_TOKENS, TracedRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
+class LengthDistribution:
     """A distribution of lengths in tokens: ``fixed`` (mean), ``uniform`` (low..high) or ``lognormal``
     (mean, and ``cv``, the standard deviation over the mean), cut to low..high."""
 
@@ -48,8 +48,8 @@ class Synthetic:
 
     rate: float
     requests: int
-    inputs: Lengths = Lengths()
-    outputs: Lengths = Lengths(mean=256)
+    inputs: LengthDistribution = LengthDistribution()
+    outputs: LengthDistribution = LengthDistribution(mean=256)
     cv: float = 1.0
     num_prefixes: int = 0
     prefix_tokens: int = 0

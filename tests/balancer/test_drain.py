@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 import pytest
 
-from pdserve.balancer.fleet.fleet import Fleet
+from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.state import render_state
 from pdserve.errors import ConfigError, NoWorkerError, WorkerUnreachable
 from pdserve.types import InstanceId, WorkerId
@@ -27,7 +27,7 @@ from tests.support.fleet_network import (
 )
 
 
-def events_of(fleet: Fleet, name: str) -> list[str]:
+def events_of(fleet: WorkerFleet, name: str) -> list[str]:
     """What happened to one worker, in order."""
     return [event.event for event in fleet.events if event.worker == name]
 

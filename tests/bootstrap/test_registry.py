@@ -9,19 +9,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from pdserve.bootstrap.messages import RankRoute, Register
-from pdserve.bootstrap.registry import Fleet, Refused
+from pdserve.bootstrap.registry import MemberRegistry, Refused
 from pdserve.types import InstanceId, Role, WorkerInfo
 from tests.support.bootstrap_parts import LAYOUT, report, row, worker
 
 
-def join(fleet: Fleet, info: WorkerInfo, now: float = 0.0, **changes: object) -> None:
+def join(fleet: MemberRegistry, info: WorkerInfo, now: float = 0.0, **changes: object) -> None:
     layout = msgspec.structs.replace(LAYOUT, **changes)
     fleet.report_rank(info.instance_id, report(info.role, layout), now)
     fleet.register(Register(worker=info), now)
 
 
 def test_worker_waits_until_all_its_ranks_have_reported() -> None:
-    fleet = Fleet()
+    fleet = MemberRegistry()
     info = worker("prefill-0", "a")
     with pytest.raises(Refused) as refused:
         fleet.register(Register(worker=info), 0.0)
@@ -33,7 +33,7 @@ def test_worker_waits_until_all_its_ranks_have_reported() -> None:
 
 
 def test_layout_mismatch_names_each_difference_and_the_other_worker() -> None:
-    fleet = Fleet()
+    fleet = MemberRegistry()
     join(fleet, worker("prefill-0", "a"))
     with pytest.raises(
         Refused, match=r"page_size: 32 != 16; dtype: bfloat16 != float32 \(fleet: prefill-0\)"
@@ -43,21 +43,21 @@ def test_layout_mismatch_names_each_difference_and_the_other_worker() -> None:
 
 
 def test_other_model_is_refused_although_its_layout_fits() -> None:
-    fleet = Fleet()
+    fleet = MemberRegistry()
     join(fleet, worker("prefill-0", "a"))
     with pytest.raises(Refused, match="decode-0 cannot join: model: other != tiny"):
         join(fleet, worker("decode-0", "b", Role.DECODE, model="other"))
 
 
 def test_other_protocol_is_refused() -> None:
-    fleet = Fleet()
+    fleet = MemberRegistry()
     with pytest.raises(Refused, match="speaks protocol 99, this service 1"):
         fleet.register(Register(worker=worker("p", "a"), protocol=99), 0.0)
 
 
 def test_restarted_worker_supersedes_its_predecessor_at_once() -> None:
     gone: list[str] = []
-    fleet = Fleet(on_gone=gone.append)
+    fleet = MemberRegistry(on_gone=gone.append)
     join(fleet, worker("prefill-0", "a"))
     join(fleet, worker("prefill-0", "b"))
     assert gone == ["a"]
@@ -65,7 +65,7 @@ def test_restarted_worker_supersedes_its_predecessor_at_once() -> None:
 
 
 def test_restart_with_new_layout_is_allowed_when_it_is_alone() -> None:
-    fleet = Fleet()
+    fleet = MemberRegistry()
     join(fleet, worker("prefill-0", "a"))
     fleet.deregister(InstanceId("a"), "stopped")
     join(fleet, worker("prefill-0", "b"), page_size=32)
@@ -73,7 +73,7 @@ def test_restart_with_new_layout_is_allowed_when_it_is_alone() -> None:
 
 
 def test_lease_expires_unless_renewed() -> None:
-    fleet = Fleet()
+    fleet = MemberRegistry()
     join(fleet, worker("prefill-0", "a"))
     fleet.heartbeat(InstanceId("a"), 9.0)
     assert fleet.expire(18.9) == []
@@ -84,7 +84,7 @@ def test_lease_expires_unless_renewed() -> None:
 
 
 def test_version_changes_exactly_when_members_do() -> None:
-    fleet = Fleet()
+    fleet = MemberRegistry()
     seen = [fleet.version]
     join(fleet, worker("prefill-0", "a"))
     seen.append(fleet.version)
@@ -96,7 +96,7 @@ def test_version_changes_exactly_when_members_do() -> None:
 
 
 def test_mismatch_says_which_flags_to_change() -> None:
-    fleet = Fleet()
+    fleet = MemberRegistry()
     join(fleet, worker("prefill-0", "a"))
     with pytest.raises(Refused, match="Start it with the same --kv-cache-dtype and --page-size"):
         join(fleet, worker("decode-0", "b", Role.DECODE), page_size=32, dtype="bfloat16")
@@ -105,7 +105,7 @@ def test_mismatch_says_which_flags_to_change() -> None:
 
 
 def test_model_path_may_differ_when_the_served_name_is_the_same() -> None:
-    fleet = Fleet()
+    fleet = MemberRegistry()
     join(fleet, worker("prefill-0", "a"))
     elsewhere = msgspec.structs.replace(worker("decode-0", "b", Role.DECODE), model="/other/machine/tiny")
     join(fleet, elsewhere)
@@ -116,7 +116,7 @@ def test_model_path_may_differ_when_the_served_name_is_the_same() -> None:
 
 def test_replaced_process_cannot_take_its_name_back_while_the_successor_lives() -> None:
     """Two live processes of one name would otherwise replace each other for ever."""
-    fleet = Fleet()
+    fleet = MemberRegistry()
     join(fleet, worker("prefill-0", "a"))
     join(fleet, worker("prefill-0", "b"))
     with pytest.raises(Refused, match="prefill-0 was replaced by a newer process") as refused:
@@ -142,12 +142,12 @@ def test_replaced_process_cannot_take_its_name_back_while_the_successor_lives() 
 )
 def test_malformed_report_is_refused_by_name(changes: dict[str, object], text: str) -> None:
     with pytest.raises(Refused, match=text) as refused:
-        Fleet().report_rank(InstanceId("a"), msgspec.structs.replace(report(), **changes), 0.0)
+        MemberRegistry().report_rank(InstanceId("a"), msgspec.structs.replace(report(), **changes), 0.0)
     assert refused.value.status == 400
 
 
 def test_ranks_of_one_server_must_agree() -> None:
-    fleet = Fleet()
+    fleet = MemberRegistry()
     ranks = [
         RankRoute(role=Role.PREFILL, rank=i, num_ranks=2, kv_layout=LAYOUT, route=row(i, 2)) for i in (0, 1)
     ]
@@ -162,14 +162,14 @@ def test_ranks_of_one_server_must_agree() -> None:
 
 
 def test_role_must_be_that_of_its_ranks() -> None:
-    fleet = Fleet()
+    fleet = MemberRegistry()
     fleet.report_rank(InstanceId("a"), report(Role.DECODE), 0.0)
     with pytest.raises(Refused, match="p is prefill, but its ranks are decode"):
         fleet.register(Register(worker=worker("p", "a")), 0.0)
 
 
 def test_time_in_which_the_service_stood_still_costs_nobody_his_lease() -> None:
-    fleet = Fleet()
+    fleet = MemberRegistry()
     join(fleet, worker("prefill-0", "a"))
     fleet.forgive(5.0)
     assert fleet.expire(14.9) == []
@@ -184,7 +184,7 @@ class FleetHistory(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.gone: list[str] = []
-        self.fleet = Fleet(on_gone=self.gone.append)
+        self.fleet = MemberRegistry(on_gone=self.gone.append)
         self.now = 0.0
         self.count = 0
         self.seen: tuple[int, list[WorkerInfo]] = (0, [])

@@ -17,7 +17,7 @@ import pytest
 from pdserve.cluster import local, supervise
 from pdserve.cluster.local import LocalCluster, make_log_dir
 from pdserve.cluster.ready import FleetState, LogStage, get_json
-from pdserve.cluster.spawn import Child, NurserySpawner
+from pdserve.cluster.spawn import Child, ForkServerSpawner
 from pdserve.cluster.spec import ClusterSpec
 from pdserve.cluster.supervise import State, backoff_s
 from pdserve.config.launch import LaunchConfig
@@ -185,7 +185,7 @@ class _NoNursery:
     def start(self) -> None: ...
 
     async def spawn(self, spec: object, *, log_path: Path, instance_id: str = "") -> Child:
-        raise StartupError("the nursery ended: no module named sglang", "its last line")
+        raise StartupError("the forkserver ended: no module named sglang", "its last line")
 
     def close(self, *, is_forced: bool = False) -> None: ...
 
@@ -202,7 +202,7 @@ async def test_failed_spawner_shows_its_own_log(fleet: SmallFleet) -> None:
 
 
 def test_nursery_that_still_imports_is_not_waited_for(tmp_path: Path) -> None:
-    spawner = NurserySpawner(dict(os.environ), tmp_path / "nursery.log")
+    spawner = ForkServerSpawner(dict(os.environ), tmp_path / "forkserver.log")
     spawner.start()
     began = time.monotonic()
     spawner.close()

@@ -92,20 +92,20 @@ def levels(findings: list[Finding]) -> set[Level]:
 JUDGES = (judge_balancer, judge_workers, judge_versions, judge_clocks, judge_load, judge_layouts)
 
 
-@pytest.mark.parametrize("judge", JUDGES)
-def test_a_sound_fleet_is_fine(judge: Any) -> None:
+@pytest.mark.parametrize("health", JUDGES)
+def test_a_sound_fleet_is_fine(health: Any) -> None:
     facts = fleet(layouts={"prefill-0": LAYOUT, "decode-0": LAYOUT})
-    assert levels(judge(facts)) == {Level.OK}
+    assert levels(health(facts)) == {Level.OK}
 
 
-@pytest.mark.parametrize("judge", JUDGES)
-def test_an_old_state_document_is_judged_without_what_it_lacks(judge: Any) -> None:
+@pytest.mark.parametrize("health", JUDGES)
+def test_an_old_state_document_is_judged_without_what_it_lacks(health: Any) -> None:
     bare = {"worker_id", "role", "url", "state"}
     workers = [
         WorkerLook({k: v for k, v in row(name).items() if k in bare}) for name in ("prefill-0", "decode-0")
     ]
     facts = FleetFacts(URL, StateLook({"version": __version__, "workers": []}, status=200), tuple(workers))
-    assert Level.ERROR not in levels(judge(facts))
+    assert Level.ERROR not in levels(health(facts))
 
 
 # -- balancer ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pdserve.process import scratch as leftovers
+from pdserve.process import scratch
 from tests.engine.corpus import CORPUS
 from tests.engine.fleet import StockPair, call, free_port, generate_body, launch_fleet, wait_for
 
@@ -87,17 +87,17 @@ def test_killed_launcher_leaves_no_process_and_the_next_start_clears_the_rest(
         assert status == 200
         descendants = psutil.Process(fleet.launcher.pid).children(recursive=True)
         workers = [fleet.pid(name) for name in ("prefill-0", "decode-0")]
-        assert len(descendants) >= 9, "two services, a nursery, two servers of three processes"
-        assert set(workers) <= set(leftovers.live_workers())
+        assert len(descendants) >= 9, "two services, a forkserver, two servers of three processes"
+        assert set(workers) <= set(scratch.live_workers())
 
         os.kill(fleet.launcher.pid, signal.SIGKILL)
         fleet.launcher.wait()
 
         wait_for(lambda: not [p for p in descendants if _runs(p)], "the end of every descendant", 15)
         fleet.is_expected_dead = True
-    leftovers.sweep()
-    assert not any(leftovers.scratch_dir(pid).exists() for pid in workers)
-    assert not any(leftovers.snapshot_path(pid).exists() for pid in workers)
+    scratch.sweep()
+    assert not any(scratch.scratch_dir(pid).exists() for pid in workers)
+    assert not any(scratch.snapshot_path(pid).exists() for pid in workers)
 
 
 def test_plain_sglang_is_unchanged_by_an_installed_pdserve() -> None:

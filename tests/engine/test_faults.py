@@ -104,7 +104,7 @@ def test_killed_decode_server_comes_back_while_idle(fleet: Fleet, expected: dict
     former = fleet.worker("decode-0")["instance_id"]
     pid = fleet.pid("decode-0")
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: ("prefill-0", "decode-0") not in fleet.ready_pairs(), "leaving the rotation", 15)
+    wait_for(lambda: ("prefill-0", "decode-0") not in fleet.ready_pairs(), "leaving the ready pairs", 15)
     status, answer = call(fleet.url, "POST", "/generate", generate_body(SHORT))
     assert status == 200, f"the other decode server serves on: {answer}"
     fleet.wait_ready(2, 90)

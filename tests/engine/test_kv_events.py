@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from pdserve.balancer.fleet.kv_event_channel import KvEventChannels
-from pdserve.balancer.fleet.kv_event_follower import KvEventKeeper, TieKeeper
+from pdserve.balancer.fleet.kv_event_follower import KvEventFollower, PromptTokenizer
 from pdserve.balancer.fleet.kv_events import events_address, keeps_prefixes
-from pdserve.http.client import UpstreamPool
+from pdserve.http.client import HttpClient
 from pdserve.scheduling.prefix.token_pages import page_hashes
 from pdserve.scheduling.prefix.tree import PromptTree
 from pdserve.scheduling.workers import Worker
@@ -66,8 +66,8 @@ class Followed:
     def __init__(self, url: str) -> None:
         self.tree = PromptTree()
         self.url = url
-        self.pool = UpstreamPool()
-        self.ties = TieKeeper(self.tree, self.pool, (), lambda: url)
+        self.pool = HttpClient()
+        self.ties = PromptTokenizer(self.tree, self.pool, (), lambda: url)
 
     @property
     def pages(self) -> frozenset[int]:
@@ -99,7 +99,9 @@ def following(url: str, scene: Callable[[Followed], Awaitable[None]]) -> None:
             WorkerInfo(worker_id=WorkerId("s"), instance_id=SERVER, role=Role.PREFILL, url=url, model="m")
         )
         worker.answers.set()
-        keeper = asyncio.create_task(KvEventKeeper(worker, followed.pool, channels, (), followed.tree).run())
+        keeper = asyncio.create_task(
+            KvEventFollower(worker, followed.pool, channels, (), followed.tree).run()
+        )
         try:
             # Something must be there to be seen going: the flush is told later than it is done, and a late
             # word of it would drop what the scene has sent.

@@ -10,20 +10,20 @@ from collections.abc import AsyncIterator
 import pytest
 
 from pdserve.errors import ConfigError, WorkerError, WorkerUnreachable
-from pdserve.http.client import MAX_IDLE, UpstreamPool
+from pdserve.http.client import MAX_IDLE, HttpClient
 from tests.http.test_client import LIMITS, raw_server
 from tests.support.sglang_server import FakeSGLang, until
 
 
 @pytest.fixture
-async def pool() -> AsyncIterator[UpstreamPool]:
-    client = UpstreamPool()
+async def pool() -> AsyncIterator[HttpClient]:
+    client = HttpClient()
     yield client
     await client.close()
 
 
 @pytest.mark.parametrize("head", [b"204 No Content", b"304 Not Modified\r\ncontent-length: 5"])
-async def test_some_statuses_have_no_body(pool: UpstreamPool, head: bytes) -> None:
+async def test_some_statuses_have_no_body(pool: HttpClient, head: bytes) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 " + head + b"\r\n\r\n")
@@ -33,7 +33,7 @@ async def test_some_statuses_have_no_body(pool: UpstreamPool, head: bytes) -> No
         assert (await pool.fetch(url, "GET", "/", timeout_s=5)).body == b""
 
 
-async def test_a_reset_is_not_the_end_of_a_body_without_length(pool: UpstreamPool) -> None:
+async def test_a_reset_is_not_the_end_of_a_body_without_length(pool: HttpClient) -> None:
     has_head = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -51,24 +51,24 @@ async def test_a_reset_is_not_the_end_of_a_body_without_length(pool: UpstreamPoo
             await response.read()
 
 
-async def test_a_port_out_of_range_is_refused(pool: UpstreamPool) -> None:
+async def test_a_port_out_of_range_is_refused(pool: HttpClient) -> None:
     with pytest.raises(ConfigError, match="http://host:port"):
         await pool.fetch("http://127.0.0.1:99999", "GET", "/", timeout_s=5)
 
 
-async def test_a_host_name_that_cannot_be_is_unreachable(pool: UpstreamPool) -> None:
+async def test_a_host_name_that_cannot_be_is_unreachable(pool: HttpClient) -> None:
     with pytest.raises(WorkerUnreachable, match="cannot connect"):
         await pool.fetch("http://a..b:80", "GET", "/", timeout_s=5)
 
 
-async def test_a_thousand_fetches_at_once(pool: UpstreamPool) -> None:
+async def test_a_thousand_fetches_at_once(pool: HttpClient) -> None:
     async with FakeSGLang() as worker:
         fetches = [pool.fetch(worker.url, "GET", "/v1/models", timeout_s=30) for _ in range(1000)]
         assert {answer.status for answer in await asyncio.gather(*fetches)} == {200}
         await until(lambda: len(pool.connections) <= MAX_IDLE, "what is too many to keep is closed")
 
 
-async def test_closing_the_pool_ends_exchanges_that_still_connect(pool: UpstreamPool) -> None:
+async def test_closing_the_pool_ends_exchanges_that_still_connect(pool: HttpClient) -> None:
     async with FakeSGLang() as worker:
         response = pool.start(worker.url, "POST", "/generate", b"{}", limits=(5, 5))
         await pool.close()
@@ -94,7 +94,7 @@ async def test_closing_the_pool_ends_exchanges_that_still_connect(pool: Upstream
         b"HTTP/9.1 200 OK\r\ncontent-length: 2\r\ncontent-type: a\r\n\r\n{}",
     ],
 )
-async def test_an_answer_means_the_same_in_one_piece_and_in_many(pool: UpstreamPool, answer: bytes) -> None:
+async def test_an_answer_means_the_same_in_one_piece_and_in_many(pool: HttpClient, answer: bytes) -> None:
     """The quick way of reading a whole answer must not read anything that the parser reads otherwise."""
 
     async def fetch(*pieces: bytes) -> object:

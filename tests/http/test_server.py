@@ -20,7 +20,7 @@ from pdserve.balancer.app import bind, tls_context
 from pdserve.errors import ConfigError
 from pdserve.http import server as listener_module
 from pdserve.http.answer import Answer, json_answer
-from pdserve.http.incoming import Client
+from pdserve.http.incoming import IncomingRequest
 from pdserve.http.limits import ServerLimits
 from pdserve.http.server import HttpServer
 from tests.support.sglang_server import until
@@ -34,17 +34,17 @@ class Echo:
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
-        self.seen: list[Client] = []
-        self.left: list[Client] = []
+        self.seen: list[IncomingRequest] = []
+        self.left: list[IncomingRequest] = []
         self.pushed_bytes = 0
 
-    def refuse(self, client: Client) -> Answer | None:
+    def refuse(self, client: IncomingRequest) -> Answer | None:
         return error_answer(404, "no") if client.path == "/none" else None
 
     def error(self, path: str, status: int, message: str) -> Answer:
         return error_answer(status, message)
 
-    async def serve(self, client: Client) -> None:
+    async def serve(self, client: IncomingRequest) -> None:
         self.seen.append(client)
         client.on_left = lambda: self.left.append(client)
         match client.path:
@@ -62,7 +62,7 @@ class Echo:
         body = {"method": client.method, "path": client.path, "query": client.query.decode()}
         await client.answer(json_answer({**body, "body": client.body.decode("latin-1")}))
 
-    async def _stream(self, client: Client) -> None:
+    async def _stream(self, client: IncomingRequest) -> None:
         client.begin(200, ((b"content-type", b"text/plain"),))
         while not client.has_left and not self.gate.is_set():
             self.pushed_bytes += 65536

@@ -13,8 +13,8 @@ import numpy
 import pytest
 
 from pdserve.errors import ConfigError
-from pdserve.http.client import UpstreamPool
-from pdserve.loadgen.client import LoadClient, Outcome
+from pdserve.http.client import HttpClient
+from pdserve.loadgen.client import LoadClient, RequestResult
 from pdserve.loadgen.command import _run, run_bench
 from pdserve.loadgen.options import BenchOptions, lengths
 from pdserve.loadgen.plan import Ask, plan_asks
@@ -125,9 +125,9 @@ def test_openai_bodies_ask_for_usage_in_streams(route: str) -> None:
 # -- figures -----------------------------------------------------------------------------------
 
 
-def outcome(ttft_s: float, gaps_s: tuple[float, ...], error: str = "") -> Outcome:
+def outcome(ttft_s: float, gaps_s: tuple[float, ...], error: str = "") -> RequestResult:
     first_s = 100.0 + ttft_s
-    return Outcome(
+    return RequestResult(
         sent_s=100.0,
         first_s=first_s,
         last_s=first_s + sum(gaps_s),
@@ -188,7 +188,7 @@ def prepare(site: Site, tokens: int) -> None:
 async def test_every_route_is_counted_right(route: str, is_stream: bool) -> None:
     async with running_site() as site:
         prepare(site, 5)
-        pool = UpstreamPool()
+        pool = HttpClient()
         asks = plan_asks(options(route=route, requests=12, stream=is_stream), "m")
         client = LoadClient(site.balancer.url, pool, [(b"content-type", b"application/json")], 10.0)
         progress = Progress(len(asks))
@@ -205,7 +205,7 @@ async def test_every_route_is_counted_right(route: str, is_stream: bool) -> None
 
 async def test_concurrency_is_never_exceeded() -> None:
     async with running_site() as site:
-        pool = UpstreamPool()
+        pool = HttpClient()
         most = 0
 
         def look(progress: Progress) -> None:
@@ -228,7 +228,7 @@ async def test_what_failed_is_told_and_not_counted(fault: dict[str, Any], word: 
         prepare(site, 5)
         for name, value in fault.items():
             setattr(site.decode.behaviour, name, value)
-        pool = UpstreamPool()
+        pool = HttpClient()
         client = LoadClient(site.balancer.url, pool, [(b"content-type", b"application/json")], 10.0)
         result = await run_asks(
             client, plan_asks(options(requests=1), "m"), concurrency=1, progress=Progress(1)

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from pdserve.plugin import abort_acks as module
-from pdserve.plugin.abort_acks import Undertaker, refuses_connections
+from pdserve.plugin.abort_acks import DeadPeerWatch, refuses_connections
 from tests.support.kv_rig import wait_until
 
 GONE, ALIVE = ("127.0.0.1", 1), ("127.0.0.1", 2)
@@ -20,7 +20,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_room_is_released_once_all_its_ranks_are_dead() -> None:
-    watcher = Undertaker(is_gone=lambda endpoint: endpoint == GONE)
+    watcher = DeadPeerWatch(is_gone=lambda endpoint: endpoint == GONE)
     watcher.watch(1, [GONE])
     watcher.watch(2, [GONE, ALIVE])
     wait_until(lambda: watcher.are_all_dead(1))
@@ -30,7 +30,7 @@ def test_room_is_released_once_all_its_ranks_are_dead() -> None:
 
 def test_room_that_is_forgotten_is_asked_about_no_more() -> None:
     asked: list[object] = []
-    watcher = Undertaker(is_gone=lambda endpoint: asked.append(endpoint) is not None)
+    watcher = DeadPeerWatch(is_gone=lambda endpoint: asked.append(endpoint) is not None)
     watcher.watch(1, [ALIVE])
     wait_until(lambda: bool(asked))
     watcher.forget(1)

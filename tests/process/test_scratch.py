@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.process import scratch as leftovers
+from pdserve.process import scratch
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tmp", "shm"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(leftovers, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(scratch, "SHARED_MEMORY", tmp_path / "shm")
 
 
 def _dead_pid() -> int:
@@ -28,7 +28,7 @@ def _dead_pid() -> int:
 
 
 def _leave(pid: int) -> tuple[Path, Path]:
-    folder, snapshot = leftovers.scratch_dir(pid), leftovers.snapshot_path(pid)
+    folder, snapshot = scratch.scratch_dir(pid), scratch.snapshot_path(pid)
     folder.mkdir()
     (folder / "socket").touch()
     snapshot.touch()
@@ -42,7 +42,7 @@ def test_sweep_removes_what_dead_workers_left_and_nothing_else(tmp_path: Path) -
     foreign.mkdir()
     (tmp_path / "shm" / "sglang_loads_other_1.shm").touch()
 
-    assert leftovers.sweep() == [dead]
+    assert scratch.sweep() == [dead]
 
     assert not any(path.exists() for path in gone)
     assert all(path.exists() for path in (*kept, foreign, tmp_path / "shm" / "sglang_loads_other_1.shm"))
@@ -51,7 +51,7 @@ def test_sweep_removes_what_dead_workers_left_and_nothing_else(tmp_path: Path) -
 def test_live_workers_are_counted_whoever_started_them() -> None:
     _leave(_dead_pid())
     _leave(os.getpid())
-    assert leftovers.live_workers() == [os.getpid()]
+    assert scratch.live_workers() == [os.getpid()]
 
 
 def test_zombie_counts_as_dead() -> None:
@@ -60,7 +60,7 @@ def test_zombie_counts_as_dead() -> None:
     os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
     _leave(zombie.pid)
     try:
-        assert leftovers.live_workers() == []
-        assert leftovers.sweep() == [zombie.pid]
+        assert scratch.live_workers() == []
+        assert scratch.sweep() == [zombie.pid]
     finally:
         zombie.wait()

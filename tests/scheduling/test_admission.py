@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdserve.balancer.fleet.fleet import Fleet
+from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.errors import NoWorkerError, WorkerRejected
 from pdserve.types import RequestShape, WorkerInfo
 from tests.support.fleet_network import (
@@ -167,7 +167,7 @@ async def test_a_worker_that_says_it_is_full_rests_until_its_next_sample_and_is_
         assert D0 in {(await take(fleet)).pair.decode for _ in range(4)}
 
 
-async def sampled_one(fleet: Fleet, info: WorkerInfo) -> None:
+async def sampled_one(fleet: WorkerFleet, info: WorkerInfo) -> None:
     """Wait until that worker is not overloaded any more."""
     member = fleet.find(info.worker_id)
     assert member is not None

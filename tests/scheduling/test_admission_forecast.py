@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdserve.scheduling.kv_growth import GROWTH_Z, SPREAD, Growth
+from pdserve.scheduling.kv_growth import GROWTH_Z, SPREAD, KvGrowth
 from pdserve.types import RequestShape
 from tests.support.virtual_admission import Asked, Desk, shape
 
@@ -18,7 +18,7 @@ from tests.support.virtual_admission import Asked, Desk, shape
 
 def test_errors_of_many_forecasts_cancel() -> None:
     """A hundred answers of 400 give or take 256: all together need far less than 656 each."""
-    growth, deviation = Growth(), 2 * 256 / SPREAD
+    growth, deviation = KvGrowth(), 2 * 256 / SPREAD
     for leg in range(100):
         growth.add(leg, shape(0, 400, spread=256), (0, 512))
     assert growth.tokens == pytest.approx(40_000 + GROWTH_Z * 10 * deviation, rel=0.001)
@@ -34,7 +34,7 @@ def test_errors_of_many_forecasts_cancel() -> None:
 def test_a_worker_without_open_legs_expects_nothing(
     legs: list[tuple[int, float, float, bool]], rng: random.Random
 ) -> None:
-    growth = Growth()
+    growth = KvGrowth()
     for leg, (prompt, answer, spread, begins) in enumerate(legs):
         growth.add(leg, shape(prompt, answer, spread=spread, limit=200_000), (prompt, prompt + 512))
         if begins:
@@ -50,7 +50,7 @@ def test_a_worker_without_open_legs_expects_nothing(
 
 
 def test_an_answer_that_outlives_its_forecast_is_expected_to_go_on_up_to_its_limit() -> None:
-    growth = Growth()
+    growth = KvGrowth()
     growth.add(1, shape(100, 200, spread=100, limit=5000), (100, 612))
     base = growth.tokens
     growth.follow(10.0, 0.02, 1000)
@@ -68,7 +68,7 @@ def test_an_answer_that_outlives_its_forecast_is_expected_to_go_on_up_to_its_lim
 
 def test_answers_that_end_in_turn_need_less_at_once_than_all_at_their_full_length() -> None:
     """Ten answers of 1000 tokens, begun a hundred tokens apart: the oldest ends before the others grow."""
-    growth = Growth()
+    growth = KvGrowth()
     for leg in range(10):
         growth.add(leg, shape(100, 1000), (100, 612))
         growth.begin(leg, 2.0 * leg)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace as replace_info
 
 from pdserve.errors import ProtocolMismatch
-from pdserve.scheduling.load import Credit, LoadTable
+from pdserve.scheduling.load import LoadCredit, LoadTable
 from pdserve.scheduling.load_sample import ARRIVAL_S, PartialLoad, Sample, parse_loads
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo, WorkerLoad
 
@@ -96,7 +96,7 @@ def test_a_burst_between_two_polls_is_credited_to_its_worker() -> None:
     table.record(P0, sample(10.0, num_waiting_uncached_tokens=100))
     for step in range(3):
         table.dispatch(P0, 50, 10.1 + step)
-    assert table.credit(P0) == Credit(reqs=3, prompt_tokens=150)
+    assert table.credit(P0) == LoadCredit(reqs=3, prompt_tokens=150)
     assert table.view(P0).queued_tokens == 250
     assert table.view(P0).inflight == 3
 
@@ -106,7 +106,7 @@ def test_a_sample_takes_over_what_it_covers() -> None:
     table.dispatch(P0, 50, 10.0)
     table.dispatch(P0, 70, 11.0)
     table.record(P0, sample(10.5, num_waiting_reqs=1, num_waiting_uncached_tokens=50))
-    assert table.credit(P0) == Credit(reqs=1, prompt_tokens=70)
+    assert table.credit(P0) == LoadCredit(reqs=1, prompt_tokens=70)
     assert table.view(P0).queued_tokens == 120
 
 
@@ -190,7 +190,7 @@ def test_credit_is_exactly_the_open_legs_sent_after_the_sample(steps: list[tuple
             covered_s = float(number)
             table.record(P0, sample(covered_s))
         fresh = [tokens for tokens, sent_s in model.values() if sent_s >= covered_s]
-        assert table.credit(P0) == Credit(len(fresh), sum(fresh))
+        assert table.credit(P0) == LoadCredit(len(fresh), sum(fresh))
         assert table.inflight(P0) == len(model)
         assert table.view(P0).queued_tokens >= table.credit(P0).prompt_tokens
 
@@ -223,7 +223,7 @@ def test_the_view_is_one_object_kept_right_in_place() -> None:
 def test_cached_part_of_a_prompt_is_no_prefill_work_but_takes_its_pages() -> None:
     table = table_of(info(P0))
     leg = table.dispatch(P0, 1000, 1.0, cached_tokens=900)
-    assert table.credit(P0) == Credit(1, 100)
+    assert table.credit(P0) == LoadCredit(1, 100)
     assert (table.view(P0).queued_tokens, table.view(P0).kv_tokens) == (100, 1000)
     table.finish(P0, leg)
     assert (table.view(P0).queued_tokens, table.view(P0).kv_tokens) == (0, 0)
@@ -253,7 +253,7 @@ def test_update_between_polls_replaces_what_it_tells_and_takes_over_credit() -> 
     table.dispatch(D0, 50, 2.0)
     table.dispatch(D0, 70, 4.0)
     table.update(D0, partial(3.0, num_running_reqs=2, num_total_tokens=300))
-    assert table.credit(D0) == Credit(reqs=1, prompt_tokens=70)
+    assert table.credit(D0) == LoadCredit(reqs=1, prompt_tokens=70)
     assert (table.view(D0).num_reqs, table.view(D0).kv_tokens) == (3, 370)
     load = table.load(D0)
     assert load is not None

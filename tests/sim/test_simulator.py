@@ -227,7 +227,7 @@ def test_a_large_fleet_makes_no_grid_of_pairs() -> None:
     report = run.run()
     assert len(report.served) == 300
     assert len({record.prefill for record in report.records}) > 100
-    assert len(run.fleet.admission.placement.rotation.records) == 40_000
+    assert len(run.fleet.admission.placement.ready_pairs.records) == 40_000
 
 
 @pytest.mark.parametrize("lengths", ["learned", "oracle", "useless", "none"])

@@ -93,7 +93,7 @@ class Simulation:
             self.join(server)
 
     def join(self, server: DecodeServer) -> None:
-        """A decode server comes into rotation."""
+        """A decode server comes into the ready pairs."""
         self.table.add(server.info)
         self._servers.append(server)
         self._poll(server)

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from pdserve.balancer.fleet.fleet import Fleet, Membership
+from pdserve.balancer.fleet.fleet import Membership, WorkerFleet
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerError, WorkerUnreachable
 from pdserve.scheduling.reservation import Reservation
@@ -127,9 +127,9 @@ D0, D1 = worker(Role.DECODE, 0), worker(Role.DECODE, 1)
 @asynccontextmanager
 async def running_fleet(
     network: Network, membership: Membership | None = None, **settings: object
-) -> AsyncIterator[Fleet]:
+) -> AsyncIterator[WorkerFleet]:
     """A started fleet over ``network``, stopped at the end; no task may survive it."""
-    fleet = Fleet(BalancerConfig(**{"load_poll_s": 0.02, **settings}), network, membership)  # type: ignore[arg-type]
+    fleet = WorkerFleet(BalancerConfig(**{"load_poll_s": 0.02, **settings}), network, membership)  # type: ignore[arg-type]
     await fleet.start()
     try:
         yield fleet
@@ -151,28 +151,30 @@ def loads(**figures: object) -> Answer:
     return Answer(200, json.dumps({"loads": [figures]}).encode())
 
 
-async def sampled(fleet: Fleet) -> None:
+async def sampled(fleet: WorkerFleet) -> None:
     """Wait until every member's load is known."""
     await until(lambda: all(fleet.table.load(member.instance_id) for member in fleet.workers()))
 
 
-def pair_states(fleet: Fleet) -> dict[str, str]:
+def pair_states(fleet: WorkerFleet) -> dict[str, str]:
     """Label → state of every pair."""
     return {record.label: str(record.state) for record in fleet.pairs()}
 
 
-def worker_states(fleet: Fleet) -> dict[str, str]:
+def worker_states(fleet: WorkerFleet) -> dict[str, str]:
     """Worker id → state."""
     return {str(member.worker_id): str(member.state) for member in fleet.workers()}
 
 
-async def all_ready(fleet: Fleet) -> None:
+async def all_ready(fleet: WorkerFleet) -> None:
     """Wait until every pair is ready."""
     await until(lambda: fleet.pairs() and set(pair_states(fleet).values()) == {"ready"})
 
 
 @asynccontextmanager
-async def known_fleet(network: Network, *members: WorkerInfo, **settings: object) -> AsyncIterator[Fleet]:
+async def known_fleet(
+    network: Network, *members: WorkerInfo, **settings: object
+) -> AsyncIterator[WorkerFleet]:
     """A fleet whose members are ready and have told their load; polls go on, quickly."""
     async with running_fleet(network, **settings) as fleet:
         fleet.apply(members)
@@ -181,7 +183,7 @@ async def known_fleet(network: Network, *members: WorkerInfo, **settings: object
         yield fleet
 
 
-async def take(fleet: Fleet, shape: RequestShape = SHAPE) -> Reservation:
+async def take(fleet: WorkerFleet, shape: RequestShape = SHAPE) -> Reservation:
     """Reserve what should be had at once."""
     return await fleet.reserve(shape, timeout_s=SOON_S)
 
@@ -195,7 +197,7 @@ class Line:
     """Clients that wait; ``served`` has their names in the order in which they got a pair,
     ``refused`` what the others were told."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: WorkerFleet) -> None:
         self.fleet = fleet
         self.served: list[str] = []
         self.refused: dict[str, str] = {}

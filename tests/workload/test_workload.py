@@ -9,7 +9,7 @@ import pytest
 
 from pdserve.errors import ConfigError
 from pdserve.workload import (
-    Lengths,
+    LengthDistribution,
     Synthetic,
     TracedRequest,
     cut,
@@ -164,7 +164,7 @@ def test_prompts_without_ids_are_all_different_from_the_start() -> None:
 
 
 def test_synthetic_workloads_are_drawn_by_seed_at_the_rate_asked_for() -> None:
-    plan = Synthetic(rate=5.0, requests=2000, inputs=Lengths("lognormal", mean=800, cv=0.5))
+    plan = Synthetic(rate=5.0, requests=2000, inputs=LengthDistribution("lognormal", mean=800, cv=0.5))
     trace = synthetic(plan, seed=1)
     assert trace == synthetic(plan, seed=1)
     assert trace != synthetic(plan, seed=2)
@@ -191,6 +191,6 @@ def test_turns_of_a_session_begin_with_the_turn_before() -> None:
 
 def test_an_unknown_distribution_and_an_impossible_plan_are_refused() -> None:
     with pytest.raises(ConfigError, match="expected fixed, uniform or lognormal"):
-        synthetic(Synthetic(rate=1.0, requests=1, inputs=Lengths("zipf")), seed=0)
+        synthetic(Synthetic(rate=1.0, requests=1, inputs=LengthDistribution("zipf")), seed=0)
     with pytest.raises(ConfigError, match="synthetic"):
         synthetic(Synthetic(rate=0.0, requests=1), seed=0)

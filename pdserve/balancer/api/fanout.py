@@ -21,8 +21,8 @@ from pdserve.balancer.api.errors import error_answer, worker_error_status
 from pdserve.balancer.api.forward import (
     ASK_S,
     WORK_S,
+    ControlRefused,
     Question,
-    Refused,
     Reply,
     WorkerAsker,
     document,
@@ -32,7 +32,7 @@ from pdserve.balancer.api.forward import (
 from pdserve.balancer.api.health import DataPlane, HealthControl
 from pdserve.errors import WorkerError
 from pdserve.http.answer import Answer, json_answer
-from pdserve.http.incoming import Client
+from pdserve.http.incoming import IncomingRequest
 from pdserve.scheduling.workers import Worker
 
 WORKER = "worker"
@@ -62,15 +62,15 @@ class FanOutControl:
 
     # -- to all ------------------------------------------------------------------------------
 
-    async def fan_out(self, client: Client, body: bytes) -> Answer:
+    async def fan_out(self, client: IncomingRequest, body: bytes) -> Answer:
         """Method, body and query as they are, to all; quick work."""
         return await self._fan_out(client, body, WORK_S)
 
-    async def fan_out_slow(self, client: Client, body: bytes) -> Answer:
+    async def fan_out_slow(self, client: IncomingRequest, body: bytes) -> Answer:
         """The same for what may take minutes: weights, profiles, memory."""
         return await self._fan_out(client, body, self._request_s)
 
-    async def flush_cache(self, client: Client, body: bytes) -> Answer:
+    async def flush_cache(self, client: IncomingRequest, body: bytes) -> Answer:
         """Every worker drops its prefix cache; SGLang waits ``?timeout=`` seconds for idleness."""
         try:
             wait_s = float(dict(_parameters(client)).get("timeout", "0"))
@@ -83,19 +83,19 @@ class FanOutControl:
             )  # of one that refused we only know less than we might
         return answer
 
-    async def pause(self, client: Client, body: bytes) -> Answer:
+    async def pause(self, client: IncomingRequest, body: bytes) -> Answer:
         """Stop generation everywhere; ``/ready`` is 503 until it goes on, and nobody counts as stuck."""
         answer = await self._fan_out(client, body, self._request_s)
         if answer.status == 200 and not _named(client):
             self._health.is_paused = self._asker.fleet.is_paused = True
         return answer
 
-    async def go_on(self, client: Client, body: bytes) -> Answer:
+    async def go_on(self, client: IncomingRequest, body: bytes) -> Answer:
         """End a pause."""
         self._health.is_paused = self._asker.fleet.is_paused = False
         return await self._fan_out(client, body, WORK_S)
 
-    async def abort_request(self, client: Client, body: bytes) -> Answer:
+    async def abort_request(self, client: IncomingRequest, body: bytes) -> Answer:
         """Every worker aborts the request; its client may name it by its own rid or X-Request-Id."""
         fields = fields_of(body)
         name = fields.get("rid")
@@ -107,7 +107,7 @@ class FanOutControl:
             replies = await self._asker.ask_all(Question.of(client, told, timeout_s=ASK_S), workers)
         return _rows(workers, replies)
 
-    async def open_session(self, client: Client, body: bytes) -> Answer:
+    async def open_session(self, client: IncomingRequest, body: bytes) -> Answer:
         """One session under one id on every worker; answers with the id alone, as SGLang does."""
         fields = fields_of(body)
         session_id = fields.get("session_id") or uuid.uuid4().hex
@@ -115,7 +115,7 @@ class FanOutControl:
         answer = await self._fan_out(client, told, WORK_S)
         return json_answer(session_id) if answer.status == 200 else answer
 
-    async def release_memory(self, client: Client, body: bytes) -> Answer:
+    async def release_memory(self, client: IncomingRequest, body: bytes) -> Answer:
         """Release GPU memory; that of the KV cache only where the transfer backend lets it go."""
         tags = fields_of(body).get("tags")
         if not isinstance(tags, list) or not tags or "kv_cache" in tags:
@@ -123,12 +123,12 @@ class FanOutControl:
             infos = await self._asker.ask_all(Question(client, "GET", "/server_info"), workers)
             bound = [w.worker_id for w, info in zip(workers, infos, strict=True) if _holds_kv(info)]
             if bound:
-                raise Refused(_KV_IS_REGISTERED.format(", ".join(bound)), 501)
+                raise ControlRefused(_KV_IS_REGISTERED.format(", ".join(bound)), 501)
         return await self._fan_out(client, body, self._request_s)
 
     # -- to one ------------------------------------------------------------------------------
 
-    async def one_worker(self, client: Client, body: bytes) -> Answer:
+    async def one_worker(self, client: IncomingRequest, body: bytes) -> Answer:
         """For what concerns a single server: ``?worker=`` or the body's ``worker`` names it, else 400."""
         names = _named(client)
         if not names and body:
@@ -138,23 +138,23 @@ class FanOutControl:
                 body = msgspec.json.encode(fields)
         if len(names) != 1:
             known = ", ".join(worker.worker_id for worker in self._asker.fleet.workers()) or "none yet"
-            raise Refused(f"{client.path} is for one server: name it with ?worker=ID; known: {known}")
+            raise ControlRefused(f"{client.path} is for one server: name it with ?worker=ID; known: {known}")
         worker = self._asker.find(names[0])
         reply = await self._asker.ask(self._question(client, body, self._request_s), worker)
         if isinstance(reply, WorkerError):
             return error_answer(worker_error_status(reply), str(reply))
         return passed_on(reply)
 
-    async def init_weights_update_group(self, client: Client, body: bytes) -> Answer:
+    async def init_weights_update_group(self, client: IncomingRequest, body: bytes) -> Answer:
         """Ranks differ from server to server: to one that is named, or each with its own ``rank_offset``."""
         fields = fields_of(body)
         offsets = fields.pop("rank_offsets", None)
         if offsets is None:
             if WORKER not in fields and not _named(client):
-                raise Refused(_RANKS)
+                raise ControlRefused(_RANKS)
             return await self.one_worker(client, body)
         if not isinstance(offsets, dict) or not all(type(offset) is int for offset in offsets.values()):
-            raise Refused("rank_offsets must be an object: worker id to its first rank")
+            raise ControlRefused("rank_offsets must be an object: worker id to its first rank")
         workers = [self._asker.find(name) for name in offsets]
         bodies = [msgspec.json.encode({**fields, "rank_offset": offset}) for offset in offsets.values()]
         questions = [self._question(client, told, self._request_s) for told in bodies]
@@ -164,15 +164,15 @@ class FanOutControl:
 
     # -- telling -----------------------------------------------------------------------------
 
-    async def _fan_out(self, client: Client, body: bytes, timeout_s: float) -> Answer:
+    async def _fan_out(self, client: IncomingRequest, body: bytes, timeout_s: float) -> Answer:
         workers = self._chosen(client)
         return _rows(workers, await self._asker.ask_all(self._question(client, body, timeout_s), workers))
 
-    def _chosen(self, client: Client) -> list[Worker]:
+    def _chosen(self, client: IncomingRequest) -> list[Worker]:
         names = _named(client)
         return [self._asker.find(name) for name in names] if names else self._asker.fleet.workers()
 
-    def _question(self, client: Client, body: bytes, timeout_s: float) -> Question:
+    def _question(self, client: IncomingRequest, body: bytes, timeout_s: float) -> Question:
         """The client's request without our own parameter."""
         query = client.query
         if _named(client):
@@ -180,11 +180,11 @@ class FanOutControl:
         return Question.of(client, body, query=query, timeout_s=timeout_s)
 
 
-def _parameters(client: Client) -> list[tuple[str, str]]:
+def _parameters(client: IncomingRequest) -> list[tuple[str, str]]:
     return parse_qsl(client.query.decode("latin-1"), keep_blank_values=True)
 
 
-def _named(client: Client) -> list[str]:
+def _named(client: IncomingRequest) -> list[str]:
     """The workers that ``?worker=`` names."""
     return [value for name, value in _parameters(client) if name == WORKER] if client.query else []
 

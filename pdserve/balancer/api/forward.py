@@ -1,6 +1,6 @@
 """Putting a client's control request to workers: which headers and which target travel, how long to wait.
 
-The body travels unchanged. The path is quoted anew: ``Client.path`` is decoded,
+The body travels unchanged. The path is quoted anew: ``IncomingRequest.path`` is decoded,
 and a line break that was hidden in it must not end our request line.
 """
 
@@ -14,12 +14,12 @@ from urllib.parse import quote, quote_from_bytes
 
 import msgspec
 
-from pdserve.balancer.fleet.fleet import Fleet
+from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import PdserveError, WorkerError
 from pdserve.http.answer import JSON_TYPE, Answer, Headers
-from pdserve.http.client import FetchedResponse, UpstreamPool
-from pdserve.http.incoming import Client
+from pdserve.http.client import FetchedResponse, HttpClient
+from pdserve.http.incoming import IncomingRequest
 from pdserve.scheduling.workers import Worker, WorkerState
 from pdserve.types import Role
 
@@ -37,7 +37,7 @@ _SAFE_IN_PATH = "/:@!$&'()*+,;=~"
 _SAFE_IN_QUERY = _SAFE_IN_PATH + "?%[]"
 
 
-class Refused(PdserveError):
+class ControlRefused(PdserveError):
     """A control request that cannot be carried out; ``status`` is 4xx or 501.
 
     api/routes.py makes it the answer: ``answer`` if that is set, else an error in the shape of the route.
@@ -56,7 +56,7 @@ class Question:
     ``accept`` is the form the answer must have; empty: what the client accepts.
     """
 
-    client: Client
+    client: IncomingRequest
     method: str
     target: str
     body: bytes = b""
@@ -66,7 +66,7 @@ class Question:
     @classmethod
     def of(
         cls,
-        client: Client,
+        client: IncomingRequest,
         body: bytes = b"",
         *,
         path: str = "",
@@ -81,7 +81,7 @@ class Question:
                 them, and a client's route would become an operator's.
         """
         if not {".", ".."}.isdisjoint(client.path.split("/")):
-            raise Refused("the path must not have . or .. in it")
+            raise ControlRefused("the path must not have . or .. in it")
         asked = client.query if query is None else query
         target = quote(path or client.path, safe=_SAFE_IN_PATH)
         if asked:
@@ -93,7 +93,7 @@ class Question:
 class WorkerAsker:
     """Asks one worker or all of them in the name of a client."""
 
-    def __init__(self, fleet: Fleet, pool: UpstreamPool, config: BalancerConfig) -> None:
+    def __init__(self, fleet: WorkerFleet, pool: HttpClient, config: BalancerConfig) -> None:
         self.fleet = fleet
         self.config = config
         self._pool = pool
@@ -140,7 +140,7 @@ class WorkerAsker:
                 if key in (worker.worker_id, worker.url):
                     return worker
         known = ", ".join(worker.worker_id for worker in workers) or "none yet"
-        raise Refused(f"there is no worker {name!r}; known: {known}", 404)
+        raise ControlRefused(f"there is no worker {name!r}; known: {known}", 404)
 
     def _headers(self, question: Question) -> Headers:
         """The client's own authorization, unless the workers have a key of their own."""
@@ -189,7 +189,7 @@ def fields_of(body: bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise Refused(f"the request body is not valid JSON: {exc}") from exc
+        raise ControlRefused(f"the request body is not valid JSON: {exc}") from exc
     if not isinstance(value, dict):
-        raise Refused("the request body must be a JSON object")
+        raise ControlRefused("the request body must be a JSON object")
     return value

@@ -16,7 +16,7 @@ from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.state import render_state
 from pdserve.http.answer import Answer, json_answer
 from pdserve.http.client import FetchedResponse
-from pdserve.http.incoming import Client
+from pdserve.http.incoming import IncomingRequest
 from pdserve.scheduling.workers import PairState, Worker
 
 HEALTH_GENERATE_S = 25.0
@@ -51,23 +51,23 @@ class HealthControl:
         self._data_plane = data_plane
         self._generating: asyncio.Task[Answer] | None = None
 
-    async def liveness(self, client: Client, body: bytes) -> Answer:
+    async def liveness(self, client: IncomingRequest, body: bytes) -> Answer:
         """200 while the process runs."""
         return json_answer({"status": "alive"})
 
-    async def readiness(self, client: Client, body: bytes) -> Answer:
+    async def readiness(self, client: IncomingRequest, body: bytes) -> Answer:
         """200 while some pair can serve, else 503 that says why not."""
         if self._fleet.has_ready_pair:
             return json_answer({"status": "ready"})
         return error_answer(503, self._fleet.explain())
 
-    async def acceptance(self, client: Client, body: bytes) -> Answer:
+    async def acceptance(self, client: IncomingRequest, body: bytes) -> Answer:
         """Readiness, and 503 while generation is paused: SGLang's ``/ready``."""
         if self.is_paused:
             return error_answer(503, "generation is paused; POST /continue_generation ends that")
         return await self.readiness(client, body)
 
-    async def health_generate(self, client: Client, body: bytes) -> Answer:
+    async def health_generate(self, client: IncomingRequest, body: bytes) -> Answer:
         """200 if both servers of some ready pair generate a token now.
 
         Anyone may ask, and each round costs every server a token: those who ask
@@ -79,12 +79,12 @@ class HealthControl:
             self._generating = asyncio.create_task(self._generate(client), name="health-generate")
         return await asyncio.shield(self._generating)
 
-    async def state(self, client: Client, body: bytes) -> Answer:
+    async def state(self, client: IncomingRequest, body: bytes) -> Answer:
         """The state document."""
         plane = self._data_plane
         return json_answer(render_state(self._fleet, plane.snapshot(), plane.ledger.traffic))
 
-    async def _generate(self, client: Client) -> Answer:
+    async def _generate(self, client: IncomingRequest) -> Answer:
         pairs = [record for record in self._fleet.pairs() if record.state is PairState.READY]
         workers: list[Worker] = list({id(w): w for r in pairs for w in (r.prefill, r.decode)}.values())
         question = Question(client, "GET", "/health_generate", timeout_s=HEALTH_GENERATE_S)

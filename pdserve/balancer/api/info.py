@@ -27,7 +27,7 @@ from pdserve.balancer.metrics.export import render_metrics
 from pdserve.balancer.metrics.exposition import ExpositionMerger
 from pdserve.http.answer import Answer, json_answer
 from pdserve.http.client import FetchedResponse
-from pdserve.http.incoming import Client
+from pdserve.http.incoming import IncomingRequest
 from pdserve.scheduling.workers import Worker
 from pdserve.types import Role
 
@@ -53,7 +53,7 @@ class InfoControl:
 
     # -- one worker --------------------------------------------------------------------------
 
-    async def any_worker(self, client: Client, body: bytes) -> Answer:
+    async def any_worker(self, client: IncomingRequest, body: bytes) -> Answer:
         """What the first worker that answers says; decode workers first, they speak for the service."""
         timeout_s = WORK_S if body else ASK_S
         question = Question.of(client, body, path=_OLD_NAMES.get(client.path, ""), timeout_s=timeout_s)
@@ -69,7 +69,7 @@ class InfoControl:
 
     # -- all workers -------------------------------------------------------------------------
 
-    async def server_info(self, client: Client, body: bytes) -> Answer:
+    async def server_info(self, client: IncomingRequest, body: bytes) -> Answer:
         """Each worker's server info by role; the first decode's fields stand for the service."""
         workers = self._fleet.workers()
         replies = await self._asker.ask_all(Question.of(client, path=SERVER_INFO), workers)
@@ -85,7 +85,7 @@ class InfoControl:
         whole = {**decodes[0], "prefill": prefills, "decode": decodes, "internal_states": states}
         return json_answer(whole)
 
-    async def loads(self, client: Client, body: bytes) -> Answer:
+    async def loads(self, client: IncomingRequest, body: bytes) -> Answer:
         """SGLang's ``/v1/loads`` of all workers in one list; each entry says whose it is.
 
         ``num_accelerators`` (behind one DP rank) stands in each entry too: workers may differ.
@@ -109,18 +109,18 @@ class InfoControl:
         whole = {**first, "timestamp": datetime.now(UTC).isoformat(), "loads": rows}
         return json_answer(whole)
 
-    async def metrics(self, client: Client, body: bytes) -> Answer:
+    async def metrics(self, client: IncomingRequest, body: bytes) -> Answer:
         """The balancer's own metrics, then those of the workers that publish any. Always 200."""
         workers = self._fleet.workers()
         replies = await self._asker.ask_all(_scrape(client, SCRAPE_S), workers)
         theirs = await _merged(workers, replies)
         return Answer(200, (self._own() + theirs).encode(), (EXPOSITION,))
 
-    async def own_metrics(self, client: Client, body: bytes) -> Answer:
+    async def own_metrics(self, client: IncomingRequest, body: bytes) -> Answer:
         """The balancer's own alone; no worker is asked."""
         return Answer(200, self._own().encode(), (EXPOSITION,))
 
-    async def engine_metrics(self, client: Client, body: bytes) -> Answer:
+    async def engine_metrics(self, client: IncomingRequest, body: bytes) -> Answer:
         """The workers' Prometheus text in one, with a ``worker_id`` label; they need ``--enable-metrics``."""
         workers = self._fleet.workers()
         replies = await self._asker.ask_all(_scrape(client, ASK_S), workers)
@@ -137,13 +137,15 @@ class InfoControl:
         return render_metrics(self._fleet, self._data_plane.ledger)
 
     async def _exposition(
-        self, client: Client, workers: list[Worker], replies: list[Reply], why: str
+        self, client: IncomingRequest, workers: list[Worker], replies: list[Reply], why: str
     ) -> Answer:
         if not any(isinstance(reply, FetchedResponse) and reply.status == 200 for reply in replies):
             return self._refusal(client, workers, replies, why)
         return Answer(200, (await _merged(workers, replies)).encode(), (EXPOSITION,))
 
-    def _refusal(self, client: Client, workers: list[Worker], replies: list[Reply], why: str) -> Answer:
+    def _refusal(
+        self, client: IncomingRequest, workers: list[Worker], replies: list[Reply], why: str
+    ) -> Answer:
         """A worker's own 4xx where there is one (the client's fault), else 503."""
         reasons = [why_not(worker, reply) for worker, reply in zip(workers, replies, strict=True)]
         for reply in replies:
@@ -152,7 +154,7 @@ class InfoControl:
         return route_error(client.path, 503, f"{why}: {'; '.join(reasons) or self._fleet.explain()}")
 
 
-def _scrape(client: Client, timeout_s: float) -> Question:
+def _scrape(client: IncomingRequest, timeout_s: float) -> Question:
     """Prometheus would rather have OpenMetrics, whose samples are no text of version 0.0.4."""
     return Question.of(client, path=METRICS, timeout_s=timeout_s, accept=b"text/plain")
 

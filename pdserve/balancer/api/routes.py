@@ -17,19 +17,19 @@ from typing import Protocol
 from pdserve.balancer.api.auth import Access, KeyRing
 from pdserve.balancer.api.errors import route_error
 from pdserve.balancer.api.fanout import FanOutControl
-from pdserve.balancer.api.forward import Refused, WorkerAsker
+from pdserve.balancer.api.forward import ControlRefused, WorkerAsker
 from pdserve.balancer.api.health import DataPlane, HealthControl
 from pdserve.balancer.api.info import InfoControl
 from pdserve.balancer.api.unserved import UNSERVED
 from pdserve.balancer.api.workers import WorkersControl
-from pdserve.balancer.fleet.fleet import Fleet
+from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.request.request import Route
 from pdserve.config.balancer import BalancerConfig
 from pdserve.http.answer import Answer
-from pdserve.http.client import UpstreamPool
-from pdserve.http.incoming import Client
+from pdserve.http.client import HttpClient
+from pdserve.http.incoming import IncomingRequest
 
-Handler = Callable[[Client, bytes], Awaitable[Answer | None]]
+Handler = Callable[[IncomingRequest, bytes], Awaitable[Answer | None]]
 """Takes the request with its body; returns the answer, or None if it has answered itself."""
 
 GET, POST = ("GET",), ("POST",)
@@ -62,7 +62,7 @@ class _Pattern:
         return bool(middle) and (self.is_deep or "/" not in middle)
 
 
-class Surface:
+class RouteMap:
     """The table of paths. ``add`` while it is built, ``find`` from then on."""
 
     def __init__(self) -> None:
@@ -94,25 +94,25 @@ class Surface:
 class Dispatcher(DataPlane, Protocol):
     """What is asked of the data plane besides."""
 
-    async def dispatch(self, route: Route, body: bytes, client: Client) -> None:
+    async def dispatch(self, route: Route, body: bytes, client: IncomingRequest) -> None:
         """Serve a prompt by some pair."""
         ...
 
 
 class _Table:
-    """A surface under construction: control handlers may raise ``Refused``."""
+    """A surface under construction: control handlers may raise ``ControlRefused``."""
 
     def __init__(self) -> None:
-        self.surface = Surface()
+        self.routes = RouteMap()
 
     def add(self, access: Access, methods: Iterable[str], handle: Handler, *paths: str) -> None:
         for path in paths:
-            self.surface.add(path, methods, partial(_guarded, handle), access)
+            self.routes.add(path, methods, partial(_guarded, handle), access)
 
 
-def build_surface(
-    fleet: Fleet, pool: UpstreamPool, dispatcher: Dispatcher, config: BalancerConfig
-) -> Surface:
+def build_routes(
+    fleet: WorkerFleet, pool: HttpClient, dispatcher: Dispatcher, config: BalancerConfig
+) -> RouteMap:
     """The whole surface over one fleet.
 
     Raises:
@@ -121,20 +121,20 @@ def build_surface(
     table = _Table()
     asker = WorkerAsker(fleet, pool, config)
     health = HealthControl(asker, dispatcher)
-    _add_prompts(table.surface, dispatcher)
+    _add_prompts(table.routes, dispatcher)
     _add_health(table, health)
     _add_info(table, InfoControl(asker, dispatcher))
     _add_fan_outs(table, FanOutControl(asker, health, dispatcher))
     _add_workers(table, WorkersControl(asker))
     for path, (methods, _) in UNSERVED.items():
         table.add(Access.CLIENT, methods, _unserved, path)
-    return table.surface
+    return table.routes
 
 
-def _add_prompts(surface: Surface, dispatcher: Dispatcher) -> None:
+def _add_prompts(routes: RouteMap, dispatcher: Dispatcher) -> None:
     for route in Route:
         methods = ("POST", "PUT") if route is Route.GENERATE else POST
-        surface.add(route, methods, _prompt(dispatcher, route), Access.CLIENT, answers=True)
+        routes.add(route, methods, _prompt(dispatcher, route), Access.CLIENT, answers=True)
 
 
 def _add_health(table: _Table, health: HealthControl) -> None:
@@ -219,27 +219,27 @@ def _prompt(dispatcher: Dispatcher, route: Route) -> Handler:
     return lambda client, body: dispatch(route, body, client)
 
 
-async def _guarded(handle: Handler, client: Client, body: bytes) -> Answer | None:
+async def _guarded(handle: Handler, client: IncomingRequest, body: bytes) -> Answer | None:
     try:
         return await handle(client, body)
-    except Refused as exc:
+    except ControlRefused as exc:
         return exc.answer or route_error(client.path, exc.status, str(exc))
 
 
-async def _unserved(client: Client, body: bytes) -> Answer:
+async def _unserved(client: IncomingRequest, body: bytes) -> Answer:
     return route_error(client.path, 501, UNSERVED[client.path][1])
 
 
-class App:
+class BalancerApi:
     """What ``HttpServer`` asks: ``refuse`` at the head of a request, ``serve`` once it is whole."""
 
-    def __init__(self, surface: Surface, keys: KeyRing) -> None:
-        self._surface = surface
+    def __init__(self, routes: RouteMap, keys: KeyRing) -> None:
+        self._routes = routes
         self._keys = keys
 
-    def refuse(self, client: Client) -> Answer | None:
+    def refuse(self, client: IncomingRequest) -> Answer | None:
         """An error if the path, the method or the key is wrong; nobody's body is read for nothing."""
-        methods = self._surface.find(client.path)
+        methods = self._routes.find(client.path)
         if methods is None:
             return route_error(client.path, 404, f"there is no {client.path} here")
         if b"origin" in client.headers and (answer := _cross_origin(client, methods)):
@@ -256,20 +256,20 @@ class App:
         """An error of HTTP itself."""
         return route_error(path, status, message)
 
-    def serve(self, client: Client) -> Awaitable[object]:
+    def serve(self, client: IncomingRequest) -> Awaitable[object]:
         """Answer one request."""
         endpoint: Endpoint = client.endpoint
         handling = endpoint.handle(client, client.body)
         return handling if endpoint.answers else _answered(client, handling)
 
 
-async def _answered(client: Client, handling: Awaitable[Answer | None]) -> None:
+async def _answered(client: IncomingRequest, handling: Awaitable[Answer | None]) -> None:
     answer = await handling
     if answer is not None:
         await client.answer(answer)
 
 
-def _cross_origin(client: Client, methods: Mapping[str, Endpoint]) -> Answer | None:
+def _cross_origin(client: IncomingRequest, methods: Mapping[str, Endpoint]) -> Answer | None:
     """Let web pages ask what clients may, as SGLang does, and no control route; the answer to a preflight."""
     if any(endpoint.access is Access.ADMIN for endpoint in methods.values()):
         return None

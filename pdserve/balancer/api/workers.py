@@ -18,11 +18,11 @@ from urllib.parse import parse_qsl, quote
 
 import msgspec
 
-from pdserve.balancer.api.forward import Refused, WorkerAsker, fields_of
+from pdserve.balancer.api.forward import ControlRefused, WorkerAsker, fields_of
 from pdserve.balancer.api.worker_url import AllowedHosts, BadWorkerUrl, HostNotAllowed, WorkerUrl
 from pdserve.errors import ConfigError
 from pdserve.http.answer import Answer, json_answer
-from pdserve.http.incoming import Client
+from pdserve.http.incoming import IncomingRequest
 from pdserve.scheduling.workers import Worker, WorkerState
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
 
@@ -48,7 +48,7 @@ class _Changes(msgspec.Struct):
     draining: bool | None = None
 
 
-class _Failure(Refused):
+class _Failure(ControlRefused):
     """A refusal with sglang-router's ``code``."""
 
     def __init__(self, message: str, status: int, code: str) -> None:
@@ -65,7 +65,7 @@ class WorkersControl:
 
     # -- looking -----------------------------------------------------------------------------
 
-    async def list_all(self, client: Client, body: bytes) -> Answer:
+    async def list_all(self, client: IncomingRequest, body: bytes) -> Answer:
         """The members as sglang-router lists them."""
         workers = self._fleet.workers()
         counts = {role: sum(worker.role is role for worker in workers) for role in Role}
@@ -77,11 +77,11 @@ class WorkersControl:
         rows = [worker_row(worker) for worker in workers]
         return json_answer({"workers": rows, "total": len(rows), "stats": stats})
 
-    async def show(self, client: Client, body: bytes) -> Answer:
+    async def show(self, client: IncomingRequest, body: bytes) -> Answer:
         """One member."""
         return json_answer(worker_row(self._named(client)))
 
-    async def list_urls(self, client: Client, body: bytes) -> Answer:
+    async def list_urls(self, client: IncomingRequest, body: bytes) -> Answer:
         """``/list_workers`` of old routers: the addresses, perhaps of one ``?role=``."""
         asked = _role(_parameters(client), required=False)
         urls = [worker.url for worker in self._fleet.workers() if asked in (None, worker.role)]
@@ -89,14 +89,14 @@ class WorkersControl:
 
     # -- changing ----------------------------------------------------------------------------
 
-    async def add(self, client: Client, body: bytes) -> Answer:
+    async def add(self, client: IncomingRequest, body: bytes) -> Answer:
         """Register a worker; it takes traffic once a token came through one of its pairs."""
         given = _decoded(body, _NewWorker)
         ignored = [name for name in _NO_MEANING if fields_of(body).get(name)]
         note = f"; without meaning here: {', '.join(ignored)}" if ignored else ""
         return self._add(given, note)
 
-    async def add_by_query(self, client: Client, body: bytes) -> Answer:
+    async def add_by_query(self, client: IncomingRequest, body: bytes) -> Answer:
         """``/add_worker?url=…&role=…`` of old routers, with ``bootstrap_port`` and ``api_key``."""
         parameters = _parameters(client)
         port = parameters.get("bootstrap_port", "")
@@ -110,7 +110,7 @@ class WorkersControl:
         )
         return self._add(new, "")
 
-    async def change(self, client: Client, body: bytes) -> Answer:
+    async def change(self, client: IncomingRequest, body: bytes) -> Answer:
         """Begin or end a drain: a draining worker finishes what it has and gets nothing new."""
         worker = self._named(client)
         changes = _decoded(body, _Changes)
@@ -122,11 +122,11 @@ class WorkersControl:
             self._fleet.undrain(worker.worker_id)
         return _accepted(worker, "Worker is draining" if changes.draining else "Worker takes traffic")
 
-    async def remove(self, client: Client, body: bytes) -> Answer:
+    async def remove(self, client: IncomingRequest, body: bytes) -> Answer:
         """Drain, then forget; at once 202."""
         return self._remove(self._named(client))
 
-    async def remove_by_query(self, client: Client, body: bytes) -> Answer:
+    async def remove_by_query(self, client: IncomingRequest, body: bytes) -> Answer:
         """``/remove_worker?url=…`` of old routers."""
         return self._remove(self._find(_parameters(client).get("url", "")))
 
@@ -169,13 +169,13 @@ class WorkersControl:
         self._fleet.remove_worker(worker.worker_id)
         return _accepted(worker, "Worker is removed once its requests have ended")
 
-    def _named(self, client: Client) -> Worker:
+    def _named(self, client: IncomingRequest) -> Worker:
         return self._find(client.path.removeprefix(WORKERS))
 
     def _find(self, name: str) -> Worker:
         try:
             return self._asker.find(name)
-        except Refused as exc:
+        except ControlRefused as exc:
             raise _Failure(str(exc), 404, "WORKER_NOT_FOUND") from exc
 
 
@@ -229,7 +229,7 @@ def _role(parameters: dict[str, str], *, required: bool) -> Role | None:
         raise _Failure(_ROLES, 400, "BAD_REQUEST") from None
 
 
-def _parameters(client: Client) -> dict[str, str]:
+def _parameters(client: IncomingRequest) -> dict[str, str]:
     return dict(parse_qsl(client.query.decode("latin-1"), keep_blank_values=True))
 
 

@@ -20,15 +20,15 @@ from typing import Protocol
 import msgspec
 
 from pdserve.balancer.fleet.events import EventLog, FleetEvent
-from pdserve.balancer.fleet.health import Judge
+from pdserve.balancer.fleet.health import HealthTracker
 from pdserve.balancer.fleet.kv_event_channel import KvEventChannels
-from pdserve.balancer.fleet.kv_event_follower import KvEventKeeper, TieKeeper
-from pdserve.balancer.fleet.load_channel import ChannelKeeper, LoadChannels
-from pdserve.balancer.fleet.probe import PairKeeper, ProbeGate, WorkerKeys, WorkerPool
+from pdserve.balancer.fleet.kv_event_follower import KvEventFollower, PromptTokenizer
+from pdserve.balancer.fleet.load_channel import LoadChannels, LoadChannelSubscriber
+from pdserve.balancer.fleet.probe import PairProber, ProbeGate, WorkerKeys, WorkerPool
 from pdserve.balancer.fleet.roster import Roster, static_workers
-from pdserve.balancer.fleet.transfer_poll import InstanceKeeper
-from pdserve.balancer.fleet.worker_monitor import WorkerKeeper
-from pdserve.balancer.metrics.workers import FleetFigures
+from pdserve.balancer.fleet.transfer_poll import TransferPoller
+from pdserve.balancer.fleet.worker_monitor import WorkerMonitor
+from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.bootstrap.client import FleetWatcher
 from pdserve.bootstrap.messages import FleetView
 from pdserve.config.balancer import BalancerConfig
@@ -66,7 +66,7 @@ class Membership(Protocol):
         ...
 
 
-class Fleet:
+class WorkerFleet:
     """The balancer's workers and pairs. Create it, ``await start()``, later ``await stop()``.
 
     ``membership`` replaces the watch of ``config.bootstrap_url``; for tests.
@@ -90,11 +90,11 @@ class Fleet:
         self._kv_events = KvEventChannels()
         self._roster = Roster()
         self._log = EventLog()
-        self._judge = Judge(self._roster, self.table, self._log, pool)
-        self.admission = Admission(config, self.table, self.policy, self._judge, self.explain, self._drained)
-        self._judge.on_change = self._readiness_changed
-        self.figures = FleetFigures(self.table, self._roster.workers, lambda: self.num_waiting)
-        self._judge.on_sample = self.admission.sampled
+        self._health = HealthTracker(self._roster, self.table, self._log, pool)
+        self.admission = Admission(config, self.table, self.policy, self._health, self.explain, self._drained)
+        self._health.on_change = self._readiness_changed
+        self.figures = WorkerMetrics(self.table, self._roster.workers, lambda: self.num_waiting)
+        self._health.on_sample = self.admission.sampled
         self._dismissed: set[InstanceId] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_stopping = False
@@ -109,7 +109,7 @@ class Fleet:
         if self.watcher is not None:
             self._spawn(self._watch(self.watcher), "fleet-watch")
         if self._tree is not None:
-            ties = TieKeeper(self._tree, self._pool, WorkerKeys.of(self.config).plain, self._url_to_ask)
+            ties = PromptTokenizer(self._tree, self._pool, WorkerKeys.of(self.config).plain, self._url_to_ask)
             self._spawn(ties.run(), "tie-prompts")
 
     async def stop(self) -> None:
@@ -145,7 +145,7 @@ class Fleet:
     @property
     def has_ready_pair(self) -> bool:
         """True if some pair takes traffic; it may be full."""
-        return len(self.admission.placement.rotation) > 0
+        return len(self.admission.placement.ready_pairs) > 0
 
     @property
     def num_waiting(self) -> int:
@@ -155,17 +155,17 @@ class Fleet:
     @property
     def is_paused(self) -> bool:
         """Set by control while generation is paused on purpose: standing still is no wedge then."""
-        return self._judge.is_paused
+        return self._health.is_paused
 
     @is_paused.setter
     def is_paused(self, is_paused: bool) -> None:
-        self._judge.is_paused = is_paused
+        self._health.is_paused = is_paused
 
     def explain(self, exclude: frozenset[PairKey] = NO_EXCLUDE, shape: RequestShape | None = None) -> str:
         """Why no pair can be reserved now (by this request), in one sentence for client and operator."""
         if self._is_stopping:
             return "the balancer is stopping"
-        if usable := list(self.admission.placement.rotation.without(exclude).records.values()):
+        if usable := list(self.admission.placement.ready_pairs.without(exclude).records.values()):
             placement, limit = self.admission.placement, self.config.max_concurrent_requests
             return explain_fullness(
                 usable, lambda worker: placement.lacks_room(worker, shape), placement.num_open, limit
@@ -196,9 +196,9 @@ class Fleet:
             worker = self._roster.members.get(info.instance_id) or self._add(info)
             if worker.info != info:
                 has_moved = worker.info.url != info.url or worker.info.bootstrap_port != info.bootstrap_port
-                self._judge.worker_learned(worker, info)
+                self._health.worker_learned(worker, info)
                 if has_moved:
-                    self._judge.suspect(worker, "its address changed")
+                    self._health.suspect(worker, "its address changed")
 
     def add_worker(self, info: WorkerInfo) -> Worker:
         """Take in a worker that no bootstrap service knows; it takes traffic once a pair of it is proven.
@@ -223,7 +223,7 @@ class Fleet:
         worker.state = WorkerState.DRAINING
         worker.serves.clear()
         self._log.note("draining", worker, f"{worker.num_inflight} requests in flight")
-        self._judge.retest(worker, f"{worker_id} is draining")
+        self._health.retest(worker, f"{worker_id} is draining")
         self._readiness_changed()
         if not worker.num_inflight:
             self._drained(worker)
@@ -282,19 +282,24 @@ class Fleet:
         self._log.note("joined", worker, info.url)
         if not is_static:
             worker.answers.set()  # it registered after its server was up
-        keeper = WorkerKeeper(worker, self.config, self._pool, self._judge)
+        keeper = WorkerMonitor(worker, self.config, self._pool, self._health)
         worker.tasks.append(self._spawn(keeper.run(), f"keep-{worker.worker_id}"))
         if self.config.load_channel:
-            listener = ChannelKeeper(
-                worker, self._pool, self._channels, WorkerKeys.of(self.config).plain, self._judge
+            listener = LoadChannelSubscriber(
+                worker, self._pool, self._channels, WorkerKeys.of(self.config).plain, self._health
             )
             worker.tasks.append(self._spawn(listener.run(), f"keep-load-{worker.worker_id}"))
         if self._tree is not None:
-            follower = KvEventKeeper(
-                worker, self._pool, self._kv_events, WorkerKeys.of(self.config).plain, self._tree, self._judge
+            follower = KvEventFollower(
+                worker,
+                self._pool,
+                self._kv_events,
+                WorkerKeys.of(self.config).plain,
+                self._tree,
+                self._health,
             )
             worker.tasks.append(self._spawn(follower.run(), f"keep-kv-{worker.worker_id}"))
-        asker = InstanceKeeper(worker, self._pool, WorkerKeys.of(self.config).plain, self.figures)
+        asker = TransferPoller(worker, self._pool, WorkerKeys.of(self.config).plain, self.figures)
         worker.tasks.append(self._spawn(asker.run(), f"keep-instance-{worker.worker_id}"))
         for record in records:
             self._keep(record)
@@ -321,7 +326,7 @@ class Fleet:
             record.state, record.error = PairState.FAILED, mismatch
             self._log.note("pair_failed", record.decode, f"{record.label}: {mismatch}")
             return
-        keeper = PairKeeper(record, self.config, self._pool, self._gate, self._judge)
+        keeper = PairProber(record, self.config, self._pool, self._gate, self._health)
         record.tasks.append(self._spawn(keeper.run(), f"keep-{record.label}"))
 
     def _remove(self, worker: Worker, why: str) -> None:

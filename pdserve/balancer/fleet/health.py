@@ -1,10 +1,10 @@
 """Who is to blame, who is ready: what legs, pings and probes say about workers and pairs.
 
     Admission ── leg ended ──┐
-    keepers ── ping, poll, ──┼──► Judge ──► states of workers and pairs ──► on_change (rotation, queue)
+    keepers ── ping, poll, ──┼──► Judge ──► states of workers and pairs ──► on_change (ready pairs, queue)
                probe, wedge ─┘       └──► exchanges of a hung worker end
 
-A worker whose leg fails hard becomes suspect: all its pairs leave the rotation
+A worker whose leg fails hard becomes suspect: all its pairs leave the ready pairs
 until it answers a ping and a probe passes again.
 """
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 OVERLOADED = 503
 
 
-class Judge:
+class HealthTracker:
     """Changes the states of workers and pairs. ``on_change`` is called when readiness may have changed,
     ``on_sample`` when there may be room that was not known of."""
 
@@ -161,7 +161,7 @@ class Judge:
     # -- states ------------------------------------------------------------------------------
 
     def suspect(self, worker: Worker, why: str) -> None:
-        """Take a worker out of rotation; its keeper pings it, then its pairs are probed anew."""
+        """Take a worker out of the ready pairs; its keeper pings it, then its pairs are probed anew."""
         worker.answers.clear()
         worker.wake.set()
         self.retest(worker, why)

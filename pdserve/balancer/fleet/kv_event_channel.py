@@ -42,7 +42,7 @@ class KvEventChannels:
     async def listen(self, address: EventsAddress, sink: PageSink) -> None:
         """Tell ``sink`` what one worker holds, until cancelled, or until it says what is not understood.
 
-        Connections that fail are tried again for ever, in silence: others judge the worker.
+        Connections that fail are tried again for ever, in silence: others health the worker.
         """
         import zmq  # 45 ms that a balancer whose workers publish nothing need not spend
 

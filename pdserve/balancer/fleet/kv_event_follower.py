@@ -85,7 +85,7 @@ class TreePages:
             self._tree.pages.unfollow(self._bit)
 
 
-class KvEventKeeper:
+class KvEventFollower:
     """Finds and follows one worker's KV events, if it has any."""
 
     def __init__(
@@ -162,7 +162,7 @@ class _Texts(msgspec.Struct):
     text: list[str]
 
 
-class TieKeeper:
+class PromptTokenizer:
     """Ties prompts that repeat to their token pages, with the workers' own tokenizers, at a bounded rate.
 
     Args:

@@ -28,7 +28,7 @@ SLACK = 4.0
 """A step may take this many times what the fitted rate says."""
 
 
-class ProgressWatch:
+class StallDetector:
     """Feed it every sample of one worker; ``stalled_s`` is how long nothing has moved."""
 
     def __init__(self, role: Role) -> None:
@@ -98,7 +98,7 @@ MIN_QUESTIONS = 3
 asked for: if it was this process that stood still, one question may seem to have waited for long."""
 
 
-class Silence:
+class HangDetector:
     """Begins with the first question that is not answered, ends with any answer.
 
     ``wedge_s`` is the limit where questions are refused at once: a server that shuts down

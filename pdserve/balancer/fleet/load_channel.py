@@ -262,7 +262,7 @@ class Updates(Protocol):
         ...
 
 
-class ChannelKeeper:
+class LoadChannelSubscriber:
     """Follows one worker."""
 
     def __init__(

@@ -140,7 +140,7 @@ class _Generated(msgspec.Struct):
 async def probe_pair(
     pool: Fetcher, pair: Pair, timeout_s: float, keys: WorkerKeys = WorkerKeys()
 ) -> ProbeResult:
-    """Send the two-token request to both workers and judge the answers.
+    """Send the two-token request to both workers and health the answers.
 
     Never raises for what the workers do. Failed or cancelled, it ends both legs
     before it returns.
@@ -297,7 +297,7 @@ class ProbeGate:
         record.decode.num_probes += step
 
 
-class PairKeeper:
+class PairProber:
     """Probes one pair until it is ready, and again each time it is called into question."""
 
     def __init__(

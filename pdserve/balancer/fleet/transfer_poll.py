@@ -30,7 +30,7 @@ class Listener(Protocol):
         ...
 
 
-class InstanceKeeper:
+class TransferPoller:
     """Asks one worker. ``poll_s`` is the pause before each question."""
 
     def __init__(

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import msgspec
 
-from pdserve.balancer.fleet.liveness import ProgressWatch, Silence, patience_s
+from pdserve.balancer.fleet.liveness import HangDetector, StallDetector, patience_s
 from pdserve.balancer.fleet.probe import Response, WorkerKeys, WorkerPool
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ProtocolMismatch, WorkerError, WorkerUnreachable
@@ -72,7 +72,7 @@ class Verdicts(Protocol):
         ...
 
 
-class WorkerKeeper:
+class WorkerMonitor:
     """Polls one worker's load; pings it while it is suspect or, if static, not up yet; tells if it hangs."""
 
     def __init__(self, worker: Worker, config: BalancerConfig, pool: WorkerPool, verdicts: Verdicts) -> None:
@@ -81,8 +81,8 @@ class WorkerKeeper:
         self._pool = pool
         self._verdicts = verdicts
         self._headers = WorkerKeys.of(config).plain
-        self._progress = ProgressWatch(worker.role)
-        self._silence = Silence(config.wedge_s)
+        self._progress = StallDetector(worker.role)
+        self._silence = HangDetector(config.wedge_s)
         self._revivals: deque[float] = deque(maxlen=MAX_REVIVALS)
         self._unreachable_polls = 0
         self._silent_polls = 0

@@ -13,15 +13,15 @@ import time
 from collections.abc import Sequence
 
 from pdserve import __version__
-from pdserve.balancer.fleet.fleet import Fleet
-from pdserve.balancer.metrics import catalog as catalog
+from pdserve.balancer.fleet.fleet import WorkerFleet
+from pdserve.balancer.metrics import catalog
 from pdserve.balancer.metrics.catalog import Metric
 from pdserve.balancer.metrics.exposition import label_pairs
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.pairs import PairFlow, kv_bytes_per_token
 from pdserve.balancer.metrics.state import kv_usage
 from pdserve.balancer.metrics.windows import LatencyWindow
-from pdserve.balancer.metrics.workers import FleetFigures, WorkerFigures
+from pdserve.balancer.metrics.workers import WorkerFigures, WorkerMetrics
 from pdserve.scheduling.breaker import BreakerState
 from pdserve.scheduling.regime import Regime
 from pdserve.scheduling.workers import PairRecord, PairState, Worker, WorkerState
@@ -30,7 +30,7 @@ _WORKER_STATES = tuple(state.value for state in WorkerState)
 _BREAKER_STATES = tuple(state.value for state in BreakerState)
 
 
-def render_metrics(fleet: Fleet, ledger: RequestLedger) -> str:
+def render_metrics(fleet: WorkerFleet, ledger: RequestLedger) -> str:
     """All families of the catalogue that have a sample now."""
     page = _Page()
     for name, window in ledger.rolling.latencies.items():
@@ -105,7 +105,7 @@ def _add_requests(page: _Page, ledger: RequestLedger) -> None:
     page.add(catalog.INFLIGHT, ledger.inflight)
 
 
-def _add_service(page: _Page, fleet: Fleet) -> None:
+def _add_service(page: _Page, fleet: WorkerFleet) -> None:
     admission, now_s, watcher = fleet.admission, time.monotonic(), fleet.watcher
     page.add(catalog.BUILD, 1, _labels(catalog.BUILD, __version__, fleet.policy.name))
     page.add(catalog.STARTED, round(time.time() - now_s + fleet.started_s, 3))
@@ -124,7 +124,7 @@ def _add_service(page: _Page, fleet: Fleet) -> None:
         page.add(catalog.SCORE, score, _labels(catalog.SCORE, str(role)))
 
 
-def _add_worker(page: _Page, fleet: Fleet, worker: Worker, figures: FleetFigures | None) -> None:
+def _add_worker(page: _Page, fleet: WorkerFleet, worker: Worker, figures: WorkerMetrics | None) -> None:
     who = _labels(catalog.WORKER_INFLIGHT, str(worker.worker_id), str(worker.role))
     page.choice(catalog.WORKER_STATE, _WORKER_STATES, str(worker.state), who)
     page.choice(catalog.BREAKER, _BREAKER_STATES, str(worker.breaker.state), who)

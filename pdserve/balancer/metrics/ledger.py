@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pdserve.balancer.metrics.pairs import PairTraffic
-from pdserve.balancer.metrics.windows import BOUNDS, Amounts, LatencyWindow, RollingFigures
+from pdserve.balancer.metrics.windows import BOUNDS, Amounts, LatencyWindow, RollingWindow
 from pdserve.balancer.request.request import Route
 from pdserve.telemetry import RequestTimeline
 from pdserve.types import Pair
@@ -44,7 +44,7 @@ class Outcome(enum.StrEnum):
 class StreamMeter(msgspec.Struct, eq=False):
     """What passes by of one request's streams goes into the rolling figures at once."""
 
-    rolling: RollingFigures
+    rolling: RollingWindow
     gaps: LatencyWindow
     num_events: int = 0
 
@@ -139,12 +139,12 @@ class RequestLedger:
     """Ended requests by route, outcome and whether they streamed."""
     recent: deque[RequestRecord] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
     traffic: PairTraffic = field(default_factory=PairTraffic)
-    rolling: RollingFigures = field(init=False)
+    rolling: RollingWindow = field(init=False)
     _gaps: LatencyWindow = field(init=False)
     _lives: tuple[list[float], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rolling = RollingFigures(self.clock())
+        self.rolling = RollingWindow(self.clock())
         self._gaps = self.rolling.latencies["itl_s"]
         self._lives = tuple(self.rolling.latencies[name].live for name in _OBSERVED)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from pdserve import __version__
 from pdserve.balancer.fleet.events import FleetEvent
-from pdserve.balancer.fleet.fleet import Fleet
+from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.pairs import PairTraffic, kv_bytes_per_token
 from pdserve.balancer.metrics.workers import KVSent, WorkerFigures
 from pdserve.scheduling.kv_room import committed_tokens
@@ -22,7 +22,7 @@ _LOAD_FIELDS = tuple(WorkerLoad.__dataclass_fields__)
 
 
 def render_state(
-    fleet: Fleet, dispatcher_snapshot: dict[str, object], traffic: PairTraffic | None = None
+    fleet: WorkerFleet, dispatcher_snapshot: dict[str, object], traffic: PairTraffic | None = None
 ) -> dict[str, object]:
     """Plain dicts and lists, ready for JSON.
 
@@ -57,13 +57,15 @@ def render_state(
     return document
 
 
-def fleet_model(fleet: Fleet) -> str:
+def fleet_model(fleet: WorkerFleet) -> str:
     """The name the fleet serves under: the first worker's that has one, else an empty string."""
     names = (worker.info.served_model_name or worker.info.model for worker in fleet.workers())
     return next((name for name in names if name), "")
 
 
-def _worker(fleet: Fleet, worker: Worker, now_s: float, figures: WorkerFigures | None) -> dict[str, object]:
+def _worker(
+    fleet: WorkerFleet, worker: Worker, now_s: float, figures: WorkerFigures | None
+) -> dict[str, object]:
     info, view = worker.info, worker.view
     load = fleet.table.load(worker.instance_id)
     credit = fleet.table.credit(worker.instance_id)
@@ -142,7 +144,7 @@ def _kv_sent(sent: KVSent | None) -> dict[str, object] | None:
     }
 
 
-def _queue(fleet: Fleet) -> dict[str, object]:
+def _queue(fleet: WorkerFleet) -> dict[str, object]:
     """``shed`` counts refused requests by reason, ``completed_per_s`` those that ended in the last 30 s."""
     admission, now_s = fleet.admission, time.monotonic()
     oldest_s = admission.line.oldest_s

@@ -165,7 +165,7 @@ class Step:
     itl: Latency
 
 
-class RollingFigures:
+class RollingWindow:
     """Counts and latencies of requests. Add to ``live``, observe latencies, ``advance`` the clock.
 
     ``end_s`` is when the live step ends.

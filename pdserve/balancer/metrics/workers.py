@@ -68,7 +68,7 @@ class WorkerFigures:
         return (last - first) / (until_s - since_s) if until_s > since_s else 0.0
 
 
-class FleetFigures:
+class WorkerMetrics:
     """Watches all members. ``run`` it, or ``look`` once a second.
 
     Args:

@@ -1,7 +1,7 @@
 """One request over pairs until one works: reserve, relay, retry elsewhere, and end both legs together.
 
-    reserve ─► PairRelay ─► outlet
-       ▲          │ LegFailed, no byte at the outlet yet: new pair, new room, new rid
+    reserve ─► PairRelay ─► sink
+       ▲          │ LegFailed, no byte at the sink yet: new pair, new room, new rid
        └──────────┘
 any other end than a normal one ─► POST /abort_request to both workers, in the background
 """
@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from pdserve.balancer.fleet.fleet import Fleet
+from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.ledger import RequestLedger, RequestRecord
 from pdserve.balancer.proxy.relay import LegFailed, PairRelay, Relayed
-from pdserve.balancer.request.ids import RequestIds, RoomBook
+from pdserve.balancer.request.ids import RequestIds, RoomAllocator
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused
-from pdserve.balancer.request.transforms import Outlet, renaming_of
+from pdserve.balancer.request.transforms import ResponseSink, renaming_of
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerRejected, WorkerTimeout
-from pdserve.http.client import UpstreamPool
+from pdserve.http.client import HttpClient
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.workers import PairKey, PairState
 from pdserve.types import RequestShape, Role
@@ -40,13 +40,13 @@ ABORT_S = 5.0
 """Limit per worker and request."""
 
 
-class AbortDesk:
+class Aborter:
     """Sends aborts and owns their tasks; ``await close()`` waits for those under way.
 
     ``key`` is what workers' control routes ask for; without one the client's own is used.
     """
 
-    def __init__(self, pool: UpstreamPool, key: str = "") -> None:
+    def __init__(self, pool: HttpClient, key: str = "") -> None:
         self._pool = pool
         self._lines = JSON_LINE + b"authorization: Bearer %b\r\n" % key.encode() if key else b""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -122,7 +122,7 @@ class Run(msgspec.Struct, eq=False):
 
     request: ParsedRequest
     lines: bytes
-    outlet: Outlet
+    sink: ResponseSink
     record: RequestRecord
     shape: RequestShape | None = None
     exclude: set[PairKey] = msgspec.field(default_factory=set)
@@ -137,10 +137,10 @@ class Attempts:
     """Carries runs to their end; shared by all requests of the balancer."""
 
     def __init__(
-        self, config: BalancerConfig, fleet: Fleet, pool: UpstreamPool, ledger: RequestLedger
+        self, config: BalancerConfig, fleet: WorkerFleet, pool: HttpClient, ledger: RequestLedger
     ) -> None:
-        self.rooms = RoomBook()
-        self.aborts = AbortDesk(pool, config.worker_control_key)
+        self.rooms = RoomAllocator()
+        self.aborts = Aborter(pool, config.worker_control_key)
         self.budget = RetryBudget(config.retry_ratio)
         self._config = config
         self._fleet = fleet
@@ -163,7 +163,7 @@ class Attempts:
             try:
                 return await self._attempt(run, reservation)
             except LegFailed as exc:
-                if exc.is_client_fault or run.outlet.has_begun:
+                if exc.is_client_fault or run.sink.has_begun:
                     raise
                 if run.is_aborted:
                     raise RequestRefused("the request was aborted", ABORTED_STATUS) from exc
@@ -223,7 +223,7 @@ class Attempts:
         request, record, pair = run.request, run.record, reservation.pair
         ids = run.ids = self.rooms.take(request.num_prompts, request.route.rid_prefix)
         run.key = reservation.key
-        run.outlet.identify(ids.rids[0])
+        run.sink.identify(ids.rids[0])
         record.rid, record.room, record.pair = ids.rids[0], ids.rooms[0], pair
         record.reason = reservation.why
         record.timeline.paired_s = time.monotonic()
@@ -236,7 +236,7 @@ class Attempts:
                 silence_s=self._config.request_s, on_prefilled=run.on_prefilled,
             )  # fmt: skip
             if run.trace is None:
-                relayed = await relay.run(body, (run.lines, run.lines), run.outlet)
+                relayed = await relay.run(body, (run.lines, run.lines), run.sink)
             else:
                 relayed = await run.trace.carry(relay, body, run)
             _release_ended(reservation, relayed, record)

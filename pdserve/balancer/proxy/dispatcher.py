@@ -19,7 +19,7 @@ from pdserve.balancer.api.errors import (
     unreadable_error,
     worker_error_status,
 )
-from pdserve.balancer.fleet.fleet import Fleet
+from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.ledger import Outcome, RequestLedger, RequestRecord
 from pdserve.balancer.proxy.attempts import Attempts, Run
 from pdserve.balancer.proxy.relay import LegFailed, Rejected, Relayed
@@ -30,8 +30,8 @@ from pdserve.balancer.request.request import ParsedRequest, RequestRefused, Rout
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import NoWorkerError
 from pdserve.http.answer import Answer
-from pdserve.http.client import UpstreamPool
-from pdserve.http.incoming import Client, ClientLeft, Interrupted, Presence
+from pdserve.http.client import HttpClient
+from pdserve.http.incoming import CancelOnDisconnect, ClientLeft, IncomingRequest, Interrupted
 
 if TYPE_CHECKING:
     from pdserve.balancer.tracing.trace import Tracing
@@ -45,9 +45,9 @@ CLIENT_LEFT = 499
 class _Call(msgspec.Struct, eq=False):
     """One request of a client. ``outcome`` stays ABORTED unless something else is known."""
 
-    client: Client
+    client: IncomingRequest
     record: RequestRecord
-    presence: Presence
+    presence: CancelOnDisconnect
     outcome: Outcome = Outcome.ABORTED
     runs: list[Run] = msgspec.field(default_factory=list)
     client_rid: Any = None
@@ -56,7 +56,7 @@ class _Call(msgspec.Struct, eq=False):
 class PairDispatcher:
     """The data plane. ``dispatch`` each request; ``close`` ends what is left."""
 
-    def __init__(self, config: BalancerConfig, fleet: Fleet, pool: UpstreamPool) -> None:
+    def __init__(self, config: BalancerConfig, fleet: WorkerFleet, pool: HttpClient) -> None:
         self.tracing: Tracing | None = None
         """Set before the first request, or never."""
         self._config = config
@@ -113,12 +113,12 @@ class PairDispatcher:
         await self._is_idle.wait()
         await self._attempts.aborts.close()
 
-    async def dispatch(self, route: Route, body: bytes, client: Client) -> None:
+    async def dispatch(self, route: Route, body: bytes, client: IncomingRequest) -> None:
         """Serve one request. The client gets an answer unless it leaves."""
         if request_id := self._request_id(client):
             client.request_id = request_id.decode("latin-1")
             client.extra = ((b"x-request-id", request_id),)
-        call = _Call(client, self._ledger.open(route), Presence(client))
+        call = _Call(client, self._ledger.open(route), CancelOnDisconnect(client))
         call.record.request_id = client.request_id
         if self.tracing is not None:
             call.record.trace = self.tracing.begin(client.headers)
@@ -232,7 +232,7 @@ class PairDispatcher:
         self._ledger.close(call.record, outcome)
         await call.client.answer(answer)
 
-    def _request_id(self, client: Client) -> bytes:
+    def _request_id(self, client: IncomingRequest) -> bytes:
         headers = client.headers
         for name in self._id_headers:
             if name in headers:

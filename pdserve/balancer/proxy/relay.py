@@ -21,12 +21,12 @@ from msgspec import structs
 
 from pdserve.balancer.request.merge import merge_whole, stream_merger
 from pdserve.balancer.request.request import ParsedRequest
-from pdserve.balancer.request.transforms import Chain, Outlet, Renaming, Transform
+from pdserve.balancer.request.transforms import Chain, Renaming, ResponseSink, Transform
 from pdserve.balancer.request.usage import StreamTally, Usage, stream_failure, usage_of_body
 from pdserve.errors import PdserveError, WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
 from pdserve.http.answer import Answer, Headers
-from pdserve.http.client import UpstreamPool
-from pdserve.http.client_response import UpstreamResponse, Wakeup
+from pdserve.http.client import HttpClient
+from pdserve.http.client_response import ClientResponse, Wakeup
 from pdserve.scheduling.reservation import Reservation
 from pdserve.telemetry import RequestTimeline
 from pdserve.types import Role
@@ -49,12 +49,12 @@ _NOT_RELAYED = frozenset(
 class Rejected(WorkerRejected):
     """An error status with the headers it came with, so that it can be relayed as it is."""
 
-    def __init__(self, response: UpstreamResponse, body: bytes) -> None:
+    def __init__(self, response: ClientResponse, body: bytes) -> None:
         super().__init__(response.url, response.status, body)
         self.headers = relayed_headers(response)
 
 
-def relayed_headers(response: UpstreamResponse) -> Headers:
+def relayed_headers(response: ClientResponse) -> Headers:
     """A worker's headers but for those that belong to its connection or that we set."""
     return tuple([header for header in response.headers if header[0].lower() not in _NOT_RELAYED])
 
@@ -100,21 +100,21 @@ class Relayed(msgspec.Struct, frozen=True):
     prefill_error: WorkerError | None = None
     is_aborted: bool = False
 
-    async def finish(self, outlet: Outlet) -> None:
+    async def finish(self, sink: ResponseSink) -> None:
         """Send the end of the answer, unless it is out already."""
-        if outlet.has_finished:
+        if sink.has_finished:
             return
         if self.whole is None:
-            await outlet.finish()
+            await sink.finish()
         else:
-            await outlet.answer(self.whole)
+            await sink.answer(self.whole)
 
 
 class _Leg(msgspec.Struct, eq=False):
     """One worker's part. ``error`` and ``is_done`` exclude each other; both follow what ``advance`` saw."""
 
     role: Role
-    response: UpstreamResponse
+    response: ClientResponse
     parts: list[bytes] = []
     error: WorkerError | None = None
     is_done: bool = False
@@ -186,7 +186,7 @@ class PairRelay:
 
     def __init__(
         self,
-        pool: UpstreamPool,
+        pool: HttpClient,
         reservation: Reservation,
         request: ParsedRequest,
         timeline: RequestTimeline,
@@ -207,14 +207,14 @@ class PairRelay:
         self._is_aborted = False
         self._bug: Exception | None = None
 
-    async def run(self, body: bytes, lines: tuple[bytes, bytes], outlet: Outlet) -> Relayed:
-        """Send ``body`` under each leg's header ``lines`` to both workers, decode's answer to ``outlet``.
+    async def run(self, body: bytes, lines: tuple[bytes, bytes], sink: ResponseSink) -> Relayed:
+        """Send ``body`` under each leg's header ``lines`` to both workers, decode's answer to ``sink``.
 
         All but its end: that is the caller's to send, by ``Relayed.finish``, once its books are
         closed; it is out already if prefill lags behind decode.
 
         Raises:
-            LegFailed: ``outlet.has_begun`` tells whether the client has bytes already.
+            LegFailed: ``sink.has_begun`` tells whether the client has bytes already.
         """
         pair, path, limits = self._reservation.pair, self._request.route.value, self._limits
         start, (to_prefill, to_decode) = self._pool.start, lines
@@ -231,17 +231,17 @@ class PairRelay:
         try:
             await self._opened(prefill, decode)
             if self._is_aborted:
-                return self._aborted(prefill, outlet)
+                return self._aborted(prefill, sink)
             whole: Answer | None = None
             if self._request.is_stream:
-                usage = await self._stream(prefill, decode, outlet)
+                usage = await self._stream(prefill, decode, sink)
             else:
                 whole = self._whole(prefill, decode)
                 usage = usage_of_body(whole.body)
             relayed = Relayed(decode.response.status, usage, whole)
             if self._advance_prefill(prefill):
                 return relayed if prefill.is_done else structs.replace(relayed, prefill_error=prefill.error)
-            await relayed.finish(outlet)
+            await relayed.finish(sink)
             return structs.replace(relayed, prefill_error=await self._settled(prefill))
         finally:
             prefill.response.close()
@@ -290,15 +290,15 @@ class PairRelay:
             return True
         return is_open and (is_prefill_over or not request.needs_prefill_answer)
 
-    def _aborted(self, prefill: _Leg, outlet: Outlet) -> Relayed:
+    def _aborted(self, prefill: _Leg, sink: ResponseSink) -> Relayed:
         """Prefill's answer as the client's: SGLang's decode server would wait for KV that never comes."""
         response, body = prefill.response, prefill.body()
         if self._renaming is not None:
             body = self._renaming.apply(body)
         whole = Answer(response.status, body, relayed_headers(response))
         if self._request.is_stream:
-            outlet.begin(response.status, whole.headers)
-            outlet.push(body)
+            sink.begin(response.status, whole.headers)
+            sink.push(body)
             return Relayed(response.status, Usage("abort"), None, is_aborted=True)
         return Relayed(response.status, Usage("abort"), whole, is_aborted=True)
 
@@ -315,7 +315,7 @@ class PairRelay:
             body = self._renaming.apply(body)
         return Answer(decode.response.status, body, relayed_headers(decode.response))
 
-    async def _stream(self, prefill: _Leg, decode: _Leg, outlet: Outlet) -> Usage:
+    async def _stream(self, prefill: _Leg, decode: _Leg, sink: ResponseSink) -> Usage:
         self._timeline.first_token_s = time.monotonic()
         is_one_answer = (self._request.num_prompts or 1) == 1 and self._request.num_samples == 1
         response, tally = decode.response, StreamTally(self._timeline.meter if is_one_answer else None)
@@ -327,20 +327,20 @@ class PairRelay:
             if tail or not data.endswith(EVENT_END):  # no part of an event goes out before its end is here
                 data, tail = _whole_events(tail + data)
             tally.add(data)
-            return outlet.push(data if transform is None else transform.feed(data))
+            return sink.push(data if transform is None else transform.feed(data))
 
-        outlet.begin(response.status, relayed_headers(response))
-        outlet.on_writable = response.release
+        sink.begin(response.status, relayed_headers(response))
+        sink.on_writable = response.release
         try:
             pour(decode.body())
             response.pour_into(pour)
             while not response.has_ended:
                 await self._wait()
         finally:
-            outlet.on_writable = None
+            sink.on_writable = None
         if response.error is not None:
             raise LegFailed(Role.DECODE, response.error, is_prefill_done=prefill.is_done)
-        outlet.push(tail if transform is None else transform.feed(tail) + transform.finish())
+        sink.push(tail if transform is None else transform.feed(tail) + transform.finish())
         return tally.usage()
 
     def _transform(self, prefill: _Leg) -> Transform | None:

@@ -21,7 +21,7 @@ from pdserve.balancer.request.request import ParsedRequest
 from pdserve.balancer.request.usage import Usage
 from pdserve.errors import NoWorkerError
 from pdserve.http.answer import Answer, Headers
-from pdserve.http.incoming import Client
+from pdserve.http.incoming import IncomingRequest
 
 DONE = b"data: [DONE]\n\n"
 
@@ -30,7 +30,7 @@ async def run_samples(
     attempts: Attempts,
     request: ParsedRequest,
     lines: bytes,
-    client: Client,
+    client: IncomingRequest,
     record: RequestRecord,
     runs: list[Run],
 ) -> Relayed:
@@ -43,21 +43,21 @@ async def run_samples(
     """
     gathering = _Gathering(client, request.num_samples)
     single = structs.replace(request, num_samples=1, client_rid=None)
-    outlets = [SampleOutlet(gathering, index) for index in range(request.num_samples)]
-    for outlet in outlets:
+    sinks = [SampleSink(gathering, index) for index in range(request.num_samples)]
+    for sink in sinks:
         timeline = structs.replace(record.timeline)
-        part = record if outlet.index == 0 else structs.replace(record, timeline=timeline)
-        runs.append(Run(single, lines, outlet, part))
+        part = record if sink.index == 0 else structs.replace(record, timeline=timeline)
+        runs.append(Run(single, lines, sink, part))
     loop = asyncio.get_running_loop()
     computed: asyncio.Future[None] = loop.create_future()
     runs[0].on_prefilled = lambda: None if computed.done() else computed.set_result(None)
-    samples = [loop.create_task(_one(attempts, runs[0], outlets[0]))]
+    samples = [loop.create_task(_one(attempts, runs[0], sinks[0]))]
     try:
         waiting: list[asyncio.Future[Any]] = [samples[0], computed]
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if not (samples[0].done() and samples[0].exception()):
-            rest = zip(runs[1:], outlets[1:], strict=True)
-            samples += [loop.create_task(_one(attempts, run, outlet)) for run, outlet in rest]
+            rest = zip(runs[1:], sinks[1:], strict=True)
+            samples += [loop.create_task(_one(attempts, run, sink)) for run, sink in rest]
         done, _ = await asyncio.wait(samples, return_when=asyncio.FIRST_EXCEPTION)
         failures = [exc for task in done if (exc := task.exception()) is not None]
         if failures:
@@ -74,9 +74,9 @@ async def run_samples(
     return Relayed(relayed[0].status, usage, None)
 
 
-async def _one(attempts: Attempts, run: Run, outlet: SampleOutlet) -> Relayed:
+async def _one(attempts: Attempts, run: Run, sink: SampleSink) -> Relayed:
     relayed = await attempts.run(run)
-    await relayed.finish(outlet)
+    await relayed.finish(sink)
     return relayed
 
 
@@ -86,7 +86,7 @@ def _worst(failures: list[BaseException]) -> BaseException:
     return min(failures, key=lambda exc: order.index(type(exc)) if type(exc) in order else -1)
 
 
-class SampleOutlet:
+class SampleSink:
     """One sample's answer on its way into the client's: its choice gets the sample's number."""
 
     def __init__(self, gathering: _Gathering, index: int) -> None:
@@ -127,10 +127,10 @@ class SampleOutlet:
 class _Gathering:
     """What the samples of one request come to."""
 
-    def __init__(self, client: Client, size: int) -> None:
+    def __init__(self, client: IncomingRequest, size: int) -> None:
         self._client = client
         self._answers: list[Answer | None] = [None] * size
-        self._outlets: list[SampleOutlet] = []
+        self._sinks: list[SampleSink] = []
         self._rid = ""
         self._last_usage: dict[str, Any] | None = None
         self._usages: list[dict[str, Any]] = []
@@ -140,8 +140,8 @@ class _Gathering:
         self._rid = rid
         self._client.identify(rid)
 
-    def begin(self, outlet: SampleOutlet, status: int, headers: Headers) -> None:
-        self._outlets.append(outlet)
+    def begin(self, sink: SampleSink, status: int, headers: Headers) -> None:
+        self._sinks.append(sink)
         if not self._client.has_begun:
             self._client.begin(status, headers)
             self._client.on_writable = self._resume
@@ -205,9 +205,9 @@ class _Gathering:
         return Usage(usages[0].finish, usages[0].prompt_tokens, total)
 
     def _resume(self) -> None:
-        for outlet in self._outlets:
-            if outlet.on_writable is not None:
-                outlet.on_writable()
+        for sink in self._sinks:
+            if sink.on_writable is not None:
+                sink.on_writable()
 
 
 def join_extras(extras: list[dict[str, Any]]) -> dict[str, Any]:

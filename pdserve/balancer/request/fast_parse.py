@@ -63,7 +63,7 @@ _PROMPT_FIELDS = {
 }
 
 
-def glance(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest | None:
+def parse_plain(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest | None:
     """The request if it is plain, else None. Never raises for what a client may send."""
     if route is Route.VERTEX:
         return None

@@ -21,7 +21,7 @@ class RequestIds(msgspec.Struct, frozen=True):
     rids: tuple[Rid, ...]
 
 
-class RoomBook:
+class RoomAllocator:
     """Rooms in use. A room names one transfer on a pair, so no two live requests may share one."""
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdserve.balancer.request.fast_parse import glance
+from pdserve.balancer.request.fast_parse import parse_plain
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused, Route
 from pdserve.balancer.request.rewrite import rewrite
 
@@ -37,4 +37,4 @@ def parse_request(route: Route, body: bytes, *, wants_prompt: bool = False) -> P
         RequestRefused: 400 if it is not a JSON object or contradicts itself, 501
             if it asks for what disaggregation cannot give.
     """
-    return glance(route, body, wants_prompt) or rewrite(route, body, wants_prompt)
+    return parse_plain(route, body, wants_prompt) or rewrite(route, body, wants_prompt)

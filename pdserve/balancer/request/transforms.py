@@ -1,4 +1,4 @@
-"""Where an attempt's answer goes, and what is done to it on its way. Pure but for the outlet itself."""
+"""Where an attempt's answer goes, and what is done to it on its way. Pure but for the sink itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdserve.balancer.request.request import ParsedRequest
 from pdserve.http.answer import Answer, Headers
 
 
-class Outlet(Protocol):
+class ResponseSink(Protocol):
     """The receiving end of one answer: a client, or one sample of what a client gets.
 
     Either ``answer``, or ``begin``, ``push`` … and ``finish``.

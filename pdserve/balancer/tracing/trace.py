@@ -101,7 +101,7 @@ class RunTrace(msgspec.Struct, eq=False):
         try:
             prefill, decode = self.request.child(attempt.prefill_id), self.request.child(attempt.decode_id)
             lines = run.lines + prefill.lines(), run.lines + decode.lines()
-            relayed = await relay.run(body, lines, run.outlet)
+            relayed = await relay.run(body, lines, run.sink)
             attempt.status = relayed.status
             if relayed.prefill_error is not None:
                 attempt.failure = LegFailure.of(Role.PREFILL, relayed.prefill_error, is_prefill_done=False)

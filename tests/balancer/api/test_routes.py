@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from pdserve.balancer.api.auth import Access
-from pdserve.balancer.api.routes import Endpoint, Surface, build_surface
+from pdserve.balancer.api.routes import Endpoint, RouteMap, build_routes
 from pdserve.balancer.api.unserved import UNSERVED
-from pdserve.balancer.fleet.fleet import Fleet
+from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.proxy.dispatcher import PairDispatcher
 from pdserve.balancer.request.request import Route
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
-from pdserve.http.client import UpstreamPool
+from pdserve.http.client import HttpClient
 from tests.support.control_worker import control_site
 from tests.support.sglang_routes import DECORATED, NOT_DECORATED, SOURCES, parsed, routes_in
 
@@ -31,18 +31,18 @@ PUBLIC = {"/health", "/health_generate", "/ready", "/ping", "/metrics"}
 
 
 @pytest.fixture
-async def surface() -> Surface:
+async def routes() -> RouteMap:
     config = BalancerConfig()
-    pool = UpstreamPool()
-    fleet = Fleet(config, pool)
-    return build_surface(fleet, pool, PairDispatcher(config, fleet, pool), config)
+    pool = HttpClient()
+    fleet = WorkerFleet(config, pool)
+    return build_routes(fleet, pool, PairDispatcher(config, fleet, pool), config)
 
 
-def endpoint_of(surface: Surface, method: str, path: str) -> Endpoint | None:
+def endpoint_of(routes: RouteMap, method: str, path: str) -> Endpoint | None:
     filled = (
         path.replace("{model:path}", "a/b").replace("{response_id}", "resp_1").replace("{method}", "dump")
     )
-    methods = surface.find(filled)
+    methods = routes.find(filled)
     return (methods or {}).get("GET" if method == "HEAD" else method)
 
 
@@ -58,30 +58,30 @@ def test_the_committed_list_is_that_of_the_installed_wheel() -> None:
 
 @pytest.mark.parametrize(("method", "path", "is_admin"), OF_SGLANG)
 async def test_every_route_of_sglang_is_answered_with_its_access(
-    surface: Surface, method: str, path: str, is_admin: bool
+    routes: RouteMap, method: str, path: str, is_admin: bool
 ) -> None:
-    endpoint = endpoint_of(surface, method, path)
+    endpoint = endpoint_of(routes, method, path)
     assert endpoint is not None, f"{method} {path}"
     wanted = Access.ADMIN if is_admin else Access.PUBLIC if path in PUBLIC else Access.CLIENT
     assert endpoint.access is wanted
 
 
 @pytest.mark.parametrize(("method", "path"), OF_ROUTER)
-async def test_every_route_of_the_router_is_answered(surface: Surface, method: str, path: str) -> None:
-    assert endpoint_of(surface, method, path) is not None
+async def test_every_route_of_the_router_is_answered(routes: RouteMap, method: str, path: str) -> None:
+    assert endpoint_of(routes, method, path) is not None
 
 
-async def test_no_method_beyond_sglangs(surface: Surface) -> None:
+async def test_no_method_beyond_sglangs(routes: RouteMap) -> None:
     """A method that SGLang does not take would be answered 405 by it, and so here."""
     theirs = {(method, path) for method, path, _ in OF_SGLANG}
     for path in {path for _, path in theirs} - {"/"}:
-        methods = surface.find(path.replace("{response_id}", "x").replace("{method}", "x")) or {}
+        methods = routes.find(path.replace("{response_id}", "x").replace("{method}", "x")) or {}
         assert {(method, path) for method in methods} <= theirs, path
 
 
-async def test_every_prompt_route_is_a_clients(surface: Surface) -> None:
+async def test_every_prompt_route_is_a_clients(routes: RouteMap) -> None:
     for route in Route:
-        endpoint = endpoint_of(surface, "POST", route)
+        endpoint = endpoint_of(routes, "POST", route)
         assert endpoint is not None
         assert endpoint.access is Access.CLIENT
 
@@ -100,17 +100,17 @@ async def test_every_prompt_route_is_a_clients(surface: Surface) -> None:
         *("/generate/", "/v1/models/", "/workers/{id:path}", "", "//", "/v1/responses/{id}x/cancel/"),
     ],
 )
-async def test_near_misses_are_no_paths(surface: Surface, path: str) -> None:
-    found = surface.find(path)
+async def test_near_misses_are_no_paths(routes: RouteMap, path: str) -> None:
+    found = routes.find(path)
     assert found is None or path == "/workers/{id:path}"  # that one is a worker of an odd name
 
 
 async def test_bad_worker_hosts_are_a_config_error() -> None:
     config = BalancerConfig(worker_hosts=("10.0.0.0/40",))
-    pool = UpstreamPool()
-    fleet = Fleet(config, pool)
+    pool = HttpClient()
+    fleet = WorkerFleet(config, pool)
     with pytest.raises(ConfigError, match=r"worker_hosts.*10\.0\.0\.0/40"):
-        build_surface(fleet, pool, PairDispatcher(config, fleet, pool), config)
+        build_routes(fleet, pool, PairDispatcher(config, fleet, pool), config)
 
 
 @pytest.mark.parametrize("path", sorted(UNSERVED))

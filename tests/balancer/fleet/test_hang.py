@@ -10,9 +10,9 @@ import pytest
 
 from pdserve.balancer.fleet import liveness as silence
 from pdserve.balancer.fleet import worker_monitor as keeper
-from pdserve.balancer.fleet.liveness import HUNG_S, MIN_QUESTIONS, ProgressWatch, Silence, patience_s
+from pdserve.balancer.fleet.liveness import HUNG_S, MIN_QUESTIONS, HangDetector, StallDetector, patience_s
 from pdserve.errors import WorkerTimeout, WorkerUnreachable
-from pdserve.http.client import UpstreamPool
+from pdserve.http.client import HttpClient
 from pdserve.scheduling.policy import WorkerView
 from pdserve.types import Role, WorkerLoad
 from tests.support.balancer_client import Site, running_site
@@ -33,7 +33,7 @@ QUEUED = WorkerLoad(timestamp_s=0.0, num_waiting_reqs=3, prefill_bootstrap_queue
 
 def stalled_s(role: Role, *loads: WorkerLoad, num_inflight: int = 2, age_s: float = 0.0) -> float:
     """See one sample a second; how long it is stalled in the end."""
-    watch = ProgressWatch(role)
+    watch = StallDetector(role)
     for second, load in enumerate(loads):
         stamped = replace(load, timestamp_s=float(second))
         watch.see(stamped, min(second - 0.02, second - age_s), 0, num_inflight)
@@ -51,7 +51,7 @@ def test_any_counter_that_moves_is_progress() -> None:
 
 
 def test_a_byte_for_a_client_is_progress() -> None:
-    watch = ProgressWatch(Role.DECODE)
+    watch = StallDetector(Role.DECODE)
     for second in range(5):
         watch.see(replace(RUNNING, timestamp_s=float(second)), second - 0.02, second, 2)
     assert watch.stalled_s == 0.0
@@ -98,9 +98,9 @@ def test_patience_grows_with_what_a_step_takes() -> None:
 LATE = WorkerTimeout("u", "silent")
 
 
-def unanswered(num_questions: int = MIN_QUESTIONS, wedge_s: float = 60.0) -> Silence:
+def unanswered(num_questions: int = MIN_QUESTIONS, wedge_s: float = 60.0) -> HangDetector:
     """That many questions, the first asked at 100 s, when 7 pieces had been heard."""
-    quiet = Silence(wedge_s)
+    quiet = HangDetector(wedge_s)
     for index in range(num_questions):
         quiet.unanswered(100.0 + index, 7)
     return quiet
@@ -321,7 +321,7 @@ async def test_a_thawed_worker_returns_by_a_probe() -> None:
 
 
 async def test_fail_worker_ends_what_is_in_flight_there_and_nothing_else() -> None:
-    pool = UpstreamPool()
+    pool = HttpClient()
     async with FakeSGLang() as one, FakeSGLang() as other:
         one.behaviour.hang = other.behaviour.hang = True
         started = [
@@ -343,7 +343,7 @@ async def test_fail_worker_ends_what_is_in_flight_there_and_nothing_else() -> No
 
 
 async def test_the_pool_tells_answers_from_questions_and_commands() -> None:
-    pool = UpstreamPool()
+    pool = HttpClient()
     async with FakeSGLang() as fake:
         await pool.fetch(fake.url, "GET", "/ping", timeout_s=5)
         assert pool.num_heard(fake.url) == 0

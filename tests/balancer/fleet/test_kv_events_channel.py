@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from pdserve.balancer.fleet.kv_event_channel import KvEventChannels
-from pdserve.balancer.fleet.kv_event_follower import KvEventKeeper, TieKeeper, TreePages
+from pdserve.balancer.fleet.kv_event_follower import KvEventFollower, PromptTokenizer, TreePages
 from pdserve.balancer.fleet.kv_events import EventsAddress, PageSink
 from pdserve.errors import WorkerUnreachable
 from pdserve.scheduling.prefix.token_pages import page_hashes
@@ -252,7 +252,7 @@ async def test_worker_is_followed_and_let_go_with_its_keeper() -> None:
     worker = Worker(info)
     worker.answers.set()
     learner = Learned()
-    keeper = asyncio.create_task(KvEventKeeper(worker, server, channels, (), tree, learner).run())
+    keeper = asyncio.create_task(KvEventFollower(worker, server, channels, (), tree, learner).run())
     try:
         await until(lambda: len(tree.pages) == 2, lambda: publisher.say(stored(1, 2)))
         assert tree.pages.exact == tree.bit(A)
@@ -274,7 +274,7 @@ async def test_eviction_on_the_worker_is_known_at_once_for_text_that_is_tied() -
     sent_twice(tree, prompt)
     pages = page_hashes(list(text.encode()), 16)
     events.store(pages)
-    assert await TieKeeper(tree, Server(), (), lambda: "http://w").tie(tree.wishes.pop()) > 20
+    assert await PromptTokenizer(tree, Server(), (), lambda: "http://w").tie(tree.wishes.pop()) > 20
     prefix = tree.read(prompt)
     assert tree.match(prefix, [A], 0.0)[0] > 0.95
     events.remove(pages[100:])
@@ -291,7 +291,7 @@ async def test_messages_are_tied_by_the_tokens_of_their_chat() -> None:
     tokens = list(("user:" + "x" * 3000 + ";assistant:" + "y" * 3000 + ";").encode())
     events.store(page_hashes(tokens, 16)[:200])
     server = Server()
-    assert await TieKeeper(tree, server, (), lambda: "http://w").tie(tree.wishes.pop()) > 20
+    assert await PromptTokenizer(tree, server, (), lambda: "http://w").tie(tree.wishes.pop()) > 20
     share = tree.match(tree.read(json.dumps(messages).encode()), [A], 0.0)[0]
     assert share * len(tokens) <= 200 * 16
     assert share > 0.45
@@ -304,7 +304,7 @@ async def test_token_ids_are_tied_without_a_tokenizer() -> None:
     sent_twice(tree, prompt)
     events.store(page_hashes(ids, 16)[:60])
     server = Server()
-    assert await TieKeeper(tree, server, (), lambda: "http://w").tie(tree.wishes.pop()) > 20
+    assert await PromptTokenizer(tree, server, (), lambda: "http://w").tie(tree.wishes.pop()) > 20
     assert not server.asked
     assert 0.55 < tree.match(tree.read(prompt), [A], 0.0)[0] <= 0.6
 
@@ -315,7 +315,7 @@ async def test_tokens_that_no_worker_knows_tie_nothing() -> None:
     prompt = json.dumps(text).encode()
     sent_twice(tree, prompt)
     events.store(page_hashes(list(text.encode()), 16))
-    assert await TieKeeper(tree, Server(prefix="?"), (), lambda: "http://w").tie(tree.wishes.pop()) == 0
+    assert await PromptTokenizer(tree, Server(prefix="?"), (), lambda: "http://w").tie(tree.wishes.pop()) == 0
     assert tree.match(tree.read(prompt), [A], 0.0)[0] > 0.95
 
 
@@ -323,7 +323,7 @@ async def test_worker_that_cannot_be_asked_ties_nothing() -> None:
     tree, _ = followed_tree()
     sent_twice(tree, json.dumps("z" * 5000).encode())
     prefix = tree.wishes.pop()
-    assert await TieKeeper(tree, Server(), (), lambda: None).tie(prefix) == 0
+    assert await PromptTokenizer(tree, Server(), (), lambda: None).tie(prefix) == 0
 
 
 def test_prompts_are_wished_for_when_they_repeat_and_are_long() -> None:

@@ -217,7 +217,7 @@ async def test_kv_bytes_of_a_pair_follow_from_the_layout() -> None:
     layout = KVLayoutDescriptor(page_size=16, dtype="bf16", num_layers=30, num_kv_heads=3, token_bytes=768)
     async with running_site() as site:
         worker = site.balancer.fleet.workers()[0]
-        site.balancer.fleet._judge.worker_learned(worker, structs.replace(worker.info, kv_layout=layout))
+        site.balancer.fleet._health.worker_learned(worker, structs.replace(worker.info, kv_layout=layout))
         await site.generate(PLAIN)
         seen = await scrape(site)
         state = (await site.ask("GET", "/pdserve/state")).json

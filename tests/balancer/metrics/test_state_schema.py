@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 from msgspec import structs
 
-from pdserve.balancer.metrics.workers import FleetFigures, TransferCounters
+from pdserve.balancer.metrics.workers import TransferCounters, WorkerMetrics
 from pdserve.types import KVLayoutDescriptor
 from tests.support.balancer_client import Site, running_site
 
@@ -32,7 +32,7 @@ def faults(document: object) -> list[str]:
     return [f"{'/'.join(map(str, e.path))}: {e.message[:200]}" for e in validator.iter_errors(document)]
 
 
-def watched(site: Site) -> FleetFigures:
+def watched(site: Site) -> WorkerMetrics:
     """The fleet's figures, looked at now."""
     fleet = site.balancer.fleet
     figures = fleet.figures
@@ -57,8 +57,8 @@ async def test_an_idle_balancer_is_described() -> None:
 async def test_a_balancer_under_traffic_is_described() -> None:
     layout = KVLayoutDescriptor(page_size=16, dtype="bf16", num_layers=30, num_kv_heads=3, token_bytes=768)
     async with running_site(prefill=2, decode=2, max_retries=0) as site:
-        judge, (prefill, *_) = site.balancer.fleet._judge, site.balancer.fleet.workers()
-        judge.worker_learned(prefill, structs.replace(prefill.info, kv_layout=layout))
+        health, (prefill, *_) = site.balancer.fleet._health, site.balancer.fleet.workers()
+        health.worker_learned(prefill, structs.replace(prefill.info, kv_layout=layout))
         for _ in range(4):
             await site.generate(STREAM)
             await site.generate({"text": "hello"})

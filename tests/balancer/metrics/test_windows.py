@@ -17,7 +17,7 @@ from pdserve.balancer.metrics.windows import (
     STEP_S,
     Latency,
     LatencyWindow,
-    RollingFigures,
+    RollingWindow,
 )
 
 ERROR = GROWTH - 1
@@ -94,7 +94,7 @@ def test_every_bound_of_a_histogram_is_a_bound_of_the_window() -> None:
 
 
 def test_rates_are_of_the_last_minute() -> None:
-    figures = RollingFigures(1000.0)
+    figures = RollingWindow(1000.0)
     now_s = 1000.0
     for second in range(120):
         now_s = 1000.0 + second
@@ -111,13 +111,13 @@ def test_rates_are_of_the_last_minute() -> None:
 
 
 def test_rates_of_a_young_balancer_are_over_its_life() -> None:
-    figures = RollingFigures(1002.0)
+    figures = RollingWindow(1002.0)
     figures.live.requests += 20
     assert figures.rates(1012.0)["requests_s"] == pytest.approx(2.0)
 
 
 def test_series_have_a_place_for_each_step_and_null_where_nothing_was() -> None:
-    figures = RollingFigures(1000.0)
+    figures = RollingWindow(1000.0)
     figures.live.requests += 10
     figures.latencies["ttft_s"].observe(0.5)
     figures.advance(1005.0)
@@ -133,7 +133,7 @@ def test_series_have_a_place_for_each_step_and_null_where_nothing_was() -> None:
 
 
 def test_an_idle_hour_leaves_nothing_and_costs_five_minutes_of_steps() -> None:
-    figures = RollingFigures(0.0)
+    figures = RollingWindow(0.0)
     figures.live.requests += 1
     figures.latencies["e2e_s"].observe(1.0)
     figures.advance(3600.0)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pdserve.balancer.fleet.transfer_poll import InstanceKeeper
+from pdserve.balancer.fleet.transfer_poll import TransferPoller
 from pdserve.balancer.metrics.pairs import MAX_PAIRS, NUM_TRANSFERS, PairTraffic
-from pdserve.balancer.metrics.workers import FleetFigures, TransferCounters
-from pdserve.http.client import UpstreamPool
+from pdserve.balancer.metrics.workers import TransferCounters, WorkerMetrics
+from pdserve.http.client import HttpClient
 from pdserve.plugin.stats import COUNTERS
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.load_sample import Sample
@@ -36,7 +36,7 @@ class Bench:
     def __post_init__(self) -> None:
         for member in self.workers:
             self.table.add(member.info)
-        self.figures = FleetFigures(
+        self.figures = WorkerMetrics(
             self.table, lambda: self.workers, lambda: self.waiting, clock=lambda: self.now_s
         )
 
@@ -174,10 +174,10 @@ class Heard:
 async def keeper(server: ControlWorker, heard: Heard) -> AsyncIterator[asyncio.Task[None]]:
     from msgspec import structs
 
-    pool = UpstreamPool(connect_s=1.0)
+    pool = HttpClient(connect_s=1.0)
     member = Worker(structs.replace(P0, url=server.url))
     member.answers.set()
-    task = asyncio.create_task(InstanceKeeper(member, pool, (), heard, poll_s=0.001).run())
+    task = asyncio.create_task(TransferPoller(member, pool, (), heard, poll_s=0.001).run())
     try:
         yield task
     finally:

@@ -11,7 +11,7 @@ import pytest
 
 from pdserve.balancer.api.errors import error_event
 from pdserve.balancer.proxy import relay
-from pdserve.balancer.request.ids import RoomBook
+from pdserve.balancer.request.ids import RoomAllocator
 from pdserve.balancer.request.parse import parse_request
 from pdserve.balancer.request.request import RequestRefused, Route
 from pdserve.balancer.request.usage import StreamTally, stream_failure, usage_of_body
@@ -503,14 +503,14 @@ def test_only_objects_are_requests(body: str) -> None:
 
 def test_our_fields_win_over_the_clients() -> None:
     request = parse_request(Route.GENERATE, b'{"text":"a","rid":"x","bootstrap_room":0,"bootstrap_host":"h"}')
-    ids = RoomBook().take(request.num_prompts)
+    ids = RoomAllocator().take(request.num_prompts)
     sent = json.loads(request.render_body("p", 1, ids))
     assert [sent[name] for name in OURS] == [ids.rids[0], ids.rooms[0], "p", 1]
     assert request.client_rid == "x"
 
 
 def test_rooms_are_distinct_while_live() -> None:
-    book = RoomBook()
+    book = RoomAllocator()
     ids = book.take(1000)
     assert len(set(ids.rooms)) == len(set(ids.rids)) == len(book) == 1000
     book.give_back(ids)

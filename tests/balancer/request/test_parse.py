@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdserve.balancer.request.fast_parse import glance
-from pdserve.balancer.request.ids import RoomBook
+from pdserve.balancer.request.fast_parse import parse_plain
+from pdserve.balancer.request.ids import RoomAllocator
 from pdserve.balancer.request.parse import parse_request
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused, Route
 from pdserve.balancer.request.rewrite import rewrite
@@ -39,7 +39,7 @@ OURS = ("bootstrap_host", "bootstrap_port", "bootstrap_room", "rid", "request_id
 
 def sent(request: ParsedRequest, port: int | None = 9) -> dict[str, Any]:
     """The body the workers would get."""
-    ids = RoomBook().take(request.num_prompts, request.route.rid_prefix)
+    ids = RoomAllocator().take(request.num_prompts, request.route.rid_prefix)
     body = json.loads(request.render_body("10.0.0.1", port, ids))
     is_one = request.num_prompts is None
     expected = {
@@ -67,7 +67,7 @@ def test_a_spliced_body_is_the_clients_with_ours_added(
 ) -> None:
     fields = {**{k: v for k, v in more.items() if k not in OURS}, **data.draw(prompts[route])}
     body = (space + json.dumps(fields, ensure_ascii=data.draw(st.booleans()), indent=indent) + space).encode()
-    quick = glance(route, body, wants_prompt=True)
+    quick = parse_plain(route, body, wants_prompt=True)
     if quick is None:
         return
     slow = rewrite(route, body, wants_prompt=True)
