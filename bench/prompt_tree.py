@@ -27,6 +27,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -34,7 +35,6 @@ from typing import Any
 from common import describe_setup, print_result, print_setup
 
 from pdserve.scheduling.prefix.blocks import block_ends, prefix_hashes
-from pdserve.scheduling.prefix.token_pages import page_hashes
 from pdserve.scheduling.prefix.tree import PromptTree
 from pdserve.types import InstanceId
 
@@ -166,6 +166,13 @@ def conversations(chance: random.Random, count: int) -> list[list[dict[str, str]
     return prompts
 
 
+def page_keys(ids: Sequence[int]) -> list[int]:
+    """One key for each whole page and all before it."""
+    ends = range(PAGE_TOKENS, len(ids) + 1, PAGE_TOKENS)
+    pages = (tuple(ids[end - PAGE_TOKENS : end]) for end in ends)
+    return [*accumulate(pages, lambda before, page: hash((before, page)), initial=0)][1:]
+
+
 def on_text() -> dict[str, Any]:
     """How far the tree's share is from the share in exact token pages."""
     from tokenizers import Tokenizer
@@ -178,7 +185,7 @@ def on_text() -> dict[str, Any]:
     for messages in conversations(random.Random(SEED), 50):
         turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
         ids = tokenizer.encode("".join(turns) + "<|im_start|>assistant\n", add_special_tokens=False).ids
-        pages = page_hashes(ids, PAGE_TOKENS)
+        pages = page_keys(ids)
         exact.append(leading(pages, seen) * PAGE_TOKENS / len(ids))
         seen.update(pages)
         prefix = tree.read(json.dumps(messages).encode())

@@ -67,22 +67,6 @@ QueueOrder = Annotated[
         text="Who is served next; auto: the shortest under overload. (name; default auto)",
     ),
 ]
-PublishKvEvents = Annotated[
-    bool | None,
-    option(
-        "--kv-events/--no-kv-events",
-        panel=ROUTING,
-        text="Workers publish what their prefix caches hold; for --policy pair_cost. (flag; default off)",
-    ),
-]
-KvEvents = Annotated[
-    bool | None,
-    option(
-        "--kv-events/--no-kv-events",
-        panel=ROUTING,
-        text="Learn what workers have cached from the KV events they publish. (flag; default on)",
-    ),
-]
 PredictLengths = Annotated[
     bool | None,
     option(

@@ -15,8 +15,6 @@ from typing import Protocol
 
 from pdserve.cluster.worker_flags import (
     WILDCARD_HOSTS,
-    events_flags,
-    publishes_events,
     worker_environment,
     worker_flags,
 )
@@ -158,16 +156,13 @@ def worker_spec(
     served_model_name: str = "",
     fork_children: bool = True,
     data_plane: Mapping[str, str] | None = None,
-    events: tuple[int, ...] = (),
 ) -> ProcessSpec:
     """One SGLang server; ``device`` is "cpu" or "cuda", ``args`` the user's SGLang flags.
 
-    ``events``: ports on which it publishes KV events, and repeats them; none: it does not.
 
     Raises:
         ConfigError: if ``args`` hold a flag that pdserve sets itself.
     """
-    args = (*events_flags(host, events), *args)
     flags = worker_flags(
         role=role,
         model_path=model_path,
@@ -189,7 +184,6 @@ def worker_spec(
         threads=threads,
         environ=environ or {},
         tp=tp,
-        has_events=bool(events),
     )
     if not fork_children:
         env["PDSERVE_FORK_CHILDREN"] = "0"
@@ -246,11 +240,7 @@ def _plan_workers(
         port = ports.pick(host, first)
         first = min(port + 1, MAX_PORT) if first else 0
         args = (*config.sglang_args, *_role_args(config, role))
-        events: tuple[int, ...] = ()
-        if config.kv_events and publishes_events(role, args):
-            events = ports.pick(host, first), ports.pick(host, first)
-            first = min(max(events) + 1, MAX_PORT) if first else 0
-        yield make_worker(role=role, name=name, port=port, gpus=gpus, args=args, events=events)
+        yield make_worker(role=role, name=name, port=port, gpus=gpus, args=args)
 
 
 def _role_args(config: LaunchConfig, role: Role) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ break the fleet is refused with the pdserve option to use instead.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,7 +76,6 @@ def worker_environment(
     threads: int,
     environ: Mapping[str, str],
     tp: int = 1,
-    has_events: bool = False,
 ) -> dict[str, str]:
     """What a worker needs on top of ``environ``; tuning variables that are set there already win."""
     env = {
@@ -92,9 +90,7 @@ def worker_environment(
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         # nvidia-smi, which found them, numbers by bus; CUDA by default the fastest first.
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    # For events SGLang's Python core hashes pages by an extension that is compiled at its first use.
-    core = "rust" if has_events else "python"
-    tuning = {"TOKENIZERS_PARALLELISM": "false", "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": core}
+    tuning = {"TOKENIZERS_PARALLELISM": "false", "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}
     if host not in WILDCARD_HOSTS:
         tuning["SGLANG_HOST_IP"] = host
     if Path(model_path).is_dir():
@@ -108,26 +104,6 @@ def worker_environment(
         # SGLang has NIXL start 8 posting threads per prefill server; on host memory they only take cores.
         tuning["SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS"] = '{"num_threads":"0"}'
     return env | {key: value for key, value in tuning.items() if key not in environ}
-
-
-def publishes_events(role: Role, args: Sequence[str]) -> bool:
-    """True if a worker with these flags of the user's can publish KV events on ports of our choice.
-
-    A decode server has none without its radix cache; DP ranks would each need ports of their own.
-    """
-    given = {flag_name(arg) for arg in args}
-    if given & {"--kv-events-config", "--dp", "--dp-size", "--data-parallel-size", "--disable-radix-cache"}:
-        return False
-    return role is Role.PREFILL or "--disaggregation-decode-enable-radix-cache" in given
-
-
-def events_flags(host: str, ports: Sequence[int]) -> tuple[str, ...]:
-    """SGLang's flag for KV events on ``host``: two ports, to publish and to repeat. None: no flag."""
-    if not ports:
-        return ()
-    name = f"[{host}]" if ":" in host else host
-    endpoints = {"endpoint": f"tcp://{name}:{ports[0]}", "replay_endpoint": f"tcp://{name}:{ports[1]}"}
-    return ("--kv-events-config", json.dumps({"publisher": "zmq", "bind": True, **endpoints}))
 
 
 def check_user_flags(args: Sequence[str]) -> None:

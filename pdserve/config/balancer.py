@@ -31,10 +31,8 @@ class BalancerConfig:
     """cache_aware: factor by which it may; beyond both, load decides."""
     max_tree_size: int = 2**26
     """cache_aware: prompt bytes remembered per worker."""
-    kv_events: bool = True
-    """pair_cost: learn what a worker has cached from its own KV events, where it publishes them."""
     prefix_ttl_s: float = 600.0
-    """pair_cost: a prefix known only from our own dispatches is forgotten after so long without a use."""
+    """pair_cost: a prefix is forgotten after so long without a use."""
     slo_ttft_s: float = 0.0
     """A request that can no longer get its first token within this is refused at once; 0: none is."""
     slo_tpot_s: float = 0.0
@@ -46,8 +44,6 @@ class BalancerConfig:
     """Expect answers as long as like ones were; else as long as ``max_tokens`` allows, at most 512 tokens."""
 
     load_poll_s: float = 0.25
-    load_channel: bool = True
-    """Listen to a worker's ZMQ load channel where it publishes one, besides polling it."""
 
     max_concurrent_requests: int = 0
     """Requests dispatched at once, 0: as many as the workers have room for."""

@@ -60,8 +60,6 @@ class LaunchConfig:
     """``direct`` or ``packed`` force one path where the pools allow it."""
     slab_mb: int = 0
     """Slab of each rank in MiB; 0: 64 on CPU, 1024 on a GPU."""
-    kv_events: bool = False
-    """Workers publish what their prefix caches hold, and the balancer's ``pair_cost`` knows it exactly."""
     served_model_name: str = ""
     """Name in ``/v1/models``; empty: the embedded model's name, or what SGLang makes of ``model``."""
     config_file: str = ""

@@ -298,7 +298,7 @@ def test_service_process_is_light_and_serves() -> None:
             maps = Path(f"/proc/{process.pid}/maps")
             loaded = maps.read_text() if maps.exists() else ""
             assert "pydantic_core" not in loaded
-            assert "service_process" in Path(f"/proc/{process.pid}/cmdline").read_text()
+            assert "pdserve.process.service" in Path(f"/proc/{process.pid}/cmdline").read_text()
         finally:
             process.terminate()
         _, err = process.communicate(timeout=20)

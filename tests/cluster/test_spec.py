@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -239,51 +238,3 @@ def test_service_url() -> None:
     for bad in ("h", "h:x", "https://h:1", "h:1/path", ":1", ""):
         with pytest.raises(ConfigError, match="--join must be HOST:PORT"):
             service_url(bad, "--join")
-
-
-class GrowingPorts(CountingPorts):
-    """Every port is free once."""
-
-    def pick(self, host: str, first: int) -> int:
-        self.asked.append((host, first))
-        return max([first - 1, *(port for _, port in self.given)]) + 1 if first else 40000 + len(self.asked)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.given: list[tuple[str, int]] = []
-
-
-def events_of(spec: ClusterSpec) -> dict[str, dict[str, Any]]:
-    """Each worker's KV event settings, by its name."""
-    return {
-        worker.name: json.loads(value_of(worker.flags, "--kv-events-config"))
-        for worker in spec.workers
-        if "--kv-events-config" in worker.flags
-    }
-
-
-def test_workers_publish_kv_events_where_they_keep_prefixes() -> None:
-    settings = LaunchConfig(prefill=2, decode=2, worker_base_port=0, kv_events=True)
-    ports = GrowingPorts()
-    spec = plan_cluster(settings, model_path="org/m", gpus=(), cores=8, ports=ports, environ={})
-    events = events_of(spec)
-    assert set(events) == {"prefill-0", "prefill-1"}
-    endpoints = [each[name] for each in events.values() for name in ("endpoint", "replay_endpoint")]
-    assert len(set(endpoints)) == 4 and all(each.startswith("tcp://127.0.0.1:") for each in endpoints)
-    cores = {w.name: w.env["SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND"] for w in spec.workers}
-    assert cores == {"prefill-0": "rust", "prefill-1": "rust", "decode-0": "python", "decode-1": "python"}
-    keeping = LaunchConfig(
-        worker_base_port=0, kv_events=True, decode_args=("--disaggregation-decode-enable-radix-cache",)
-    )
-    spec = plan_cluster(keeping, model_path="org/m", gpus=(), cores=8, ports=GrowingPorts(), environ={})
-    assert set(events_of(spec)) == {"prefill-0", "decode-0"}
-
-
-@pytest.mark.parametrize(
-    "args", [("--dp-size", "2"), ("--disable-radix-cache",), ("--kv-events-config", "{}")]
-)
-def test_no_kv_events_where_they_cannot_be_or_are_the_users(args: tuple[str, ...]) -> None:
-    spec = plan(kv_events=True, prefill_args=args)
-    assert sum(flag == "--kv-events-config" for w in spec.workers for flag in w.flags) == args.count(
-        "--kv-events-config"
-    )

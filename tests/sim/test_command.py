@@ -15,7 +15,7 @@ from pdserve.sim.cost import CostModel, load_model
 from pdserve.sim.profiles import PROFILES, model_of
 from pdserve.sim.report import Slo, parse_slo, percentile
 from pdserve.sim.simulator import simulate
-from pdserve.workload import Lengths, Synthetic, synthetic
+from pdserve.workload import LengthDistribution, Synthetic, synthetic
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
@@ -135,7 +135,7 @@ def test_percentiles_lie_between_neighbours() -> None:
 
 
 def test_goodput_counts_only_what_meets_both_limits() -> None:
-    trace = synthetic(Synthetic(rate=2.0, requests=50, inputs=Lengths(mean=500)), seed=1)
+    trace = synthetic(Synthetic(rate=2.0, requests=50, inputs=LengthDistribution(mean=500)), seed=1)
     report = simulate(trace, PROFILES["llama-70b-8xh100"], "round_robin", 1, 1)
     assert report.attainment(Slo(1e6, 1e6)) == 1.0
     assert report.attainment(Slo(1e6, 1e-6)) == 0.0

@@ -13,7 +13,7 @@ from pdserve.scheduling.policy import POLICIES, policy_of
 from pdserve.sim.cost import CostModel
 from pdserve.sim.forecasts import make_lengths
 from pdserve.sim.simulator import SimOptions, Simulation, simulate
-from pdserve.workload import Lengths, Synthetic, TracedRequest, synthetic
+from pdserve.workload import LengthDistribution, Synthetic, TracedRequest, synthetic
 
 MODEL = CostModel(
     name="plain",
@@ -39,8 +39,8 @@ MODEL = CostModel(
 BUSY = Synthetic(
     rate=12.0,
     requests=300,
-    inputs=Lengths("lognormal", mean=600),
-    outputs=Lengths("lognormal", mean=40, high=400),
+    inputs=LengthDistribution("lognormal", mean=600),
+    outputs=LengthDistribution("lognormal", mean=40, high=400),
     num_prefixes=5,
     prefix_tokens=1024,
 )

@@ -158,11 +158,10 @@ async def control_site(
         prefills = [await stack.enter_async_context(ControlWorker()) for _ in range(prefill)]
         decodes = [await stack.enter_async_context(ControlWorker()) for _ in range(decode)]
         config = BalancerConfig(
-            kv_events=False,  # nobody but the test is to ask the workers
             port=0,
             prefill=tuple((worker.url, 8998 + i) for i, worker in enumerate(prefills)),
             decode=tuple(worker.url for worker in decodes),
-            **{"load_poll_s": 60.0, "load_channel": False, **settings},
+            **{"load_poll_s": 60.0, **settings},
         )
         balancer = Balancer(config)
         await balancer.start()

@@ -21,9 +21,6 @@ import msgspec
 
 from pdserve.balancer.fleet.events import EventLog, FleetEvent
 from pdserve.balancer.fleet.health import HealthTracker
-from pdserve.balancer.fleet.kv_event_channel import KvEventChannels
-from pdserve.balancer.fleet.kv_event_follower import KvEventFollower, PromptTokenizer
-from pdserve.balancer.fleet.load_channel import LoadChannels, LoadChannelSubscriber
 from pdserve.balancer.fleet.probe import PairProber, ProbeGate, WorkerKeys, WorkerPool
 from pdserve.balancer.fleet.roster import Roster, static_workers
 from pdserve.balancer.fleet.transfer_poll import TransferPoller
@@ -38,7 +35,7 @@ from pdserve.scheduling.breaker import Breaker
 from pdserve.scheduling.explain import explain_fullness, explain_shortage
 from pdserve.scheduling.lengths import LengthPredictor, Lengths
 from pdserve.scheduling.load import LoadTable
-from pdserve.scheduling.policy import PromptTree, policy_of
+from pdserve.scheduling.policy import policy_of
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.workers import PairKey, PairRecord, PairState, Worker, WorkerState
 from pdserve.types import InstanceId, RequestShape, WorkerId, WorkerInfo
@@ -86,8 +83,6 @@ class WorkerFleet:
         self._static = static_workers(config)
         self._pool = pool
         self._gate = ProbeGate()
-        self._channels = LoadChannels()
-        self._kv_events = KvEventChannels()
         self._roster = Roster()
         self._log = EventLog()
         self._health = HealthTracker(self._roster, self.table, self._log, pool)
@@ -108,9 +103,6 @@ class WorkerFleet:
             self._add(info, is_static=True)
         if self.watcher is not None:
             self._spawn(self._watch(self.watcher), "fleet-watch")
-        if self._tree is not None:
-            ties = PromptTokenizer(self._tree, self._pool, WorkerKeys.of(self.config).plain, self._url_to_ask)
-            self._spawn(ties.run(), "tie-prompts")
 
     async def stop(self) -> None:
         """Refuse waiting requests and end every background task; reservations may still be released."""
@@ -120,8 +112,6 @@ class WorkerFleet:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._channels.close()
-        self._kv_events.close()
 
     # -- what others read --------------------------------------------------------------------
 
@@ -284,36 +274,11 @@ class WorkerFleet:
             worker.answers.set()  # it registered after its server was up
         keeper = WorkerMonitor(worker, self.config, self._pool, self._health)
         worker.tasks.append(self._spawn(keeper.run(), f"keep-{worker.worker_id}"))
-        if self.config.load_channel:
-            listener = LoadChannelSubscriber(
-                worker, self._pool, self._channels, WorkerKeys.of(self.config).plain, self._health
-            )
-            worker.tasks.append(self._spawn(listener.run(), f"keep-load-{worker.worker_id}"))
-        if self._tree is not None:
-            follower = KvEventFollower(
-                worker,
-                self._pool,
-                self._kv_events,
-                WorkerKeys.of(self.config).plain,
-                self._tree,
-                self._health,
-            )
-            worker.tasks.append(self._spawn(follower.run(), f"keep-kv-{worker.worker_id}"))
         asker = TransferPoller(worker, self._pool, WorkerKeys.of(self.config).plain, self.figures)
         worker.tasks.append(self._spawn(asker.run(), f"keep-instance-{worker.worker_id}"))
         for record in records:
             self._keep(record)
         return worker
-
-    @property
-    def _tree(self) -> PromptTree | None:
-        """The policy's prompt tree, if it has one and workers' KV events are to keep it true."""
-        return getattr(self.policy, "tree", None) if self.config.kv_events else None
-
-    def _url_to_ask(self) -> str | None:
-        """A worker that may be asked to tokenize now, a decode worker first: those have less to read."""
-        ready = (w.url for w in reversed(self.workers()) if w.state is WorkerState.READY)
-        return next(ready, None)
 
     def flushed(self, instance_id: InstanceId) -> None:
         """That worker's prefix cache was emptied through us."""

@@ -51,7 +51,7 @@ class CacheAware(LegByLeg):
         index, why = self._decide(request.prompt, hashes, views)
         if hashes:
             chosen = views[index].info.instance_id
-            self._forest.remember(chosen, hashes, self._params.max_tree_size, views)
+            self._forest.remember(chosen, hashes, self._params.max_tree_size, _ids(views))
         return index, why
 
     def forget(self, instance_id: InstanceId) -> None:
@@ -86,3 +86,7 @@ class CacheAware(LegByLeg):
             if matched > blocks or (matched and view.inflight < views[best].inflight):
                 best, blocks = index, matched
         return best, blocks
+
+
+def _ids(views: Sequence[WorkerView]) -> list[InstanceId]:
+    return [view.info.instance_id for view in views]

@@ -107,7 +107,8 @@ class LeastLoad:
 
     def _remember(self, hashes: Sequence[int], chosen: WorkerView, prefills: Sequence[WorkerView]) -> None:
         pool_bytes = min(MAX_POOL_BYTES, chosen.kv_capacity * BYTES_PER_TOKEN) or UNKNOWN_POOL_BYTES
-        self._forest.remember(chosen.info.instance_id, hashes, pool_bytes, prefills)
+        present = [view.info.instance_id for view in prefills]
+        self._forest.remember(chosen.info.instance_id, hashes, pool_bytes, present)
 
 
 def _prefill_costs(

@@ -14,10 +14,9 @@ own keyed ones, so nobody outside can make two prompts collide.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 
-from pdserve.scheduling.policy.view import WorkerView
 from pdserve.types import InstanceId
 
 BLOCKS_PER_DOUBLING = 32
@@ -137,7 +136,7 @@ class PrefixForest:
         return tree.size_bytes if tree else 0
 
     def remember(
-        self, instance_id: InstanceId, hashes: Sequence[int], max_bytes: int, present: Sequence[WorkerView]
+        self, instance_id: InstanceId, hashes: Sequence[int], max_bytes: int, present: Collection[InstanceId]
     ) -> None:
         """The worker is being sent this prompt. ``present``: the workers there are now."""
         tree = self._trees.get(instance_id)
@@ -153,9 +152,8 @@ class PrefixForest:
     def __len__(self) -> int:
         return len(self._trees)
 
-    def _drop_strays(self, present: Sequence[WorkerView]) -> None:
+    def _drop_strays(self, present: Collection[InstanceId]) -> None:
         """Bound what is kept of workers that nobody told us are gone; the oldest go first."""
-        ids = {view.info.instance_id for view in present}
-        absent = [key for key in self._trees if key not in ids]
-        for key in absent[: max(0, len(absent) - len(ids) - SPARE_TREES)]:
+        absent = [key for key in self._trees if key not in present]
+        for key in absent[: max(0, len(absent) - len(present) - SPARE_TREES)]:
             del self._trees[key]

@@ -8,48 +8,37 @@ The tree answers for any worker; prefill affinity saves computing and decode aff
 transfer, so the policy asks twice. A decode worker keeps a prompt only with SGLang's decode radix
 cache: for one without, the policy neither sends nor matches. An answer's own tokens are never counted.
 
-Exact: whether the worker holds a prefix that is tied to token pages (prefix/pages.py), if its KV events
-are followed without a gap. Approximate: everything known from our own dispatches, which is kept
-least recently used within the worker's KV pool and for ``ttl_s``; the worker may have evicted earlier.
-Approximate in either case: a share is one of the text, not of its tokens, and ends with a block (32
-tokens, longer far behind). bench/prompt_tree.py measures what that makes of a hit rate.
+Approximate: what a worker holds is known from our own dispatches, which are kept least recently used
+within the worker's KV pool and for ``ttl_s``; the worker may have evicted earlier. A share is one of the
+text, not of its tokens, and ends with a block (32 tokens, longer far behind). bench/prompt_tree.py measures
+what that makes of a hit rate; workers' KV events added nothing to it (bench/results/features.txt).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from math import inf
 
 from pdserve.scheduling.prefix.blocks import prefix_hashes
 from pdserve.scheduling.prefix.memory import ENDS, UNSIZED_BYTES, BlockMemory, Holder
-from pdserve.scheduling.prefix.pages import PageIndex, num_leading
 from pdserve.scheduling.prefix.text import canonical_text
 from pdserve.types import InstanceId
 
 MAX_BLOCKS = 2**20
 """Facts (this worker holds this block) in all: some 200 MB when no two workers hold the same."""
-MIN_TIE_BYTES = 2048
-"""Less repeated text than this (512 tokens, 50 ms of prefill) is not worth asking a tokenizer for."""
-MAX_WISHES = 32
 MAX_ROWS = 64
 
 _Look = Callable[[int], int]
 
 
 class Prefix:
-    """A prompt, cut and hashed once for all questions about it.
+    """A prompt, cut and hashed once for all questions about it."""
 
-    ``source``: the prompt as it was sent; empty if that alone does not tell its tokens.
-    """
+    __slots__ = ("hashes", "num_bytes")
 
-    __slots__ = ("hashes", "is_wished", "num_bytes", "source")
-
-    def __init__(self, hashes: list[int], num_bytes: int, source: bytes) -> None:
+    def __init__(self, hashes: list[int], num_bytes: int) -> None:
         self.hashes = hashes
         self.num_bytes = num_bytes
-        self.source = source
-        self.is_wished = False
 
     @property
     def ends(self) -> Sequence[int]:
@@ -83,9 +72,6 @@ class PromptTree:
     ) -> None:
         self.ttl_s = ttl_s
         self.bytes_per_token = bytes_per_token
-        self.pages = PageIndex()
-        self.wishes: deque[Prefix] = deque(maxlen=MAX_WISHES)
-        """Prompts that repeat on a worker with events and are not tied to token pages yet, newest last."""
         self._memory = BlockMemory(max_blocks, ttl_s)
         self._holders: dict[InstanceId, Holder] = {}
         self._slots: list[Holder | None] = []
@@ -109,7 +95,7 @@ class PromptTree:
     def read(self, prompt: bytes, head: bytes = b"") -> Prefix:
         """Cut a prompt, as it stands in the request's JSON, into blocks; ``head``: see ``canonical_text``."""
         text = canonical_text(prompt, head)
-        return Prefix(prefix_hashes(text, ENDS, with_tail=False), len(text), b"" if head else prompt)
+        return Prefix(prefix_hashes(text, ENDS, with_tail=False), len(text))
 
     def match(self, prefix: Prefix, instance_ids: Sequence[InstanceId], now_s: float) -> list[float]:
         """Share (0..1) of the prompt that has arrived at each of these (distinct) workers."""
@@ -154,32 +140,16 @@ class PromptTree:
 
     def _groups(self, hashes: list[int], asked: int, is_coming: bool) -> Sequence[tuple[int, int]]:
         """(depth > 0, workers that hold so many blocks), each worker once at most."""
-        find, pages, end = self._memory.blocks.get, self.pages, len(hashes)
+        find, end = self._memory.blocks.get, len(hashes)
 
-        def dispatched(index: int) -> int:
+        def holders(index: int) -> int:
             block = find(hashes[index])
             return 0 if block is None else block.held | block.coming if is_coming else block.held
 
-        if not asked & pages.followed or not (tied := pages.num_tied(hashes)):
-            return _split(dispatched, 0, end, asked & dispatched(0))
-        exact, followed = pages.exact, pages.followed
-
-        def told(index: int) -> int:
-            paged = pages.holders(hashes[index]) & followed
-            block = find(hashes[index])
-            if block is None:
-                return paged
-            return paged | (block.held & ~exact) | (block.coming if is_coming else 0)
-
-        first = _split(told, 0, tied, asked & told(0))
-        whole = next((mask for depth, mask in first if depth == tied), 0)
-        if tied == end or not whole:
-            return first
-        behind = _split(dispatched, tied, end, whole)
-        return [group for group in first if group[0] < tied] + behind
+        return _split(holders, 0, end, asked & holders(0))
 
     def _fresh_depth(self, slot: int, hashes: list[int], depth: int, deadline_s: float) -> int:
-        """The part of a match that has not outlived its TTL; what events tell of has none."""
+        """The part of a match that has not outlived its TTL."""
         holder = self._slots[slot]
         assert holder is not None
         low, high, stamps = 0, depth, holder.stamps
@@ -187,7 +157,7 @@ class PromptTree:
             middle = (low + high + 1) // 2
             key = hashes[middle - 1]
             is_fresh = stamps.get(key, -inf) > deadline_s
-            if is_fresh or key in holder.coming or self.pages.holders(key) & holder.bit:
+            if is_fresh or key in holder.coming:
                 low = middle
             else:
                 high = middle - 1
@@ -198,8 +168,6 @@ class PromptTree:
     def send(self, prefix: Prefix, instance_id: InstanceId, now_s: float) -> Mark:
         """A leg with this prompt was dispatched to a worker. The mark must come back when it ends."""
         holder = self._holder(instance_id)
-        if self.pages.followed:
-            self._wish(prefix)
         counted = self._memory.expect(holder, prefix.hashes, now_s, self._holders.values())
         return Mark(holder, prefix.hashes, counted)
 
@@ -219,28 +187,6 @@ class PromptTree:
         self._memory.settle(mark.holder, mark.counted, is_kept=is_kept)
         return True
 
-    def _wish(self, prefix: Prefix) -> None:
-        """Ask for the prompt's token pages if enough of it was seen before and is not tied."""
-        hashes = prefix.hashes
-        known = num_leading(hashes, self._memory.blocks)
-        if prefix.is_wished or not prefix.source or not known or ENDS[known - 1] < MIN_TIE_BYTES:
-            return
-        tied = self.pages.num_tied(hashes)
-        if tied < known and ENDS[known - 1] - (ENDS[tied - 1] if tied else 0) >= MIN_TIE_BYTES:
-            prefix.is_wished = True
-            self.wishes.append(prefix)
-
-    def tie(self, prefix: Prefix, tokens: Sequence[float], pages: Sequence[int]) -> int:
-        """Tie a prompt's blocks to token pages; returns how many. Arguments as of ``PageIndex.tie``.
-
-        Only with proof that the workers see the same tokens (a chat may be rendered with options that
-        were not known): one of them must hold pages of this name over half of what was seen before.
-        """
-        known = num_leading(prefix.hashes, self._memory.blocks)
-        if not known or self.pages.reach(pages) < tokens[known - 1] / 2:
-            return 0
-        return self.pages.tie(prefix.hashes, tokens, pages)
-
     # -- what workers are and tell -----------------------------------------------------------------
 
     def forget(self, instance_id: InstanceId) -> None:
@@ -248,7 +194,6 @@ class PromptTree:
         holder = self._holders.pop(instance_id, None)
         if holder is None:
             return
-        self.pages.unfollow(holder.bit)
         self._memory.leave(holder)
         self._slots[holder.bit.bit_length() - 1] = None
         self._rows.clear()
@@ -256,7 +201,6 @@ class PromptTree:
     def flush(self, instance_id: InstanceId) -> None:
         """Its cache was emptied. Legs under way still come: SGLang flushes only when nothing runs."""
         if holder := self._holders.get(instance_id):
-            self.pages.clear(holder.bit)
             self._memory.fit(holder, -1)
 
     def resize(self, instance_id: InstanceId, kv_tokens: int) -> None:
@@ -266,10 +210,6 @@ class PromptTree:
             holder.kv_tokens = kv_tokens
             holder.max_bytes = int(kv_tokens * self.bytes_per_token) if kv_tokens > 0 else UNSIZED_BYTES
             self._memory.fit(holder, holder.max_bytes)
-
-    def bit(self, instance_id: InstanceId) -> int:
-        """The worker's bit in ``pages``; taken anew if it has none yet."""
-        return self._holder(instance_id).bit
 
     def _holder(self, instance_id: InstanceId) -> Holder:
         holder = self._holders.get(instance_id)

@@ -174,6 +174,6 @@ def test_trees_of_workers_that_nobody_forgot_are_bounded() -> None:
     present = [prefill(0), prefill(1)]
     hashes = forest.hashes(text(1, 500))
     for index in range(100):
-        forest.remember(InstanceId(f"gone{index}"), hashes, 2**20, present)
+        forest.remember(InstanceId(f"gone{index}"), hashes, 2**20, [p.info.instance_id for p in present])
     assert len(forest) <= SPARE_TREES + len(present) + 1
     assert forest.match(InstanceId("gone99"), hashes)

@@ -6,7 +6,6 @@ import json
 
 from pdserve.scheduling.policy import PromptTree
 from tests.support.balancer_client import Site, running_site
-from tests.support.sglang_server import until
 
 TEXT = "the same beginning " * 200
 
@@ -26,14 +25,3 @@ async def test_a_served_prompt_is_held_until_the_cache_is_flushed() -> None:
         assert held(site) > 0.8
         assert (await site.ask("POST", "/flush_cache")).status == 200
         assert held(site) == 0.0
-
-
-async def test_workers_are_asked_where_they_publish_kv_events_only_if_wanted() -> None:
-    def asked(site: Site) -> bool:
-        return any(target == b"/server_info" for _, target, _ in site.decode.calls)
-
-    async with running_site(policy="pair_cost", load_channel=False) as site:
-        await until(lambda: asked(site), "the worker is asked")
-    async with running_site(policy="pair_cost", load_channel=False, kv_events=False) as site:
-        assert (await site.generate({"text": TEXT})).status == 200
-        assert not asked(site)
