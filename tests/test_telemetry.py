@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pdserve.balancer.metrics.ledger import Outcome, RequestLedger
+from pdserve.balancer.metrics.ledger import RequestLedger
+from pdserve.balancer.metrics.record import Outcome
 from pdserve.balancer.request.request import Route
 from pdserve.balancer.request.usage import SAMPLING, StreamTally
 from pdserve.telemetry import JsonFormatter, RequestTimeline

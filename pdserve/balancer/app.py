@@ -20,6 +20,7 @@ import uvloop
 from pdserve.balancer.api.auth import KeyRing
 from pdserve.balancer.api.routes import BalancerApi, build_routes
 from pdserve.balancer.fleet.fleet import Membership, WorkerFleet
+from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.balancer.proxy.dispatcher import PairDispatcher
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
@@ -28,7 +29,7 @@ from pdserve.http.limits import ServerLimits
 from pdserve.http.server import HttpServer
 
 if TYPE_CHECKING:
-    from pdserve.balancer.tracing.trace import Tracing
+    from pdserve.balancer.tracing.export import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ FILES_PER_REQUEST = 3
 """A client's connection and one to each worker of its pair."""
 GC_THRESHOLD = (20_000, 20, 50)
 """Requests make few cycles; collecting as often as by default costs 8 % of the balancer's time."""
+LOOK_S = 1.0
+"""How often the workers' counters and the queue are looked at."""
 LAST_WORDS_S = 5.0
 """How long clients may take to read the end of answers that were cut off at shutdown."""
 
@@ -47,16 +50,21 @@ class Balancer:
     """A balancer in this event loop; ``run_balancer`` wraps it for a process of its own.
 
     ``membership`` replaces the watch of ``config.bootstrap_url``; for tests.
+
+    Raises:
+        ConfigError: if traces are asked for and cannot be sent.
     """
 
     def __init__(self, config: BalancerConfig, membership: Membership | None = None) -> None:
         self.config = config
         self.pool = HttpClient(connect_s=config.connect_s)
-        self.fleet = WorkerFleet(config, self.pool, membership)
-        self.dispatcher = PairDispatcher(config, self.fleet, self.pool)
+        self.metrics = WorkerMetrics()
+        self.fleet = WorkerFleet(config, self.pool, membership, self.metrics)
+        self._tracing = _open_tracing(config)
+        self.dispatcher = PairDispatcher(config, self.fleet, self.pool, self._tracing)
         self._socket: socket.socket | None = None
         self._server: HttpServer | None = None
-        self._tracing: Tracing | None = None
+        self._looking: asyncio.Task[None] | None = None
 
     @property
     def port(self) -> int:
@@ -74,18 +82,15 @@ class Balancer:
         """Listen and begin to watch the fleet; returns once connections are accepted.
 
         Raises:
-            ConfigError: if the address cannot be listened on, or traces cannot be sent.
+            ConfigError: if the address cannot be listened on.
         """
         config = self.config
-        if config.otlp_endpoint:
-            from pdserve.balancer.tracing.trace import open_tracing
-
-            self._tracing = self.dispatcher.tracing = open_tracing(config.otlp_endpoint, config.otlp_sample)
         tls = tls_context(config.tls_cert_path, config.tls_key_path)
         self._socket = bind(config.host, config.port)
-        routes = build_routes(self.fleet, self.pool, self.dispatcher, config)
+        routes = build_routes(self.fleet, self.pool, self.dispatcher, self.metrics, config)
         app = BalancerApi(routes, KeyRing(config.api_key, config.control_key))
         await self.fleet.start()
+        self._looking = asyncio.create_task(self._look(), name="worker-metrics")
         self._server = HttpServer(app, _limits(config), tls)
         await self._server.start(self._socket)
         logger.info("balancer listening on %s", self.url)
@@ -102,11 +107,18 @@ class Balancer:
         await closing
         if self._server is not None:
             await self._server.close(LAST_WORDS_S)
+        if self._looking is not None:
+            self._looking.cancel()
         await self.fleet.stop()
         await self.pool.close()
         if self._tracing is not None:
             await self._tracing.close()
         logger.info("balancer stopped")
+
+    async def _look(self) -> None:
+        while True:
+            self.metrics.look(self.fleet.workers(), self.fleet.table, self.fleet.num_waiting)
+            await asyncio.sleep(LOOK_S)
 
 
 def run_balancer(config: BalancerConfig) -> None:
@@ -205,6 +217,18 @@ def _max_connections() -> int:
     """Clients that the limit on open files has room for, with their workers' connections."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(SPARE_FILES, (soft - SPARE_FILES) // FILES_PER_REQUEST)
+
+
+def _open_tracing(config: BalancerConfig) -> Tracing | None:
+    if not config.otlp_endpoint:
+        return None
+    try:
+        from pdserve.balancer.tracing.export import open_tracing
+    except ImportError as exc:
+        raise ConfigError(
+            f"traces need OpenTelemetry: pip install 'pdserve[otel]', or leave out --otlp-endpoint ({exc})"
+        ) from exc
+    return open_tracing(config.otlp_endpoint, config.otlp_sample)
 
 
 async def _first_of(closing: asyncio.Task[None], hurry: asyncio.Event) -> None:

@@ -21,7 +21,7 @@ from tests.support.sglang_server import FakeSGLang, until
 PROGRAM = """
 import json, logging, sys
 from pdserve.balancer.app import run_balancer
-from pdserve.config.launch import BalancerConfig
+from pdserve.config.balancer import BalancerConfig
 logging.basicConfig(level="INFO", format="%(message)s")
 run_balancer(BalancerConfig(port=0, prefill=((sys.argv[1], 8998),), decode=(sys.argv[2],)))
 """

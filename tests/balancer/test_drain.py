@@ -8,7 +8,9 @@ import msgspec
 import pytest
 
 from pdserve.balancer.fleet.fleet import WorkerFleet
+from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.state import render_state
+from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.errors import ConfigError, NoWorkerError, WorkerUnreachable
 from pdserve.types import InstanceId, WorkerId
 from tests.support.fleet_network import (
@@ -45,7 +47,7 @@ async def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> 
         for reservation in held:
             reservation.release(prefill_ok=True, decode_ok=True)
         assert events_of(fleet, "decode-0")[-2:] == ["draining", "drained"]
-        document = render_state(fleet, {})
+        document = render_state(fleet, WorkerMetrics(), RequestLedger())
         row = next(row for row in document["workers"] if row["worker_id"] == "decode-0")  # type: ignore[attr-defined]
         assert (row["state"], row["draining"], row["inflight"]) == ("draining", True, 0)
 

@@ -101,7 +101,7 @@ class Site:
     @property
     def counts(self) -> dict[str, int]:
         """``requests`` of the state document."""
-        counts = self.balancer.dispatcher.snapshot()["requests"]
+        counts = self.balancer.dispatcher.ledger.snapshot()["requests"]
         assert isinstance(counts, dict)
         return counts
 

@@ -132,14 +132,14 @@ class Site:
     @property
     def counts(self) -> dict[str, int]:
         """``requests`` of the state document."""
-        counts = self.balancer.dispatcher.snapshot()["requests"]
+        counts = self.balancer.dispatcher.ledger.snapshot()["requests"]
         assert isinstance(counts, dict)
         return counts
 
     @property
     def last(self) -> dict[str, Any]:
         """The newest row of ``recent``."""
-        rows = self.balancer.dispatcher.snapshot()["recent"]
+        rows = self.balancer.dispatcher.ledger.snapshot()["recent"]
         assert isinstance(rows, list)
         return dict(rows[-1])
 

@@ -14,6 +14,7 @@ from pdserve.balancer.api.errors import error_answer
 from pdserve.balancer.api.forward import Question, WorkerAsker, why_not
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.state import render_state
+from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.http.answer import Answer, json_answer
 from pdserve.http.client import FetchedResponse
 from pdserve.http.incoming import IncomingRequest
@@ -31,10 +32,6 @@ class DataPlane(Protocol):
         """Its books."""
         ...
 
-    def snapshot(self) -> dict[str, object]:
-        """``requests`` and ``recent``."""
-        ...
-
     def give_up(self, name: str) -> list[str]:
         """Never to try the live request again that its client calls ``name``; the workers' rids of it."""
         ...
@@ -43,12 +40,13 @@ class DataPlane(Protocol):
 class HealthControl:
     """Liveness, readiness and the state document."""
 
-    def __init__(self, asker: WorkerAsker, data_plane: DataPlane) -> None:
+    def __init__(self, asker: WorkerAsker, data_plane: DataPlane, metrics: WorkerMetrics) -> None:
         self.is_paused = False
         """True between ``/pause_generation`` and ``/continue_generation``."""
         self._asker = asker
         self._fleet = asker.fleet
         self._data_plane = data_plane
+        self._metrics = metrics
         self._generating: asyncio.Task[Answer] | None = None
 
     async def liveness(self, client: IncomingRequest, body: bytes) -> Answer:
@@ -81,8 +79,7 @@ class HealthControl:
 
     async def state(self, client: IncomingRequest, body: bytes) -> Answer:
         """The state document."""
-        plane = self._data_plane
-        return json_answer(render_state(self._fleet, plane.snapshot(), plane.ledger.traffic))
+        return json_answer(render_state(self._fleet, self._metrics, self._data_plane.ledger))
 
     async def _generate(self, client: IncomingRequest) -> Answer:
         pairs = [record for record in self._fleet.pairs() if record.state is PairState.READY]

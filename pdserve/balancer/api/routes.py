@@ -23,6 +23,7 @@ from pdserve.balancer.api.info import InfoControl
 from pdserve.balancer.api.unserved import UNSERVED
 from pdserve.balancer.api.workers import WorkersControl
 from pdserve.balancer.fleet.fleet import WorkerFleet
+from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.balancer.request.request import Route
 from pdserve.config.balancer import BalancerConfig
 from pdserve.http.answer import Answer
@@ -111,7 +112,11 @@ class _Table:
 
 
 def build_routes(
-    fleet: WorkerFleet, pool: HttpClient, dispatcher: Dispatcher, config: BalancerConfig
+    fleet: WorkerFleet,
+    pool: HttpClient,
+    dispatcher: Dispatcher,
+    metrics: WorkerMetrics,
+    config: BalancerConfig,
 ) -> RouteMap:
     """The whole surface over one fleet.
 
@@ -120,10 +125,10 @@ def build_routes(
     """
     table = _Table()
     asker = WorkerAsker(fleet, pool, config)
-    health = HealthControl(asker, dispatcher)
+    health = HealthControl(asker, dispatcher, metrics)
     _add_prompts(table.routes, dispatcher)
     _add_health(table, health)
-    _add_info(table, InfoControl(asker, dispatcher))
+    _add_info(table, InfoControl(asker, dispatcher, metrics))
     _add_fan_outs(table, FanOutControl(asker, health, dispatcher))
     _add_workers(table, WorkersControl(asker))
     for path, (methods, _) in UNSERVED.items():

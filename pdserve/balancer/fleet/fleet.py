@@ -23,9 +23,8 @@ from pdserve.balancer.fleet.events import EventLog, FleetEvent
 from pdserve.balancer.fleet.health import HealthTracker
 from pdserve.balancer.fleet.probe import PairProber, ProbeGate, WorkerKeys, WorkerPool
 from pdserve.balancer.fleet.roster import Roster, static_workers
-from pdserve.balancer.fleet.transfer_poll import TransferPoller
+from pdserve.balancer.fleet.transfer_poll import TransferListener, TransferPoller
 from pdserve.balancer.fleet.worker_monitor import WorkerMonitor
-from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.bootstrap.client import FleetWatcher
 from pdserve.bootstrap.messages import FleetView
 from pdserve.config.balancer import BalancerConfig
@@ -66,11 +65,16 @@ class Membership(Protocol):
 class WorkerFleet:
     """The balancer's workers and pairs. Create it, ``await start()``, later ``await stop()``.
 
-    ``membership`` replaces the watch of ``config.bootstrap_url``; for tests.
+    ``membership`` replaces the watch of ``config.bootstrap_url``; for tests. ``transfers`` is given the
+    counters of the workers' data planes; without it they are not asked for.
     """
 
     def __init__(
-        self, config: BalancerConfig, pool: WorkerPool, membership: Membership | None = None
+        self,
+        config: BalancerConfig,
+        pool: WorkerPool,
+        membership: Membership | None = None,
+        transfers: TransferListener | None = None,
     ) -> None:
         self.config = config
         self.table = LoadTable()
@@ -82,13 +86,13 @@ class WorkerFleet:
         )
         self._static = static_workers(config)
         self._pool = pool
+        self._transfers = transfers
         self._gate = ProbeGate()
         self._roster = Roster()
         self._log = EventLog()
         self._health = HealthTracker(self._roster, self.table, self._log, pool)
         self.admission = Admission(config, self.table, self.policy, self._health, self.explain, self._drained)
         self._health.on_change = self._readiness_changed
-        self.figures = WorkerMetrics(self.table, self._roster.workers, lambda: self.num_waiting)
         self._health.on_sample = self.admission.sampled
         self._dismissed: set[InstanceId] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -98,7 +102,6 @@ class WorkerFleet:
 
     async def start(self) -> None:
         """Begin to watch and probe; returns at once, with no worker ready yet."""
-        self._spawn(self.figures.run(), "fleet-figures")
         for info in self._static:
             self._add(info, is_static=True)
         if self.watcher is not None:
@@ -274,8 +277,9 @@ class WorkerFleet:
             worker.answers.set()  # it registered after its server was up
         keeper = WorkerMonitor(worker, self.config, self._pool, self._health)
         worker.tasks.append(self._spawn(keeper.run(), f"keep-{worker.worker_id}"))
-        asker = TransferPoller(worker, self._pool, WorkerKeys.of(self.config).plain, self.figures)
-        worker.tasks.append(self._spawn(asker.run(), f"keep-instance-{worker.worker_id}"))
+        if self._transfers is not None:
+            poller = TransferPoller(worker, self._pool, WorkerKeys.of(self.config).plain, self._transfers)
+            worker.tasks.append(self._spawn(poller.run(), f"keep-instance-{worker.worker_id}"))
         for record in records:
             self._keep(record)
         return worker

@@ -1,19 +1,19 @@
-"""The background loop that asks one worker of pdserve's own what its data plane has moved.
+"""The background loop that polls one worker's data-plane counters.
 
-answers ─► GET /pdserve/instance every POLL_S ─► FleetFigures.told
+answers ─► GET /pdserve/instance every POLL_S ─► TransferListener.record_transfers
 
-A stock SGLang server has no such route: it is asked once. Nothing is judged by the answers.
+A stock SGLang server has no such route: it is asked once. The answers do not change its health.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
 
 from pdserve.balancer.fleet.probe import Fetcher, Headers
-from pdserve.balancer.metrics.workers import TransferCounters, transfer_counters
 from pdserve.errors import WorkerError
 from pdserve.scheduling.workers import Worker
 
@@ -22,11 +22,22 @@ ANSWER_S = 5.0
 INSTANCE_PATH = "/pdserve/instance"
 
 
-class Listener(Protocol):
-    """Who hears what a worker's data plane tells."""
+class TransferCounters(msgspec.Struct, frozen=True):
+    """``transfer`` of ``GET /pdserve/instance``, cumulative since the start of that server."""
 
-    def told(self, worker: Worker, counters: TransferCounters) -> None:
-        """Its counters now."""
+    kv_bytes: int = 0
+    transfers: int = 0
+    latency_us: int = 0
+    failures: int = 0
+    direct_chunks: int = 0
+    packed_chunks: int = 0
+
+
+class TransferListener(Protocol):
+    """Is given the counters of each worker's data plane."""
+
+    def record_transfers(self, worker: Worker, counters: TransferCounters) -> None:
+        """Take that worker's counters as they are now."""
         ...
 
 
@@ -34,7 +45,12 @@ class TransferPoller:
     """Asks one worker. ``poll_s`` is the pause before each question."""
 
     def __init__(
-        self, worker: Worker, pool: Fetcher, headers: Headers, listener: Listener, poll_s: float = POLL_S
+        self,
+        worker: Worker,
+        pool: Fetcher,
+        headers: Headers,
+        listener: TransferListener,
+        poll_s: float = POLL_S,
     ) -> None:
         self._worker = worker
         self._pool = pool
@@ -66,5 +82,13 @@ class TransferPoller:
             return False
         counters = transfer_counters(document) if isinstance(document, dict) else None
         if counters is not None:
-            self._listener.told(self._worker, counters)
+            self._listener.record_transfers(self._worker, counters)
         return counters is not None
+
+
+def transfer_counters(document: Mapping[str, object]) -> TransferCounters | None:
+    """Read ``GET /pdserve/instance``; None if it is not what pdserve's workers tell."""
+    try:
+        return msgspec.convert(document["transfer"], TransferCounters)
+    except (KeyError, msgspec.ValidationError):
+        return None

@@ -1,7 +1,7 @@
-"""Every metric of the balancer: name, kind, labels, unit, meaning. docs/metrics.md lists the same. Data only.
+"""Every metric of the balancer: name, kind, labels, unit, help text. docs/metrics.md lists the same.
 
-Names and bounds of the latencies are SGLang's with another prefix, so that panels for one read the
-other; bounds below SGLang's first are ours. Labels ``worker_id`` and ``worker_role`` are those that
+Names and buckets of the latencies are those of SGLang with another prefix; buckets below the first of
+SGLang are ours. Labels ``worker_id`` and ``worker_role`` are those that
 the balancer adds to the workers' own metrics.
 """
 
@@ -226,7 +226,42 @@ KV_CHUNKS = _counter(
 
 METRICS: tuple[Metric, ...] = (
     *LATENCIES.values(),
-    *(value for value in list(globals().values()) if isinstance(value, Metric)),
+    KV_TRANSFER,
+    BUILD,
+    STARTED,
+    RECEIVED,
+    REQUESTS,
+    RETRIES,
+    SHED,
+    PROMPT_TOKENS,
+    OUTPUT_TOKENS,
+    INFLIGHT,
+    DISPATCHED,
+    QUEUED,
+    QUEUE_SIZE,
+    OLDEST,
+    CONNECTED,
+    REGIME,
+    SCORE,
+    DECISIONS,
+    PROBES,
+    PAIR_READY,
+    PAIR_TOKENS,
+    PAIR_BYTES,
+    WORKER_STATE,
+    BREAKER,
+    OPENED,
+    LEG_ERRORS,
+    WORKER_INFLIGHT,
+    WORKER_RUNNING,
+    WORKER_WAITING,
+    WORKER_KV,
+    WORKER_TOKENS,
+    WORKER_AGE,
+    KV_BYTES,
+    KV_TRANSFERS,
+    KV_FAILURES,
+    KV_CHUNKS,
 )
-"""All of them, in the order in which they are published."""
+"""All metrics, in the order in which they are published."""
 BY_NAME = {metric.name: metric for metric in METRICS}

@@ -1,10 +1,8 @@
-"""The balancer's own metrics as Prometheus text: read from the books at each scrape, kept nowhere.
+"""The balancer's own metrics as Prometheus text, rendered from the counts at each scrape.
 
-    RequestLedger ─┐
-    Fleet ─────────┼─► Exposition ─► text/plain; version=0.0.4
-    FleetFigures ──┘
-
-The books are plain counts; all the work of naming, labelling and summing is done here.
+RequestLedger ─┐
+WorkerFleet ───┼─► render_metrics ─► text/plain; version=0.0.4
+WorkerMetrics ─┘
 """
 
 from __future__ import annotations
@@ -30,18 +28,16 @@ _WORKER_STATES = tuple(state.value for state in WorkerState)
 _BREAKER_STATES = tuple(state.value for state in BreakerState)
 
 
-def render_metrics(fleet: WorkerFleet, ledger: RequestLedger) -> str:
-    """All families of the catalogue that have a sample now."""
+def render_metrics(fleet: WorkerFleet, metrics: WorkerMetrics, ledger: RequestLedger) -> str:
+    """Every family of the catalogue that has a sample."""
     page = _Page()
     for name, window in ledger.rolling.latencies.items():
         page.histogram(catalog.LATENCIES[name], window)
     _add_requests(page, ledger)
     _add_service(page, fleet)
-    figures = fleet.figures
-    if figures is not None:
-        page.histogram(catalog.KV_TRANSFER, figures.kv_transfer)
+    page.histogram(catalog.KV_TRANSFER, metrics.kv_transfer)
     for worker in fleet.workers():
-        _add_worker(page, fleet, worker, figures)
+        _add_worker(page, fleet, worker, metrics.of(worker))
     policy = label_pairs([("policy", fleet.policy.name)])
     for record in fleet.pairs():
         _add_pair(page, record, ledger.traffic.find(record.key), policy)
@@ -124,7 +120,7 @@ def _add_service(page: _Page, fleet: WorkerFleet) -> None:
         page.add(catalog.SCORE, score, _labels(catalog.SCORE, str(role)))
 
 
-def _add_worker(page: _Page, fleet: WorkerFleet, worker: Worker, figures: WorkerMetrics | None) -> None:
+def _add_worker(page: _Page, fleet: WorkerFleet, worker: Worker, figures: WorkerFigures) -> None:
     who = _labels(catalog.WORKER_INFLIGHT, str(worker.worker_id), str(worker.role))
     page.choice(catalog.WORKER_STATE, _WORKER_STATES, str(worker.state), who)
     page.choice(catalog.BREAKER, _BREAKER_STATES, str(worker.breaker.state), who)
@@ -138,8 +134,7 @@ def _add_worker(page: _Page, fleet: WorkerFleet, worker: Worker, figures: Worker
         page.add(catalog.WORKER_WAITING, load.queued_reqs, who)
         page.add(catalog.WORKER_KV, kv_usage(load), who)
         page.add(catalog.WORKER_AGE, max(0.0, time.monotonic() - load.timestamp_s), who)
-    if figures is not None:
-        _add_figures(page, figures.of(worker), who)
+    _add_figures(page, figures, who)
 
 
 def _add_figures(page: _Page, figures: WorkerFigures, who: str) -> None:

@@ -7,38 +7,22 @@ the whole time of completed ones only. Gaps within streams come while they run, 
 
 from __future__ import annotations
 
-import enum
-import json
 import time
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from pdserve.balancer.metrics.pairs import PairTraffic
-from pdserve.balancer.metrics.windows import BOUNDS, Amounts, LatencyWindow, RollingWindow
+from pdserve.balancer.metrics.record import Outcome, RequestRecord
+from pdserve.balancer.metrics.windows import Amounts, LatencyWindow, RollingWindow
 from pdserve.balancer.request.request import Route
 from pdserve.telemetry import RequestTimeline
-from pdserve.types import Pair
-
-if TYPE_CHECKING:
-    from pdserve.balancer.tracing.trace import RequestTrace
 
 NUM_RECENT = 64
 _OBSERVED = ("ttft_s", "tpot_s", "e2e_s", "queue_s", "prefill_s", "transfer_s")
-"""In the order in which ``_observe`` has them."""
-
-
-class Outcome(enum.StrEnum):
-    """How a request ended for its client."""
-
-    COMPLETED = "completed"
-    FAILED = "failed"
-    ABORTED = "aborted"
-    SHED = "shed"
+"""Latencies taken when a request ends, in the order in which ``_observe`` passes them."""
 
 
 class StreamMeter(msgspec.Struct, eq=False):
@@ -54,74 +38,6 @@ class StreamMeter(msgspec.Struct, eq=False):
         self.rolling.live.output_tokens += num_events
         if gap_s is not None:
             self.gaps.observe(gap_s)
-
-
-class RequestRecord(msgspec.Struct, eq=False):
-    """One request as the state document and the access log show it; filled in as it goes.
-
-    ``pair``, ``room``, ``rid`` are the last attempt's; ``reason`` is why the
-    policy chose that pair, put into words when it is read; ``error`` says what went wrong, for the operator.
-    ``request_id`` is the client's own, from its headers; ``trace`` is there if the request is traced.
-    """
-
-    route: Route
-    timeline: RequestTimeline
-    rid: str = ""
-    pair: Pair | None = None
-    room: int = 0
-    is_stream: bool = False
-    status: int = 0
-    reason: object = ""
-    prompt_tokens: int = 0
-    finish: str = ""
-    error: str = ""
-    request_id: str = ""
-    trace: RequestTrace | None = None
-    _row: dict[str, object] | None = None
-
-    def render(self) -> dict[str, object]:
-        """The row of the state document; do not change it."""
-        row, timeline = self._row, self.timeline
-        # What may still come after the end: its client leaves with the last bytes unread.
-        if row is not None and row["status"] == self.status and row["error"] == self.error:
-            return row
-        row = {
-            "rid": self.rid,
-            "request_id": self.request_id,
-            "pair": self.pair.label if self.pair else "",
-            "room": self.room,
-            "route": str(self.route),
-            "stream": self.is_stream,
-            "status": self.status,
-            "reason": str(self.reason),
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": timeline.completion_tokens,
-            "queued_s": timeline.queued_s,
-            "prefill_s": timeline.prefill_s,
-            "transfer_s": timeline.transfer_s,
-            "first_token_s": timeline.ttft_s,
-            "done_s": timeline.e2e_s,
-            "ttft_s": timeline.ttft_s,
-            "e2e_s": timeline.e2e_s,
-            "tpot_s": timeline.tpot_s,
-            "finish": self.finish,
-            "error": self.error,
-        }
-        self._row = row if timeline.finished_s is not None else None
-        return row
-
-    def log_fields(self) -> dict[str, object]:
-        """What the access log tells; stages that did not happen are left out."""
-        fields = {"event": "request", **self.render()}
-        for name in ("first_token_s", "done_s"):  # said by ttft_s and e2e_s
-            del fields[name]
-        fields |= {name: round(value, 6) for name, value in fields.items() if isinstance(value, float)}
-        return {name: value for name, value in fields.items() if value not in ("", None)}
-
-    def __str__(self) -> str:
-        """The line of the access log: ``request name=value …``; texts with spaces are quoted."""
-        words = [f"{name}={_word(value)}" for name, value in self.log_fields().items() if name != "event"]
-        return " ".join(["request", *words])
 
 
 @dataclass(slots=True)
@@ -141,12 +57,10 @@ class RequestLedger:
     traffic: PairTraffic = field(default_factory=PairTraffic)
     rolling: RollingWindow = field(init=False)
     _gaps: LatencyWindow = field(init=False)
-    _lives: tuple[list[float], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.rolling = RollingWindow(self.clock())
         self._gaps = self.rolling.latencies["itl_s"]
-        self._lives = tuple(self.rolling.latencies[name].live for name in _OBSERVED)
 
     def open(self, route: Route) -> RequestRecord:
         """A request arrived."""
@@ -183,7 +97,7 @@ class RequestLedger:
             self.traffic.mark(now_s)
 
     def _observe(self, record: RequestRecord, outcome: Outcome, now_s: float) -> None:
-        """Six latencies, put into their windows here: a call for each would double what a close costs."""
+        """Add the latencies of the stages that the request reached to their windows."""
         timeline, step = record.timeline, self.rolling.live
         received_s, paired_s, first_s = timeline.received_s, timeline.paired_s, timeline.first_token_s
         whole_s = token_s = prefill_s = transfer_s = None
@@ -202,10 +116,9 @@ class RequestLedger:
         ttft_s = None if first_s is None else first_s - received_s
         queued_s = None if paired_s is None else paired_s - received_s
         seen = (ttft_s, token_s, whole_s, queued_s, prefill_s, transfer_s)
-        for live, seconds in zip(self._lives, seen, strict=True):
+        for name, seconds in zip(_OBSERVED, seen, strict=True):
             if seconds is not None:
-                live[bisect_left(BOUNDS, seconds)] += 1
-                live[-1] += seconds
+                self.rolling.latencies[name].observe(seconds)
 
     def _count_tokens(self, record: RequestRecord, step: Amounts) -> None:
         timeline = record.timeline
@@ -238,10 +151,3 @@ class RequestLedger:
             "latency": self.rolling.latency(now_s),
             "series": self.rolling.series(now_s),
         }
-
-
-def _word(value: object) -> str:
-    """A text that is not one plain word is quoted as JSON: nothing in it can begin a line or a field."""
-    if isinstance(value, str) and (not value.isprintable() or any(char in ' "=' for char in value)):
-        return json.dumps(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pdserve import __version__
 from pdserve.balancer.fleet.events import FleetEvent
 from pdserve.balancer.fleet.fleet import WorkerFleet
+from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.pairs import PairTraffic, kv_bytes_per_token
-from pdserve.balancer.metrics.workers import KVSent, WorkerFigures
+from pdserve.balancer.metrics.workers import KVSent, WorkerFigures, WorkerMetrics
 from pdserve.scheduling.kv_room import committed_tokens
 from pdserve.scheduling.workers import PairRecord, Worker
 from pdserve.types import InstanceId, Role, WorkerLoad
@@ -21,17 +22,11 @@ _EVENT_FIELDS = tuple(FleetEvent.__dataclass_fields__)
 _LOAD_FIELDS = tuple(WorkerLoad.__dataclass_fields__)
 
 
-def render_state(
-    fleet: WorkerFleet, dispatcher_snapshot: dict[str, object], traffic: PairTraffic | None = None
-) -> dict[str, object]:
-    """Plain dicts and lists, ready for JSON.
-
-    ``dispatcher_snapshot`` brings what the data plane knows (``requests``, ``recent``, ``rates`` …)
-    and may override any other key; ``traffic`` is what its requests were carried by.
-    """
+def render_state(fleet: WorkerFleet, metrics: WorkerMetrics, ledger: RequestLedger) -> dict[str, object]:
+    """Plain dicts and lists, ready for JSON."""
     watcher, now_s = fleet.watcher, time.monotonic()
-    figures, workers = fleet.figures, fleet.workers()
-    seen = {worker.instance_id: figures.of(worker) for worker in workers}
+    workers = fleet.workers()
+    seen = {worker.instance_id: metrics.of(worker) for worker in workers}
     document: dict[str, object] = {
         "version": __version__,
         "now_s": time.time(),
@@ -46,14 +41,14 @@ def render_state(
             "epoch": watcher.epoch if watcher is not None else "",
         },
         "workers": [_worker(fleet, worker, now_s, seen.get(worker.instance_id)) for worker in workers],
-        "pairs": _pairs(fleet.pairs(), traffic or PairTraffic(), seen),
+        "pairs": _pairs(fleet.pairs(), ledger.traffic, seen),
         "waiting": fleet.num_waiting,
         "queue": _queue(fleet),
         "events": [{name: getattr(event, name) for name in _EVENT_FIELDS} for event in fleet.events],
-        **dispatcher_snapshot,
+        **ledger.snapshot(),
     }
     if isinstance(series := document.get("series"), dict):
-        series["waiting"] = figures.waiting()
+        series["waiting"] = metrics.waiting()
     return document
 
 

@@ -63,27 +63,26 @@ class Latency:
 class LatencyWindow:
     """Observations of one kind. ``close_step`` every ``STEP_S``; the owner keeps the time.
 
-    ``live`` has a count for each bucket and the sum of the seconds last. It is the same list for
-    ever, so a hot path may hold on to it.
+    Each list has a count for each bucket and the sum of the seconds last.
     """
 
-    __slots__ = ("_past", "_steps", "_window", "live")
+    __slots__ = ("_live", "_past", "_steps", "_window")
 
     def __init__(self) -> None:
-        self.live = list(_ZEROS)
+        self._live = list(_ZEROS)
         self._past = list(_ZEROS)  # since the start, but for the live step
         self._window = list(_ZEROS)  # the closed steps that are remembered
         self._steps: deque[_Step] = deque()
 
     def observe(self, seconds: float, number: int = 1) -> None:
         """Count one, or ``number`` that took as long."""
-        live = self.live
+        live = self._live
         live[bisect_left(BOUNDS, seconds)] += number
         live[-1] += seconds * number
 
     def close_step(self) -> Latency:
         """Put the live step away; its figures."""
-        live, past, window = self.live, self._past, self._window
+        live, past, window = self._live, self._past, self._window
         filled = tuple((index, count) for index, count in enumerate(live[:-1]) if count)
         closed = _latency(live)
         for index, count in filled:
@@ -100,12 +99,12 @@ class LatencyWindow:
     def recent(self) -> Latency:
         """Of the remembered steps and the live one."""
         if not self._steps:
-            return _latency(self.live)
-        return _latency(list(map(add, self._window, self.live)))
+            return _latency(self._live)
+        return _latency(list(map(add, self._window, self._live)))
 
     def totals(self, bounds: Sequence[float]) -> tuple[list[int], float]:
         """Counts up to each of ``bounds`` (of ``SECONDS``) and of all since the start; sum of all seconds."""
-        whole = [past + live for past, live in zip(self._past, self.live, strict=True)]
+        whole = [past + live for past, live in zip(self._past, self._live, strict=True)]
         up_to = list(accumulate(whole[:-1]))
         counts = [round(up_to[bisect_left(BOUNDS, bound)]) for bound in bounds]
         return [*counts, round(up_to[-1])], whole[-1]

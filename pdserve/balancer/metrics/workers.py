@@ -1,48 +1,36 @@
-"""What workers did lately, told from counters that are looked at once a second; the queue over time.
+"""Rates of each worker over the last seconds, from its counters, and the queue length over time.
 
-    LoadTable ── samples ──► tokens_s, kv_usage      GET /pdserve/instance ──► KV sent, path, time
+    look(workers, loads, queue) once a second ──► tokens_s      record_transfers ──► KV sent, path, time
 
-Created by the fleet, which also runs ``run``; read by state.py and metrics/export.py. Memory is
-fixed: so many marks for each worker that is a member.
+The balancer's app calls ``look``; state.py and export.py read the figures. Memory is bounded: a fixed
+number of marks for each member.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import msgspec
-
+from pdserve.balancer.fleet.transfer_poll import TransferCounters
 from pdserve.balancer.metrics.windows import NUM_STEPS, LatencyWindow, step_numbers, step_of
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.workers import Worker
 from pdserve.types import InstanceId, Role, WorkerLoad
 
-LOOK_S = 1.0
 NUM_MARKS = 11
 """Looks that a worker's rate is over: ten seconds."""
 GENERATED = 5
 """Where SGLang's ``decode_moments`` have the generated tokens."""
 
 
-class TransferCounters(msgspec.Struct, frozen=True):
-    """``transfer`` of ``GET /pdserve/instance``, cumulative since the start of that server."""
-
-    kv_bytes: int = 0
-    transfers: int = 0
-    latency_us: int = 0
-    failures: int = 0
-    direct_chunks: int = 0
-    packed_chunks: int = 0
-
-
 @dataclass(slots=True)
 class KVSent:
-    """What a prefill worker's data plane (a decode worker's: received) says; ``path`` and ``transfer_s``
-    are of the last look at which anything had been sent, ``bytes_s`` of the last look."""
+    """KV that a prefill worker has sent (a decode worker: received), by its own counters.
+
+    ``path`` and ``transfer_s`` are of the last interval in which anything was sent, ``bytes_s`` of the last.
+    """
 
     counters: TransferCounters
     told_s: float
@@ -69,52 +57,31 @@ class WorkerFigures:
 
 
 class WorkerMetrics:
-    """Watches all members. ``run`` it, or ``look`` once a second.
+    """Figures of all members. ``clock`` gives seconds that never go back."""
 
-    Args:
-        workers: the members now.
-        num_waiting: requests that wait for a pair.
-        clock: seconds that never go back.
-    """
-
-    def __init__(
-        self,
-        table: LoadTable,
-        workers: Callable[[], list[Worker]],
-        num_waiting: Callable[[], int],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.kv_transfer = LatencyWindow()
-        """Seconds of KV transfers as the workers' data planes tell them."""
-        self._table = table
-        self._workers = workers
-        self._num_waiting = num_waiting
+        """Seconds of KV transfers as the workers' data planes count them."""
         self._clock = clock
         self._figures: dict[InstanceId, WorkerFigures] = {}
         self._step = step_of(clock())
-        self._most_waiting = 0
+        self._num_waiting = self._most_waiting = 0
         self._waiting: deque[tuple[int, int]] = deque(maxlen=NUM_STEPS)
 
-    async def run(self) -> None:
-        """Look once a second, until cancelled."""
-        while True:
-            self.look()
-            await asyncio.sleep(LOOK_S)
-
-    def look(self) -> None:
-        """Take the counters as they are now."""
+    def look(self, workers: Iterable[Worker], table: LoadTable, num_waiting: int) -> None:
+        """Take the members' counters and the queue's length as they are now; call it once a second."""
         now_s = self._clock()
-        workers = self._workers()
-        members = {worker.instance_id for worker in workers}
-        for gone in self._figures.keys() - members:
+        members = {worker.instance_id: worker for worker in workers}
+        for gone in self._figures.keys() - members.keys():
             del self._figures[gone]
-        for worker in workers:
+        for worker in members.values():
             figures = self.of(worker)
-            load = self._table.load(worker.instance_id)
+            load = table.load(worker.instance_id)
             if load is not None:
                 _mark(figures.marks, load.timestamp_s, _tokens(worker.role, load))
+        self._num_waiting = num_waiting
         self._advance(now_s)
-        self._most_waiting = max(self._most_waiting, self._num_waiting())
+        self._most_waiting = max(self._most_waiting, num_waiting)
 
     def of(self, worker: Worker) -> WorkerFigures:
         """That worker's figures; new ones if it was not seen before."""
@@ -123,8 +90,8 @@ class WorkerMetrics:
             figures = self._figures[worker.instance_id] = WorkerFigures(self._clock())
         return figures
 
-    def told(self, worker: Worker, counters: TransferCounters) -> None:
-        """Its instance keeper: what its data plane has counted so far."""
+    def record_transfers(self, worker: Worker, counters: TransferCounters) -> None:
+        """Take what the worker's data plane has counted since its start."""
         figures, now_s = self.of(worker), self._clock()
         before, figures.sent = figures.sent, KVSent(counters, now_s)
         if before is None or counters.kv_bytes < before.counters.kv_bytes:  # the first, or it was restarted
@@ -153,15 +120,7 @@ class WorkerMetrics:
             return
         self._waiting.append((self._step, self._most_waiting))
         self.kv_transfer.close_step()
-        self._step, self._most_waiting = number, self._num_waiting()
-
-
-def transfer_counters(document: Mapping[str, object]) -> TransferCounters | None:
-    """Read ``GET /pdserve/instance``; None if it is not what pdserve's workers tell."""
-    try:
-        return msgspec.convert(document["transfer"], TransferCounters)
-    except (KeyError, msgspec.ValidationError):
-        return None
+        self._step, self._most_waiting = number, self._num_waiting
 
 
 def _tokens(role: Role, load: WorkerLoad) -> float:

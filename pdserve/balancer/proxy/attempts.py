@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pdserve.balancer.fleet.fleet import WorkerFleet
-from pdserve.balancer.metrics.ledger import RequestLedger, RequestRecord
+from pdserve.balancer.metrics.ledger import RequestLedger
+from pdserve.balancer.metrics.record import RequestRecord
 from pdserve.balancer.proxy.relay import LegFailed, PairRelay, Relayed
 from pdserve.balancer.request.ids import RequestIds, RoomAllocator
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused
@@ -29,7 +30,7 @@ from pdserve.scheduling.workers import PairKey, PairState
 from pdserve.types import RequestShape, Role
 
 if TYPE_CHECKING:
-    from pdserve.balancer.tracing.trace import RunTrace
+    from pdserve.balancer.tracing.trace import RequestTrace, RunTrace
 import asyncio
 
 from pdserve.balancer.request.headers import JSON_LINE
@@ -130,7 +131,7 @@ class Run(msgspec.Struct, eq=False):
     key: PairKey | None = None
     on_prefilled: Callable[[], None] | None = None
     is_aborted: bool = False
-    trace: RunTrace | None = None
+    trace: RequestTrace | None = None
 
 
 class Attempts:
@@ -156,12 +157,13 @@ class Attempts:
         """
         failure: LegFailed | None = None
         retries, num_stale = self._config.max_retries, 0
+        trace = None if run.trace is None else run.trace.begin_run(run.record.timeline)
         while True:
-            if run.record.trace is not None:
-                run.record.trace.waits(run)
+            if trace is not None:
+                trace.waits()
             reservation = await self._reserve(run, failure)
             try:
-                return await self._attempt(run, reservation)
+                return await self._attempt(run, reservation, trace)
             except LegFailed as exc:
                 if exc.is_client_fault or run.sink.has_begun:
                     raise
@@ -219,7 +221,7 @@ class Attempts:
         if ready - its_pairs - run.exclude:
             run.exclude |= its_pairs
 
-    async def _attempt(self, run: Run, reservation: Reservation) -> Relayed:
+    async def _attempt(self, run: Run, reservation: Reservation, trace: RunTrace | None) -> Relayed:
         request, record, pair = run.request, run.record, reservation.pair
         ids = run.ids = self.rooms.take(request.num_prompts, request.route.rid_prefix)
         run.key = reservation.key
@@ -235,10 +237,7 @@ class Attempts:
                 self._pool, reservation, request, record.timeline, renaming=renaming,
                 silence_s=self._config.request_s, on_prefilled=run.on_prefilled,
             )  # fmt: skip
-            if run.trace is None:
-                relayed = await relay.run(body, (run.lines, run.lines), run.sink)
-            else:
-                relayed = await run.trace.carry(relay, body, run)
+            relayed = await _relay(run, relay, body, trace)
             _release_ended(reservation, relayed, record)
             self._learn(run, relayed)
             is_over = relayed.prefill_error is None and not relayed.is_aborted
@@ -253,6 +252,22 @@ class Attempts:
             self.rooms.give_back(ids)
             if not is_over and request.route.rid_field:
                 self.aborts.abort(pair, ids, run.lines)
+
+
+async def _relay(run: Run, relay: PairRelay, body: bytes, trace: RunTrace | None) -> Relayed:
+    """Run the relay; if the request is traced, under a span for each leg."""
+    if trace is None:
+        return await relay.run(body, (run.lines, run.lines), run.sink)
+    attempt = trace.begin_attempt(run.record)
+    try:
+        relayed = await relay.run(body, attempt.leg_lines(run.lines), run.sink)
+        attempt.answered(relayed.status, relayed.prefill_error, relay.prefill_answer)
+        return relayed
+    except LegFailed as exc:
+        attempt.failed(exc.role, exc.error, is_prefill_done=exc.is_prefill_done)
+        raise
+    finally:
+        attempt.end(run.record.timeline)
 
 
 def _release_ended(reservation: Reservation, relayed: Relayed, record: RequestRecord) -> None:

@@ -20,7 +20,8 @@ from pdserve.balancer.api.errors import (
     worker_error_status,
 )
 from pdserve.balancer.fleet.fleet import WorkerFleet
-from pdserve.balancer.metrics.ledger import Outcome, RequestLedger, RequestRecord
+from pdserve.balancer.metrics.ledger import RequestLedger
+from pdserve.balancer.metrics.record import Outcome, RequestRecord
 from pdserve.balancer.proxy.attempts import Attempts, Run
 from pdserve.balancer.proxy.relay import LegFailed, Rejected, Relayed
 from pdserve.balancer.proxy.samples import run_samples
@@ -34,7 +35,8 @@ from pdserve.http.client import HttpClient
 from pdserve.http.incoming import CancelOnDisconnect, ClientLeft, IncomingRequest, Interrupted
 
 if TYPE_CHECKING:
-    from pdserve.balancer.tracing.trace import Tracing
+    from pdserve.balancer.tracing.export import Tracing
+    from pdserve.balancer.tracing.trace import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +53,16 @@ class _Call(msgspec.Struct, eq=False):
     outcome: Outcome = Outcome.ABORTED
     runs: list[Run] = msgspec.field(default_factory=list)
     client_rid: Any = None
+    trace: RequestTrace | None = None
 
 
 class PairDispatcher:
     """The data plane. ``dispatch`` each request; ``close`` ends what is left."""
 
-    def __init__(self, config: BalancerConfig, fleet: WorkerFleet, pool: HttpClient) -> None:
-        self.tracing: Tracing | None = None
-        """Set before the first request, or never."""
+    def __init__(
+        self, config: BalancerConfig, fleet: WorkerFleet, pool: HttpClient, tracing: Tracing | None = None
+    ) -> None:
+        self._tracing = tracing
         self._config = config
         self._fleet = fleet
         self._ledger = RequestLedger()
@@ -78,10 +82,6 @@ class PairDispatcher:
     def num_rooms(self) -> int:
         """Rooms in use; 0 when nothing is on its way."""
         return len(self._attempts.rooms)
-
-    def snapshot(self) -> dict[str, object]:
-        """``requests`` and ``recent`` of the state document."""
-        return self._ledger.snapshot()
 
     def rids_of(self, name: str) -> list[str]:
         """The workers' rids of a live request that its client knows by ``name``."""
@@ -120,8 +120,8 @@ class PairDispatcher:
             client.extra = ((b"x-request-id", request_id),)
         call = _Call(client, self._ledger.open(route), CancelOnDisconnect(client))
         call.record.request_id = client.request_id
-        if self.tracing is not None:
-            call.record.trace = self.tracing.begin(client.headers)
+        if self._tracing is not None:
+            call.trace = self._tracing.begin(client.headers)
         self._calls.add(call)
         self._is_idle.clear()
         try:
@@ -135,8 +135,8 @@ class PairDispatcher:
         finally:
             self._ledger.close(call.record, call.outcome)
             self._calls.discard(call)
-            if call.record.trace is not None:
-                call.record.trace.finish(call.record, call.outcome)
+            if self._tracing is not None and call.trace is not None:
+                self._tracing.finish(call.trace, call.record, call.outcome)
             if self._config.log_requests:
                 logger.info("%s", call.record)
             if not self._calls:
@@ -176,12 +176,14 @@ class PairDispatcher:
         record.prompt_tokens = request.shape.prompt_tokens
         call.client_rid = request.client_rid
         self._attempts.budget.deposit()
-        headers = client.headers if self.tracing is None else self.tracing.forwarded(client.headers, record)
+        headers, trace = client.headers, call.trace
+        if self._tracing is not None:
+            headers = self._tracing.forwarded(headers, trace)
         lines = forwarded_headers(headers, client.request_id, self._config.worker_api_key)
         if request.num_requests > 1:
-            relayed = await run_samples(self._attempts, request, lines, client, record, call.runs)
+            relayed = await run_samples(self._attempts, request, lines, client, record, call.runs, trace)
         else:
-            run = Run(request, lines, client, record)
+            run = Run(request, lines, client, record, trace=trace)
             call.runs.append(run)
             relayed = await self._attempts.run(run)
         self._completed(call, relayed)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import structs
 
-from pdserve.balancer.metrics.ledger import RequestRecord
+from pdserve.balancer.metrics.record import RequestRecord
 from pdserve.balancer.proxy.attempts import Attempts, Run
 from pdserve.balancer.proxy.relay import LegFailed, Relayed
 from pdserve.balancer.request.request import ParsedRequest
@@ -22,6 +22,9 @@ from pdserve.balancer.request.usage import Usage
 from pdserve.errors import NoWorkerError
 from pdserve.http.answer import Answer, Headers
 from pdserve.http.incoming import IncomingRequest
+
+if TYPE_CHECKING:
+    from pdserve.balancer.tracing.trace import RequestTrace
 
 DONE = b"data: [DONE]\n\n"
 
@@ -33,6 +36,7 @@ async def run_samples(
     client: IncomingRequest,
     record: RequestRecord,
     runs: list[Run],
+    trace: RequestTrace | None = None,
 ) -> Relayed:
     """Serve every sample; the client has all of a stream but its end when this returns.
 
@@ -47,7 +51,7 @@ async def run_samples(
     for sink in sinks:
         timeline = structs.replace(record.timeline)
         part = record if sink.index == 0 else structs.replace(record, timeline=timeline)
-        runs.append(Run(single, lines, sink, part))
+        runs.append(Run(single, lines, sink, part, trace=trace))
     loop = asyncio.get_running_loop()
     computed: asyncio.Future[None] = loop.create_future()
     runs[0].on_prefilled = lambda: None if computed.done() else computed.set_result(None)

@@ -1,73 +1,90 @@
-"""Sends traces to a collector by OTLP/HTTP, from a thread of its own. Needs the extra ``otel``.
+"""Which requests are traced, and their spans' way to a collector by OTLP/HTTP. Needs the extra ``otel``.
 
-What is queued is a request, not its spans: they are made in that thread. A
-collector that is away costs requests nothing; what does not fit the queue is lost.
+    begin ─► RequestTrace ─► finish ─► spans_of ─► BatchSpanProcessor (a thread) ─► OTLPSpanExporter
+
+A collector that is away costs requests nothing; spans that do not fit the queue are lost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import socket
-import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.trace import SpanContext, TraceFlags
-from opentelemetry.util.types import AttributeValue
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from pdserve import __version__
-from pdserve.balancer.metrics.ledger import Outcome, RequestRecord
+from pdserve.balancer.metrics.record import Outcome, RequestRecord
+from pdserve.balancer.request.headers import TraceParent, parse_parent, without_context
 from pdserve.balancer.tracing.spans import spans_of
-from pdserve.balancer.tracing.trace import RequestTrace
+from pdserve.balancer.tracing.trace import RequestTrace, new_id, traces_url
+from pdserve.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 3.0
-"""How long what is left may take at shutdown."""
+"""How long sending the rest may take at shutdown."""
 DELAY_MS = 1000.0
-"""Longest wait of a request for its batch."""
-BATCH = 64
-"""Requests sent at once: each has five spans or more, and encoding holds up the event loop."""
-QUEUE = 4096
-"""Requests that may wait for a slow collector."""
-SWITCH_S = 0.0005
-"""How soon the event loop has the interpreter back from the exporter's thread, which takes some 15 ms for a
-batch: with Python's own 5 ms a timer was 8 ms late at p99, with this 1.4 ms."""
-_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+"""Longest wait of a span for its batch."""
+BATCH = 512
+"""Spans sent at once: OpenTelemetry's own default."""
+QUEUE = 20_480
+"""Spans that may wait for a slow collector: 4096 requests of five."""
 
 
-class OtlpSink:
-    """Batches and sends; ``url`` is where spans are posted. Keys for it: OTEL_EXPORTER_OTLP_HEADERS."""
+class Tracing:
+    """The traces of one balancer. ``sample``: the share that is traced of requests without a context."""
 
-    def __init__(self, url: str) -> None:
-        self._resource = _Process(
+    def __init__(self, url: str, sample: float) -> None:
+        self._sample = sample
+        self._resource = Resource.create(
             {
                 "service.name": "pdserve-balancer",
                 "service.version": __version__,
                 "service.instance.id": f"{socket.gethostname()}:{threading.get_native_id()}",
             }
         )
-        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._exporter = OTLPSpanExporter(endpoint=url)
         self._processor = BatchSpanProcessor(
-            _Expanding(self._exporter), QUEUE, DELAY_MS, BATCH, export_timeout_millis=CLOSE_S * 1000
+            self._exporter, QUEUE, DELAY_MS, BATCH, export_timeout_millis=CLOSE_S * 1000
         )
         logger.info("traces go to %s", url)
 
-    def put(self, trace: RequestTrace, record: RequestRecord, outcome: Outcome) -> None:
-        """A traced request is over."""
-        self._processor.on_end(_Ended(trace, record, outcome, self._resource))
+    def begin(self, headers: dict[bytes, bytes]) -> RequestTrace | None:
+        """A request came; None if it is not to be traced."""
+        parent = parse_parent(headers) if b"traceparent" in headers else None
+        if not (random.random() < self._sample if parent is None else parent.is_sampled):
+            return None
+        trace_id = new_id(128) if parent is None else parent.trace_id
+        return RequestTrace(trace_id, new_id(64), parent, time.monotonic(), time.time_ns())
+
+    def forwarded(self, headers: dict[bytes, bytes], trace: RequestTrace | None) -> dict[bytes, bytes]:
+        """A client's headers for the workers, without those that each leg adds.
+
+        A request that is not traced is marked so: workers must not begin traces of their own for it.
+        """
+        if trace is not None:
+            return without_context(headers)
+        if b"traceparent" in headers and parse_parent(headers) is not None:
+            return headers
+        unsampled = TraceParent(new_id(128), new_id(64), is_sampled=False)
+        return without_context(headers) | {b"traceparent": unsampled.value()}
+
+    def finish(self, trace: RequestTrace, record: RequestRecord, outcome: Outcome) -> None:
+        """A traced request is over: queue its spans."""
+        for span in spans_of(trace, record, outcome, self._resource):
+            self._processor.on_end(span)
 
     async def close(self) -> None:
-        """Send what is left, within ``CLOSE_S``; a collector that does not answer is left alone."""
+        """Send the rest, within ``CLOSE_S``; a collector that does not answer is abandoned."""
         done = asyncio.Event()
         loop = asyncio.get_running_loop()
-
         end: Callable[[], None] = self._processor.shutdown
 
         def work() -> None:
@@ -88,41 +105,12 @@ class OtlpSink:
             give_up()
 
 
-class _Process(Resource):
-    """What all spans come from. The encoder hashes it for each span: a plain one by rendering it as JSON."""
+def open_tracing(endpoint: str, sample: float) -> Tracing:
+    """Begin to send traces to ``endpoint``, an address of OTLP/HTTP.
 
-    def __init__(self, attributes: dict[str, AttributeValue]) -> None:
-        super().__init__(Resource.create(attributes).attributes)
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-
-class _Ended(ReadableSpan):
-    """Stands for all spans of one request until the exporter's thread makes them."""
-
-    def __init__(
-        self, trace: RequestTrace, record: RequestRecord, outcome: Outcome, resource: Resource
-    ) -> None:
-        super().__init__("", SpanContext(trace.trace_id, trace.span_id, False, _SAMPLED), None, resource)
-        self._of = (trace, record, outcome, resource)
-
-    def spans(self) -> list[ReadableSpan]:
-        """Them."""
-        return spans_of(*self._of)
-
-
-class _Expanding(SpanExporter):
-    """Makes the spans of requests on their way to the real exporter."""
-
-    def __init__(self, inner: SpanExporter) -> None:
-        self._inner = inner
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Called in the processor's thread."""
-        made = [span for ended in spans if isinstance(ended, _Ended) for span in ended.spans()]
-        return self._inner.export(made)
-
-    def shutdown(self) -> None:
-        """No more will come."""
-        self._inner.shutdown()
+    Raises:
+        ConfigError: for a wrong address or share.
+    """
+    if not 0.0 <= sample <= 1.0:
+        raise ConfigError(f"otlp_sample must be between 0 and 1, got {sample:g}")
+    return Tracing(traces_url(endpoint), sample)

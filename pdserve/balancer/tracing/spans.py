@@ -1,4 +1,4 @@
-"""A request that is over as OpenTelemetry spans: what its trace shows. Runs in the exporter's thread.
+"""A request that is over as OpenTelemetry spans, with the ids that its legs were sent. Pure.
 
 POST /generate (server)          child of the client's span
   ├─ queue                       waiting for a pair; one for each attempt
@@ -10,7 +10,8 @@ POST /generate (server)          child of the client's span
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from opentelemetry.sdk.resources import Resource
@@ -19,7 +20,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
 from pdserve import __version__
-from pdserve.balancer.metrics.ledger import Outcome, RequestRecord
+from pdserve.balancer.metrics.record import Outcome, RequestRecord
 from pdserve.balancer.tracing.trace import AttemptTrace, RequestTrace, RunTrace, new_id
 from pdserve.types import Role, WorkerInfo
 
@@ -31,67 +32,93 @@ _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _UNSET = Status(StatusCode.UNSET)
 
 
+@dataclass(slots=True)
+class _Spec:
+    """One span before it is made. Times as in the timeline; empty attributes are left out."""
+
+    name: str
+    context: SpanContext
+    parent: SpanContext | None
+    kind: SpanKind
+    start_s: float
+    end_s: float
+    attributes: dict[str, object]
+    status: Status = _UNSET
+    events: Sequence[Event] = ()
+
+
 def spans_of(
     trace: RequestTrace, record: RequestRecord, outcome: Outcome, resource: Resource
 ) -> list[ReadableSpan]:
     """Every span of one request, the server's first."""
-    maker = _Spans(trace, resource)
+    maker = _Specs(trace)
     ended_s = record.timeline.finished_s
     if ended_s is None:
         ended_s = record.timeline.received_s
-    maker.server(record, outcome, ended_s)
+    specs = [maker.server(record, outcome, ended_s)]
     for sample, run in enumerate(trace.runs):
         labels: dict[str, object] = {"pdserve.sample": sample} if len(trace.runs) > 1 else {}
         for number, attempt in enumerate(run.attempts):
-            maker.attempt(attempt, {**labels, "pdserve.attempt": number}, ended_s)
+            specs += maker.attempt(attempt, {**labels, "pdserve.attempt": number}, ended_s)
         if run.waiting_s is not None:
-            text = record.error or str(outcome)
-            maker.queue(
-                run.waiting_s, ended_s, {**labels, "pdserve.attempt": len(run.attempts)}, _error(text)
-            )
-    return maker.spans
+            labels["pdserve.attempt"] = len(run.attempts)
+            specs.append(maker.queue(run.waiting_s, ended_s, labels, _error(record.error or str(outcome))))
+    return [_span(spec, trace, resource) for spec in specs]
 
 
-class _Spans:
-    """Makes the spans of one trace."""
+def _span(spec: _Spec, trace: RequestTrace, resource: Resource) -> ReadableSpan:
+    return ReadableSpan(
+        spec.name,
+        spec.context,
+        spec.parent,
+        resource,
+        kind=spec.kind,
+        status=spec.status,
+        events=spec.events,
+        attributes={key: _clean(it) for key, it in spec.attributes.items() if it not in ("", None)},
+        start_time=trace.unix_ns(spec.start_s),
+        end_time=trace.unix_ns(max(spec.start_s, spec.end_s)),
+        instrumentation_scope=SCOPE,
+    )
 
-    def __init__(self, trace: RequestTrace, resource: Resource) -> None:
-        self.spans: list[ReadableSpan] = []
+
+class _Specs:
+    """Lists the spans of one trace."""
+
+    def __init__(self, trace: RequestTrace) -> None:
         self._trace = trace
-        self._resource = resource
         parent = trace.parent
         self._state = _state(parent.state) if parent else TraceState()
         self._server = self._context(trace.span_id)
 
-    def server(self, record: RequestRecord, outcome: Outcome, ended_s: float) -> None:
+    def server(self, record: RequestRecord, outcome: Outcome, ended_s: float) -> _Spec:
         trace, parent = self._trace, self._trace.parent
         firsts = list(_firsts(trace.runs))
         events = [Event("first token", timestamp=trace.unix_ns(min(firsts)))] if firsts else []
         above = None
         if parent is not None:
             above = SpanContext(parent.trace_id, parent.span_id, True, _SAMPLED, self._state)
-        self._add(
-            f"POST {record.route}", self._server, above, SpanKind.SERVER,
-            record.timeline.received_s, ended_s, _attributes(record, outcome, trace),
-            _status(record, outcome), events,
-        )  # fmt: skip
+        name, begun_s = f"POST {record.route}", record.timeline.received_s
+        given, status = _attributes(record, outcome, trace), _status(record, outcome)
+        return _Spec(name, self._server, above, SpanKind.SERVER, begun_s, ended_s, given, status, events)
 
-    def queue(self, start_s: float, end_s: float, labels: dict[str, object], status: Status = _UNSET) -> None:
+    def queue(
+        self, start_s: float, end_s: float, labels: dict[str, object], status: Status = _UNSET
+    ) -> _Spec:
         context = self._context(new_id(64))
-        self._add("queue", context, self._server, SpanKind.INTERNAL, start_s, end_s, labels, status)
+        return _Spec("queue", context, self._server, SpanKind.INTERNAL, start_s, end_s, labels, status)
 
-    def attempt(self, attempt: AttemptTrace, labels: dict[str, object], ended_s: float) -> None:
+    def attempt(self, attempt: AttemptTrace, labels: dict[str, object], ended_s: float) -> Iterator[_Spec]:
         start_s, done_s, first_s = attempt.started_s, attempt.prefill_done_s, attempt.first_s
         end_s = ended_s if attempt.ended_s is None else attempt.ended_s
-        self.queue(attempt.queued_s, start_s, labels)
-        self._leg(Role.PREFILL, attempt, labels, end_s if done_s is None else done_s)
-        self._leg(Role.DECODE, attempt, labels, end_s)
+        yield self.queue(attempt.queued_s, start_s, labels)
+        yield self._leg(Role.PREFILL, attempt, labels, end_s if done_s is None else done_s)
+        yield self._leg(Role.DECODE, attempt, labels, end_s)
         if done_s is not None and first_s is not None:
-            context = self._context(new_id(64))
-            start_s = min(done_s, first_s)
-            self._add("kv transfer", context, self._server, SpanKind.INTERNAL, start_s, first_s, labels)
+            context, begun_s = self._context(new_id(64)), min(done_s, first_s)
+            yield _Spec("kv transfer", context, self._server, SpanKind.INTERNAL, begun_s, first_s, labels)
 
-    def _leg(self, role: Role, attempt: AttemptTrace, labels: dict[str, object], end_s: float) -> None:
+    def _leg(self, role: Role, attempt: AttemptTrace, labels: dict[str, object], end_s: float) -> _Spec:
         is_prefill = role is Role.PREFILL
         worker = attempt.pair.prefill if is_prefill else attempt.pair.decode
         given = _leg_attributes(worker, attempt) | labels
@@ -100,30 +127,15 @@ class _Spans:
             given["pdserve.ended"] = how
         given["http.response.status_code"] = _http_status(role, attempt) or None
         context = self._context(attempt.prefill_id if is_prefill else attempt.decode_id)
-        name = f"{role} leg"
-        self._add(name, context, self._server, SpanKind.CLIENT, attempt.started_s, end_s, given, status)
+        kind, start_s = SpanKind.CLIENT, attempt.started_s
+        return _Spec(f"{role} leg", context, self._server, kind, start_s, end_s, given, status)
 
     def _context(self, span_id: int) -> SpanContext:
         return SpanContext(self._trace.trace_id, span_id, False, _SAMPLED, self._state)
 
-    def _add(
-        self, name: str, context: SpanContext, parent: SpanContext | None, kind: SpanKind,
-        start_s: float, end_s: float, attributes: dict[str, object],
-        status: Status = _UNSET, events: list[Event] | None = None,
-    ) -> None:  # fmt: skip
-        unix_ns = self._trace.unix_ns
-        self.spans.append(
-            ReadableSpan(
-                name, context, parent, self._resource, kind=kind, status=status, events=events or (),
-                attributes={key: _clean(it) for key, it in attributes.items() if it not in ("", None)},
-                start_time=unix_ns(start_s), end_time=unix_ns(max(start_s, end_s)),
-                instrumentation_scope=SCOPE,
-            )
-        )  # fmt: skip
-
 
 def _state(header: bytes) -> TraceState:
-    """``tracestate``, unless part of it is none: the SDK would log that part, as often as a client likes."""
+    """``tracestate``; empty if any member is malformed, which the SDK would log for each request."""
     members = [member.strip() for member in header.split(b",") if member.strip()]
     if not all(_MEMBER.fullmatch(member) for member in members):
         return TraceState()
@@ -167,14 +179,14 @@ def _leg_attributes(worker: WorkerInfo, attempt: AttemptTrace) -> dict[str, obje
 
 
 def _status(record: RequestRecord, outcome: Outcome) -> Status:
-    """A client's own mistake is no error of the server, as OpenTelemetry has it."""
+    """A 4xx answer is not an error of the server, as in OpenTelemetry's conventions."""
     if outcome is Outcome.COMPLETED or (outcome is Outcome.FAILED and 400 <= record.status < 500):
         return _UNSET
     return _error(f"{outcome}: {record.error}" if record.error else str(outcome))
 
 
 def _leg_end(role: Role, attempt: AttemptTrace) -> tuple[Status, str]:
-    """Status of a leg, and why it ended early if that was not its own doing."""
+    """Status of a leg, and why it ended early if the cause lies elsewhere."""
     failure, is_prefill = attempt.failure, role is Role.PREFILL
     if failure is not None and failure.role in (role, None):
         return _error(failure.why), ""
@@ -184,7 +196,7 @@ def _leg_end(role: Role, attempt: AttemptTrace) -> tuple[Status, str]:
 
 
 def _http_status(role: Role, attempt: AttemptTrace) -> int:
-    """What the worker answered, as far as the balancer knows; 0 if it does not."""
+    """The worker's HTTP status; 0 if it is not known."""
     failure = attempt.failure
     if failure is not None and failure.role is role:
         return failure.status
@@ -201,7 +213,7 @@ def _error(text: str) -> Status:
 
 
 def _clean(value: object) -> str | int | bool | float:
-    """What the protocol can carry: one attribute that it cannot would lose the whole batch."""
+    """The value as OTLP can carry it: one attribute that cannot be encoded loses the whole batch."""
     if isinstance(value, (bool, float)):  # as a union it would be put together at each call
         return value
     if isinstance(value, int) and -_INT64 <= value < _INT64:

@@ -11,6 +11,7 @@ from pdserve.balancer.api.auth import Access
 from pdserve.balancer.api.routes import Endpoint, RouteMap, build_routes
 from pdserve.balancer.api.unserved import UNSERVED
 from pdserve.balancer.fleet.fleet import WorkerFleet
+from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.balancer.proxy.dispatcher import PairDispatcher
 from pdserve.balancer.request.request import Route
 from pdserve.config.balancer import BalancerConfig
@@ -35,7 +36,7 @@ async def routes() -> RouteMap:
     config = BalancerConfig()
     pool = HttpClient()
     fleet = WorkerFleet(config, pool)
-    return build_routes(fleet, pool, PairDispatcher(config, fleet, pool), config)
+    return build_routes(fleet, pool, PairDispatcher(config, fleet, pool), WorkerMetrics(), config)
 
 
 def endpoint_of(routes: RouteMap, method: str, path: str) -> Endpoint | None:
@@ -110,7 +111,7 @@ async def test_bad_worker_hosts_are_a_config_error() -> None:
     pool = HttpClient()
     fleet = WorkerFleet(config, pool)
     with pytest.raises(ConfigError, match=r"worker_hosts.*10\.0\.0\.0/40"):
-        build_routes(fleet, pool, PairDispatcher(config, fleet, pool), config)
+        build_routes(fleet, pool, PairDispatcher(config, fleet, pool), WorkerMetrics(), config)
 
 
 @pytest.mark.parametrize("path", sorted(UNSERVED))

@@ -11,7 +11,8 @@ import jsonschema
 import pytest
 from msgspec import structs
 
-from pdserve.balancer.metrics.workers import TransferCounters, WorkerMetrics
+from pdserve.balancer.fleet.transfer_poll import TransferCounters
+from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.types import KVLayoutDescriptor
 from tests.support.balancer_client import Site, running_site
 
@@ -34,11 +35,9 @@ def faults(document: object) -> list[str]:
 
 def watched(site: Site) -> WorkerMetrics:
     """The fleet's figures, looked at now."""
-    fleet = site.balancer.fleet
-    figures = fleet.figures
-    fleet.figures = figures
-    figures.look()
-    return figures
+    metrics, fleet = site.balancer.metrics, site.balancer.fleet
+    metrics.look(fleet.workers(), fleet.table, fleet.num_waiting)
+    return metrics
 
 
 async def state(site: Site) -> dict[str, Any]:
@@ -63,8 +62,10 @@ async def test_a_balancer_under_traffic_is_described() -> None:
             await site.generate(STREAM)
             await site.generate({"text": "hello"})
         figures = watched(site)
-        figures.told(prefill, TransferCounters())
-        figures.told(prefill, TransferCounters(kv_bytes=5, transfers=2, latency_us=100, direct_chunks=1))
+        figures.record_transfers(prefill, TransferCounters())
+        figures.record_transfers(
+            prefill, TransferCounters(kv_bytes=5, transfers=2, latency_us=100, direct_chunks=1)
+        )
         for decode in site.decodes:
             decode.behaviour.status = 500
         await site.generate(STREAM)

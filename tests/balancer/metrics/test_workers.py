@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pdserve.balancer.fleet.transfer_poll import TransferPoller
+from pdserve.balancer.fleet.transfer_poll import TransferCounters, TransferPoller
 from pdserve.balancer.metrics.pairs import MAX_PAIRS, NUM_TRANSFERS, PairTraffic
-from pdserve.balancer.metrics.workers import TransferCounters, WorkerMetrics
+from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.http.client import HttpClient
 from pdserve.plugin.stats import COUNTERS
 from pdserve.scheduling.load import LoadTable
@@ -36,9 +36,7 @@ class Bench:
     def __post_init__(self) -> None:
         for member in self.workers:
             self.table.add(member.info)
-        self.figures = WorkerMetrics(
-            self.table, lambda: self.workers, lambda: self.waiting, clock=lambda: self.now_s
-        )
+        self.figures = WorkerMetrics(lambda: self.now_s)
 
     def sample(self, member: Worker, **figures: object) -> None:
         load = WorkerLoad(self.now_s, **figures)  # type: ignore[arg-type]
@@ -46,7 +44,7 @@ class Bench:
 
     def tick(self, seconds: float = 1.0) -> None:
         self.now_s += seconds
-        self.figures.look()
+        self.figures.look(self.workers, self.table, self.waiting)
 
 
 def test_speed_is_that_of_the_counters_over_ten_seconds() -> None:
@@ -118,7 +116,7 @@ def test_what_is_read_is_what_workers_count() -> None:
 def test_kv_sent_is_told_from_the_growth_of_the_counters() -> None:
     bench = Bench()
     prefill = bench.workers[0]
-    tell = bench.figures.told
+    tell = bench.figures.record_transfers
     tell(prefill, counters(kv_bytes=1000, transfers=5, latency_us=10**6, packed_chunks=3))
     first = bench.figures.of(prefill).sent
     assert first is not None
@@ -140,11 +138,13 @@ def test_an_idle_worker_keeps_its_path_and_a_restarted_one_begins_anew() -> None
     prefill = bench.workers[0]
     for kv_bytes, packed in ((100, 1), (200, 2), (200, 2)):
         bench.now_s += 5
-        bench.figures.told(prefill, counters(kv_bytes=kv_bytes, transfers=packed, packed_chunks=packed))
+        bench.figures.record_transfers(
+            prefill, counters(kv_bytes=kv_bytes, transfers=packed, packed_chunks=packed)
+        )
     sent = bench.figures.of(prefill).sent
     assert sent is not None
     assert (sent.bytes_s, sent.path) == (0.0, "packed")
-    bench.figures.told(prefill, counters(kv_bytes=10, transfers=1, direct_chunks=1))
+    bench.figures.record_transfers(prefill, counters(kv_bytes=10, transfers=1, direct_chunks=1))
     sent = bench.figures.of(prefill).sent
     assert sent is not None
     assert (sent.bytes_s, sent.path, sent.counters.kv_bytes) == (0.0, "", 10)
@@ -153,8 +153,8 @@ def test_an_idle_worker_keeps_its_path_and_a_restarted_one_begins_anew() -> None
 def test_both_ways_at_once_are_mixed() -> None:
     bench = Bench()
     prefill = bench.workers[0]
-    bench.figures.told(prefill, counters())
-    bench.figures.told(prefill, counters(direct_chunks=1, packed_chunks=1))
+    bench.figures.record_transfers(prefill, counters())
+    bench.figures.record_transfers(prefill, counters(direct_chunks=1, packed_chunks=1))
     sent = bench.figures.of(prefill).sent
     assert sent is not None
     assert sent.path == "mixed"
@@ -166,7 +166,7 @@ class Heard:
 
     told_: list[TransferCounters] = field(default_factory=list)
 
-    def told(self, worker: Worker, counters: TransferCounters) -> None:
+    def record_transfers(self, worker: Worker, counters: TransferCounters) -> None:
         self.told_.append(counters)
 
 

@@ -14,8 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdserve.balancer.app import Balancer
 from pdserve.balancer.request.headers import TraceParent, parse_parent
-from pdserve.balancer.tracing.trace import cached_tokens, open_tracing, traces_url
+from pdserve.balancer.tracing.export import open_tracing
+from pdserve.balancer.tracing.trace import cached_tokens, traces_url
+from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
 from tests.support.balancer_client import running_site
 from tests.support.otlp_collector import Collector, Span, running_collector
@@ -310,7 +313,7 @@ async def test_off_changes_no_header() -> None:
 OFF = """
 import asyncio, sys
 from pdserve.balancer.app import Balancer
-from pdserve.config.launch import BalancerConfig
+from pdserve.config.balancer import BalancerConfig
 async def main():
     balancer = Balancer(BalancerConfig(port=0, otlp_endpoint=sys.argv[1]))
     await balancer.start()
@@ -355,7 +358,7 @@ async def test_a_collector_that_never_answers_does_not_hold_up_the_end(
 async def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pdserve.balancer.tracing.export", None)
     with pytest.raises(ConfigError, match=r"pip install 'pdserve\[otel\]'"):
-        open_tracing("http://127.0.0.1:4318", 1.0)
+        Balancer(BalancerConfig(port=0, otlp_endpoint="http://127.0.0.1:4318"))
 
 
 @pytest.mark.parametrize(

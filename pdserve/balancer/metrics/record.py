@@ -1,0 +1,95 @@
+"""One request as the state document, the access log and traces show it, and how it ended. Pure data."""
+
+from __future__ import annotations
+
+import enum
+import json
+
+import msgspec
+
+from pdserve.balancer.request.request import Route
+from pdserve.telemetry import RequestTimeline
+from pdserve.types import Pair
+
+
+class Outcome(enum.StrEnum):
+    """How a request ended for its client."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    ABORTED = "aborted"
+    SHED = "shed"
+
+
+class RequestRecord(msgspec.Struct, eq=False):
+    """One request as the state document and the access log show it; filled in as it goes.
+
+    ``pair``, ``room``, ``rid`` are the last attempt's; ``reason`` is why the policy chose that pair,
+    rendered as text when it is read; ``error`` says what went wrong, for the operator.
+    ``request_id`` is the client's own, from its headers.
+    """
+
+    route: Route
+    timeline: RequestTimeline
+    rid: str = ""
+    pair: Pair | None = None
+    room: int = 0
+    is_stream: bool = False
+    status: int = 0
+    reason: object = ""
+    prompt_tokens: int = 0
+    finish: str = ""
+    error: str = ""
+    request_id: str = ""
+    _row: dict[str, object] | None = None
+
+    def render(self) -> dict[str, object]:
+        """The row of the state document; do not change it."""
+        row, timeline = self._row, self.timeline
+        # What may still come after the end: its client leaves with the last bytes unread.
+        if row is not None and row["status"] == self.status and row["error"] == self.error:
+            return row
+        row = {
+            "rid": self.rid,
+            "request_id": self.request_id,
+            "pair": self.pair.label if self.pair else "",
+            "room": self.room,
+            "route": str(self.route),
+            "stream": self.is_stream,
+            "status": self.status,
+            "reason": str(self.reason),
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": timeline.completion_tokens,
+            "queued_s": timeline.queued_s,
+            "prefill_s": timeline.prefill_s,
+            "transfer_s": timeline.transfer_s,
+            "first_token_s": timeline.ttft_s,
+            "done_s": timeline.e2e_s,
+            "ttft_s": timeline.ttft_s,
+            "e2e_s": timeline.e2e_s,
+            "tpot_s": timeline.tpot_s,
+            "finish": self.finish,
+            "error": self.error,
+        }
+        self._row = row if timeline.finished_s is not None else None
+        return row
+
+    def log_fields(self) -> dict[str, object]:
+        """What the access log tells; stages that did not happen are left out."""
+        fields = {"event": "request", **self.render()}
+        for name in ("first_token_s", "done_s"):  # said by ttft_s and e2e_s
+            del fields[name]
+        fields |= {name: round(value, 6) for name, value in fields.items() if isinstance(value, float)}
+        return {name: value for name, value in fields.items() if value not in ("", None)}
+
+    def __str__(self) -> str:
+        """The line of the access log: ``request name=value …``; texts with spaces are quoted."""
+        words = [f"{name}={_word(value)}" for name, value in self.log_fields().items() if name != "event"]
+        return " ".join(["request", *words])
+
+
+def _word(value: object) -> str:
+    """A text that is not one plain word is quoted as JSON: nothing in it can begin a line or a field."""
+    if isinstance(value, str) and (not value.isprintable() or any(char in ' "=' for char in value)):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
