@@ -14,6 +14,7 @@ import msgspec
 
 from pdserve.errors import WorkerError
 from pdserve.http.client import HttpClient
+from pdserve.http.sse import EventSplitter, event_data, split_events
 from pdserve.loadgen.plan import Ask
 
 
@@ -132,16 +133,15 @@ class _Reader:
 
     def __init__(self, outcome: RequestResult) -> None:
         self._outcome = outcome
-        self._rest = b""
+        self._events = EventSplitter()
         self._is_done = False
         self._num_events = 0
 
     def feed(self, chunk: bytes) -> None:
         """Bytes of a stream as they come."""
         now_s = time.monotonic()
-        *events, self._rest = (self._rest + chunk).split(b"\n\n")
-        for event in events:
-            data = event.strip().removeprefix(b"data:").strip()
+        for event in split_events(self._events.feed(chunk)):
+            data = event_data(event)
             if data == b"[DONE]":
                 self._is_done = True
             elif data:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from pdserve.errors import ConfigError, WorkerError, WorkerRejected
 from pdserve.http.client import HttpClient
+from pdserve.http.sse import EventSplitter, event_data, split_events
 from pdserve.scheduling.load_sample import LOADS_PATH, parse_loads
 from pdserve.types import Role, WorkerLoad
 
@@ -228,10 +229,10 @@ class LiveService:
             if response.status != 200:
                 raise WorkerRejected(url, response.status, await response.read())
             first_s = last_s = 0.0
-            pending = last = b""
+            last, splitter = b"", EventSplitter()
             async for chunk in response:
-                *events, pending = (pending + chunk).split(b"\n\n")
-                tokens = [event for event in events if event.startswith(b"data: {")]
+                events = [event_data(event) for event in split_events(splitter.feed(chunk))]
+                tokens = [event for event in events if event.startswith(b"{")]
                 if tokens:
                     last, last_s = tokens[-1], time.monotonic()
                     first_s = first_s or last_s
@@ -241,7 +242,7 @@ class LiveService:
 
 
 def _answer(url: str, event: bytes, prompt_tokens: int, times: tuple[float, float, float]) -> LiveAnswer:
-    meta = json.loads(event.removeprefix(b"data: ")).get("meta_info", {}) if event else {}
+    meta = json.loads(event).get("meta_info", {}) if event else {}
     finish = meta.get("finish_reason") or {}
     if not meta or finish.get("type") == "abort":
         raise WorkerError(url, f"ended a stream badly: {finish.get('message', 'no event with a token')}")

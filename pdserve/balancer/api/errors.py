@@ -17,6 +17,7 @@ import msgspec
 
 from pdserve.errors import NoWorkerError, WorkerError, WorkerTimeout
 from pdserve.http.answer import Answer, json_answer
+from pdserve.http.sse import render_event
 
 _TYPES = {
     400: "BadRequestError",
@@ -110,4 +111,4 @@ def worker_error_status(error: WorkerError) -> int:
 def error_event(status: int, message: str) -> bytes:
     """The last SSE event of a stream that broke; no ``[DONE]`` follows it."""
     error = {"message": message, "type": error_type(status), "code": status}
-    return b"data: " + msgspec.json.encode({"error": error}) + b"\n\n"
+    return render_event(msgspec.json.encode({"error": error}))

@@ -21,12 +21,13 @@ from msgspec import structs
 
 from pdserve.balancer.request.merge import merge_whole, stream_merger
 from pdserve.balancer.request.request import ParsedRequest
-from pdserve.balancer.request.transforms import Chain, Renaming, ResponseSink, Transform
+from pdserve.balancer.request.transforms import Renaming, ResponseSink
 from pdserve.balancer.request.usage import StreamTally, Usage, stream_failure, usage_of_body
 from pdserve.errors import PdserveError, WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
 from pdserve.http.answer import Answer, Headers
 from pdserve.http.client import HttpClient
 from pdserve.http.client_response import ClientResponse, Wakeup
+from pdserve.http.sse import EVENT_END, EventSplitter
 from pdserve.scheduling.reservation import Reservation
 from pdserve.telemetry import RequestTimeline
 from pdserve.types import Role
@@ -37,7 +38,6 @@ PREFILL_GRACE_S = 5.0
 STUMBLED = b"Internal Server Error"
 """starlette's whole body for an exception that no handler knows."""
 ABORTED = re.compile(rb'"finish_reason":\s*(?:\{"type":\s*)?"abort"')
-EVENT_END = b"\n\n"
 TRANSFER_FAILED = re.compile(rb"(transfer|bootstrap|handshake) failed for request|KVTransferError")
 """What SGLang's legs say of each other (disaggregation/prefill.py, decode.py, common/conn.py)."""
 
@@ -319,15 +319,13 @@ class PairRelay:
         self._timeline.first_token_s = time.monotonic()
         is_one_answer = (self._request.num_prompts or 1) == 1 and self._request.num_samples == 1
         response, tally = decode.response, StreamTally(self._timeline.meter if is_one_answer else None)
-        transform = self._transform(prefill)
-        tail = b""
+        rewrite, splitter = self._rewrite(prefill), EventSplitter()
 
         def pour(data: bytes) -> bool:
-            nonlocal tail
-            if tail or not data.endswith(EVENT_END):  # no part of an event goes out before its end is here
-                data, tail = _whole_events(tail + data)
+            if splitter.tail or not data.endswith(EVENT_END):  # a part of an event waits for its end
+                data = splitter.feed(data)
             tally.add(data)
-            return sink.push(data if transform is None else transform.feed(data))
+            return sink.push(rewrite(data) if rewrite else data)
 
         sink.begin(response.status, relayed_headers(response))
         sink.on_writable = response.release
@@ -340,16 +338,19 @@ class PairRelay:
             sink.on_writable = None
         if response.error is not None:
             raise LegFailed(Role.DECODE, response.error, is_prefill_done=prefill.is_done)
-        sink.push(tail if transform is None else transform.feed(tail) + transform.finish())
+        sink.push(splitter.tail if self._renaming is None else self._renaming.apply(splitter.tail))
         return tally.usage()
 
-    def _transform(self, prefill: _Leg) -> Transform | None:
+    def _rewrite(self, prefill: _Leg) -> Callable[[bytes], bytes] | None:
+        """What whole events of decode's stream must pass through, if anything."""
         request = self._request
-        merger = None
+        rename = self._renaming.apply if self._renaming is not None else None
+        merge = None
         if request.needs_prefill_answer or request.num_samples > 1:
-            merger = stream_merger(request, prefill.body())
-        links: list[Transform] = [link for link in (merger, self._renaming) if link is not None]
-        return Chain(links) if len(links) > 1 else links[0] if links else None
+            merge = stream_merger(request, prefill.body())
+        if merge is None or rename is None:
+            return merge or rename
+        return lambda events: rename(merge(events))
 
     async def _settled(self, prefill: _Leg) -> WorkerError | None:
         """Why the prefill leg did not end well, after decode's did."""
@@ -376,12 +377,6 @@ class PairRelay:
             if self._on_prefilled is not None:
                 self._on_prefilled()
         return True
-
-
-def _whole_events(text: bytes) -> tuple[bytes, bytes]:
-    """What can go out, and the beginning of an event that cannot yet."""
-    end = text.rfind(EVENT_END)
-    return (text[: end + 2], text[end + 2 :]) if end >= 0 else (b"", text)
 
 
 def _first_failure(prefill: _Leg, decode: _Leg) -> LegFailed:

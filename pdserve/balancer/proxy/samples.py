@@ -22,11 +22,11 @@ from pdserve.balancer.request.usage import Usage
 from pdserve.errors import NoWorkerError
 from pdserve.http.answer import Answer, Headers
 from pdserve.http.incoming import IncomingRequest
+from pdserve.http.sse import DONE_EVENT, event_data, render_event, split_events
 
 if TYPE_CHECKING:
     from pdserve.balancer.tracing.trace import RequestTrace
 
-DONE = b"data: [DONE]\n\n"
 
 
 async def run_samples(
@@ -99,7 +99,6 @@ class SampleSink:
         self.has_finished = False
         self.on_writable: Callable[[], None] | None = None
         self._gathering = gathering
-        self._tail = b""
 
     def identify(self, rid: str) -> None:
         """Called with the sample's own rid; the first sample's stands for all."""
@@ -112,9 +111,8 @@ class SampleSink:
         self._gathering.begin(self, status, headers)
 
     def push(self, data: bytes) -> bool:
-        """Pass on whole events, renumbered."""
-        *events, self._tail = (self._tail + data).split(b"\n\n")
-        out = [self._gathering.renumbered(event, self.index) for event in events]
+        """Pass on whole events, renumbered; the rest of a stream that broke off is dropped."""
+        out = [self._gathering.renumbered(event, self.index) for event in split_events(data)]
         return self._gathering.push(b"".join(out))
 
     async def finish(self, last: bytes = b"") -> None:
@@ -158,7 +156,7 @@ class _Gathering:
 
     def renumbered(self, event: bytes, index: int) -> bytes:
         """One event of sample ``index`` as the client sees it; empty for the ends that come once for all."""
-        payload = event.removeprefix(b"data:").strip()
+        payload = event_data(event)
         if payload == b"[DONE]" or not payload:
             return b""
         document = msgspec.json.decode(payload)
@@ -173,18 +171,18 @@ class _Gathering:
             choice["index"] = index
         if "id" in document:
             document["id"] = self._rid
-        return b"data: " + msgspec.json.encode(document) + b"\n\n"
+        return render_event(msgspec.json.encode(document))
 
     def end(self, request: ParsedRequest) -> None:
         """The stream's end but for the connection's: the usage of all, and the mark."""
         if self._extras:
             extras = [self._extras[index]["sglext"] for index in sorted(self._extras)]
             document = {**self._extras[min(self._extras)], "id": self._rid, "sglext": join_extras(extras)}
-            self._client.push(b"data: " + msgspec.json.encode(document) + b"\n\n")
+            self._client.push(render_event(msgspec.json.encode(document)))
         if self._last_usage is not None:
             document = {**self._last_usage, "id": self._rid, "usage": sum_usage(self._usages)}
-            self._client.push(b"data: " + msgspec.json.encode(document) + b"\n\n")
-        self._client.push(DONE)
+            self._client.push(render_event(msgspec.json.encode(document)))
+        self._client.push(DONE_EVENT)
         self._client.on_writable = None
 
     def whole(self, status: int) -> Answer:

@@ -2,7 +2,7 @@
 
     prefill's answer ─┐
     decode's answer ──┴─► merge_whole ─► what one plain server would have said
-    decode's stream ────► StreamMerger.feed ─► the same, event by event
+    decode's stream ────► stream_merger(…) ──► the same, event by event
 
 A decode server has no logprobs of the prompt, and not those of chosen ids for
 the first token; samples made of copies count the prompt once each. The rest of
@@ -13,14 +13,16 @@ so most requests are not merged at all. Pure: no sockets, no clock.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
 
 from pdserve.balancer.request.merge_native import NativeRules
 from pdserve.balancer.request.merge_openai import OpenAIRules
-from pdserve.balancer.request.merge_parts import split_event
 from pdserve.balancer.request.request import ParsedRequest, Route
+from pdserve.http.sse import EVENT_END, split_data, split_events
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +65,8 @@ def merge_whole(request: ParsedRequest, decode_body: bytes, prefill_body: bytes)
         return decode_body
 
 
-def stream_merger(request: ParsedRequest, prefill_body: bytes) -> StreamMerger | None:
-    """What decode's stream must pass through; None: nothing, it may go out untouched.
+def stream_merger(request: ParsedRequest, prefill_body: bytes) -> Callable[[bytes], bytes] | None:
+    """Return what rewrites whole events of decode's stream; None if they may go out untouched.
 
     Args:
         request: what was asked.
@@ -75,7 +77,7 @@ def stream_merger(request: ParsedRequest, prefill_body: bytes) -> StreamMerger |
     except _BROKEN as exc:
         logger.warning("streams not merged route=%s: %s", request.route, exc)
         return None
-    return StreamMerger(rules) if rules.is_needed else None
+    return partial(_merge_events, rules) if rules.is_needed else None
 
 
 class Rules(Protocol):
@@ -95,37 +97,19 @@ class Rules(Protocol):
         ...
 
 
-class StreamMerger:
-    """Rewrites decode's stream event by event, however it is cut into chunks."""
+def _merge_events(rules: Rules, events: bytes) -> bytes:
+    return b"".join(_merge_event(rules, event) + EVENT_END for event in split_events(events))
 
-    def __init__(self, rules: Rules) -> None:
-        self._rules = rules
-        self._tail = b""
 
-    def feed(self, chunk: bytes) -> bytes:
-        """The events that are complete now, merged; the rest is kept for later."""
-        text = self._tail + chunk
-        end = text.rfind(b"\n\n") + 2
-        if end < 2:
-            self._tail = text
-            return b""
-        self._tail = text[end:]
-        return b"".join(self._event(event) + b"\n\n" for event in text[: end - 2].split(b"\n\n"))
-
-    def finish(self) -> bytes:
-        """What was kept back: nothing, unless the stream broke off within an event."""
-        tail, self._tail = self._tail, b""
-        return tail
-
-    def _event(self, event: bytes) -> bytes:
-        head, payload = split_event(event)
-        if not payload:
-            return event
-        try:
-            return head + self._rules.merge_event(payload)
-        except _BROKEN as exc:
-            logger.warning("event not merged: %s", exc)
-            return event
+def _merge_event(rules: Rules, event: bytes) -> bytes:
+    head, payload = split_data(event)
+    if not payload.startswith(b"{"):
+        return event
+    try:
+        return head + rules.merge_event(payload)
+    except _BROKEN as exc:
+        logger.warning("event not merged: %s", exc)
+        return event
 
 
 def _rules(request: ParsedRequest, prefill_body: bytes) -> Rules:

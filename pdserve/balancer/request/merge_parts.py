@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import msgspec
 from msgspec import Raw
 
+from pdserve.http.sse import event_data, split_events
+
 _OBJECT = msgspec.json.Decoder(dict[str, Raw])
 _LIST = msgspec.json.Decoder(list[Raw])
-_DATA = b"data: "
 encode = msgspec.json.Encoder().encode
 
 
@@ -30,21 +31,10 @@ def items_of(body: bytes | Raw) -> list[Raw]:
 
 def event_payloads(stream: bytes) -> Iterator[bytes]:
     """The JSON objects of a whole stream of server-sent events."""
-    for event in stream.split(b"\n\n"):
-        payload = split_event(event)[1]
-        if payload:
+    for event in split_events(stream):
+        payload = event_data(event)
+        if payload.startswith(b"{"):
             yield payload
-
-
-def split_event(event: bytes) -> tuple[bytes, bytes]:
-    """What stands before an event's JSON object, and the object; it is empty if there is none.
-
-    JSON text has no line breaks, so only the first of a line is the field's name.
-    """
-    mark = 0 if event.startswith(_DATA) else event.find(b"\n" + _DATA) + 1
-    start = mark + len(_DATA)
-    has_object = event.startswith(_DATA, mark) and event.startswith(b"{", start)
-    return (event[:start], event[start:]) if has_object else (event, b"")
 
 
 def experts(ours: Raw, theirs: Raw) -> Raw:

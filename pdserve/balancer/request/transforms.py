@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -51,68 +51,20 @@ class ResponseSink(Protocol):
         ...
 
 
-class Transform(Protocol):
-    """Rewrites a stream of server-sent events as it passes."""
-
-    def feed(self, chunk: bytes) -> bytes:
-        """What can go out now; an incomplete event is kept back."""
-        ...
-
-    def finish(self) -> bytes:
-        """What was kept back."""
-        ...
-
-
 class Renaming:
-    """Puts the client's own request ids in place of ours, in a stream or in a whole body.
+    """Puts the client's own request ids in place of ours, in whole events or in a whole body.
 
     Ours are 32 random hex digits in quotes: nothing else in an answer can be equal to one.
     """
 
     def __init__(self, names: Mapping[bytes, bytes]) -> None:
         self._names = names
-        self._tail = b""
-
-    def feed(self, chunk: bytes) -> bytes:
-        """Whole events, renamed."""
-        text = self._tail + chunk
-        end = text.rfind(b"\n\n") + 2
-        if end < 2:
-            self._tail = text
-            return b""
-        self._tail = text[end:]
-        return self.apply(text[:end])
-
-    def finish(self) -> bytes:
-        """The rest, renamed."""
-        tail, self._tail = self._tail, b""
-        return self.apply(tail)
 
     def apply(self, body: bytes) -> bytes:
-        """A whole body, renamed."""
+        """Return ``body`` with the client's ids."""
         for ours, theirs in self._names.items():
             body = body.replace(ours, theirs)
         return body
-
-
-class Chain:
-    """Several transforms, one after the other."""
-
-    def __init__(self, links: Sequence[Transform]) -> None:
-        self._links = links
-
-    def feed(self, chunk: bytes) -> bytes:
-        """Through all of them."""
-        for link in self._links:
-            chunk = link.feed(chunk)
-        return chunk
-
-    def finish(self) -> bytes:
-        """The ends of all, each through those after it."""
-        rest = b""
-        for link in self._links:
-            rest = link.feed(rest) + link.finish()
-        return rest
 
 
 def renaming_of(request: ParsedRequest, ids: RequestIds) -> Renaming | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from pdserve.http.sse import EVENT_END, event_data
 from pdserve.telemetry import TokenMeter
 
 TAIL_BYTES = 16384
@@ -129,9 +130,8 @@ def stream_failure(chunk: bytes) -> tuple[int, str] | None:
     """
     if b'"abort"' not in chunk and b'"error"' not in chunk:
         return None
-    event = chunk.partition(b"\n\n")[0].removeprefix(b"data:").strip()
     try:
-        document = msgspec.json.decode(event)
+        document = msgspec.json.decode(event_data(chunk.partition(EVENT_END)[0]))
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     if not isinstance(document, dict):

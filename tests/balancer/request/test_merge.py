@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import base64
 import json
-import random
-from itertools import pairwise
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pdserve.balancer.request.merge import StreamMerger, merge_whole, needs_prefill_answer, stream_merger
+from pdserve.balancer.request.merge import merge_whole, needs_prefill_answer, stream_merger
 from pdserve.balancer.request.parse import parse_request
 from pdserve.balancer.request.request import ParsedRequest, Route
+from pdserve.http.sse import EVENT_END, split_events
 from tests.engine.conformance import EVENT_STREAM, differences, read_reply
 
 RECORDINGS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "merge_recordings.json").read_text())
@@ -25,77 +26,52 @@ WHOLE = [recording for recording in RECORDINGS if not recording["plain"].startsw
 STREAMS = [recording for recording in RECORDINGS if recording["plain"].startswith("data: ")]
 
 
-def _names(recordings: list[dict[str, Any]]) -> list[str]:
-    return [recording["name"] for recording in recordings]
-
-
 def _request(recording: dict[str, Any]) -> ParsedRequest:
     return parse_request(Route(recording["path"]), json.dumps(recording["request"]).encode())
 
 
-def _merger(recording: dict[str, Any]) -> StreamMerger:
-    merger = stream_merger(_request(recording), recording["prefill"].encode())
-    assert merger is not None
-    return merger
+def _merger(recording: dict[str, Any]) -> Callable[[bytes], bytes]:
+    merge = stream_merger(_request(recording), recording["prefill"].encode())
+    assert merge is not None
+    return merge
 
 
-def _merged_stream(recording: dict[str, Any], cuts: list[int] | None = None) -> bytes:
-    merger, stream = _merger(recording), recording["decode"].encode()
-    edges = [0, *(cuts or []), len(stream)]
-    parts = [merger.feed(stream[start:end]) for start, end in pairwise(edges)]
-    return b"".join(parts) + merger.finish()
-
-
-def _assert_same(plain: str, ours: str, content_type: str) -> None:
-    found = differences(read_reply(200, content_type, plain), read_reply(200, content_type, ours))
+def _misses(recording: dict[str, Any], ours: bytes, content_type: str) -> list[str]:
+    plain = recording["plain"]
+    found = differences(read_reply(200, content_type, plain), read_reply(200, content_type, ours.decode()))
     # Samples of a plain server find their prompt in the cache: it computes the prompt once before them.
-    assert not [line for line in found if "cached_tokens" not in line], found
+    return [f"{recording['name']}: {line}" for line in found if "cached_tokens" not in line]
 
 
-@pytest.mark.parametrize("recording", WHOLE, ids=_names(WHOLE))
-def test_whole_answer_is_the_plain_servers(recording: dict[str, Any]) -> None:
-    decode = recording["decode"].encode()
-    merged = merge_whole(_request(recording), decode, recording["prefill"].encode())
-    assert merged != decode
-    _assert_same(recording["plain"], merged.decode(), "application/json")
+def test_whole_answers_are_the_plain_servers() -> None:
+    misses = []
+    for recording in WHOLE:
+        decode = recording["decode"].encode()
+        merged = merge_whole(_request(recording), decode, recording["prefill"].encode())
+        if merged == decode:
+            misses.append(f"{recording['name']}: not merged at all")
+        misses += _misses(recording, merged, "application/json")
+    assert not misses
 
 
-@pytest.mark.parametrize("recording", STREAMS, ids=_names(STREAMS))
-def test_stream_is_the_plain_servers(recording: dict[str, Any]) -> None:
-    _assert_same(recording["plain"], _merged_stream(recording).decode(), EVENT_STREAM)
-
-
-@pytest.mark.parametrize("recording", STREAMS, ids=_names(STREAMS))
-def test_stream_does_not_depend_on_how_it_is_cut(recording: dict[str, Any]) -> None:
-    whole, length = _merged_stream(recording), len(recording["decode"].encode())
-    assert _merged_stream(recording, list(range(1, length))) == whole
-    rng = random.Random(recording["name"])
-    for _ in range(20):
-        cuts = sorted(rng.sample(range(1, length), rng.randrange(1, 9)))
-        assert _merged_stream(recording, cuts) == whole
-
-
-@pytest.mark.parametrize("recording", STREAMS, ids=_names(STREAMS))
-def test_only_whole_events_leave(recording: dict[str, Any]) -> None:
-    merger, stream = _merger(recording), recording["decode"].encode()
-    for byte in stream:
-        out = merger.feed(bytes([byte]))
-        assert out == b"" or out.endswith(b"\n\n")
-    assert merger.finish() == b""
-
-
-def test_a_stream_that_breaks_off_keeps_its_last_bytes() -> None:
-    merger = _merger(STREAMS[0])
-    assert merger.feed(b'data: {"text":"cut o') == b""
-    assert merger.finish() == b'data: {"text":"cut o'
+def test_streams_are_the_plain_servers_at_once_and_event_by_event() -> None:
+    misses = []
+    for recording in STREAMS:
+        stream = recording["decode"].encode()
+        merged = _merger(recording)(stream)
+        misses += _misses(recording, merged, EVENT_STREAM)
+        merge = _merger(recording)
+        if b"".join(merge(event + EVENT_END) for event in split_events(stream)) != merged:
+            misses.append(f"{recording['name']}: event by event it is merged in another way")
+    assert not misses
 
 
 def test_text_that_looks_like_an_event_is_text() -> None:
     recording = next(r for r in STREAMS if r["name"] == "generate: streamed")
-    merger, text = _merger(recording), r"data: {\"a\":1} \n\ndata: {"
+    merge, text = _merger(recording), r"data: {\"a\":1} \n\ndata: {"
     plain = recording["decode"].encode().partition(b"\n\n")[0]
     event = plain.replace(b'{"text":"', b'{"text":"' + text.encode(), 1)
-    merged = merger.feed(b"event: named\n" + event + b"\n\n")
+    merged = merge(b"event: named\n" + event + b"\n\n")
     assert merged.startswith(b'event: named\ndata: {"text":"' + text.encode())
     assert b'"input_token_logprobs":[[' in merged
 
@@ -107,37 +83,34 @@ def test_numbers_keep_every_digit() -> None:
     assert b"[-0.10000000149011612345,65,null]" in merged
 
 
-@pytest.mark.parametrize(
-    ("route", "fields", "needed"),
-    [
-        (Route.GENERATE, {}, False),
-        (Route.GENERATE, {"return_logprob": False, "logprob_start_len": 0}, False),
-        (Route.GENERATE, {"return_logprob": True}, False),
-        (Route.GENERATE, {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": 5}, False),
-        (Route.GENERATE, {"return_logprob": True, "logprob_start_len": 0}, True),
-        (Route.GENERATE, {"return_logprob": [False, True], "logprob_start_len": [-1, 3]}, True),
-        (Route.GENERATE, {"return_logprob": [False, False], "logprob_start_len": [0, 3]}, False),
-        (Route.GENERATE, {"return_logprob": True, "token_ids_logprob": [1]}, True),
-        (Route.GENERATE, {"return_logprob": True, "token_ids_logprob": []}, False),
-        (Route.GENERATE, {"return_logprob": True, "sampling_params": {"max_new_tokens": 0}}, True),
-        (Route.GENERATE, {"sampling_params": {"max_new_tokens": 0}}, False),
-        (Route.GENERATE, {"return_routed_experts": True}, True),
-        (Route.VERTEX, {"return_logprob": True, "logprob_start_len": 0}, True),
-        (Route.COMPLETIONS, {"echo": True}, False),
-        (Route.COMPLETIONS, {"logprobs": 3}, False),
-        (Route.COMPLETIONS, {"echo": True, "logprobs": 0}, False),
-        (Route.COMPLETIONS, {"echo": True, "logprobs": 1}, True),
-        (Route.COMPLETIONS, {"return_routed_experts": True}, True),
-        (Route.CHAT, {"logprobs": True, "top_logprobs": 5, "echo": True}, False),
-        (Route.CHAT, {"return_routed_experts": True}, True),
-        (Route.RESPONSES, {"top_logprobs": 5}, False),
-        (Route.MESSAGES, {"logprobs": True}, False),
-    ],
-)
-def test_prefill_is_awaited_only_where_it_knows_more(
-    route: Route, fields: dict[str, Any], needed: bool
-) -> None:
-    assert needs_prefill_answer(route, fields) is needed
+NEEDS_PREFILL: list[tuple[Route, dict[str, Any], bool]] = [
+    (Route.GENERATE, {}, False),
+    (Route.GENERATE, {"return_logprob": False, "logprob_start_len": 0}, False),
+    (Route.GENERATE, {"return_logprob": True}, False),
+    (Route.GENERATE, {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": 5}, False),
+    (Route.GENERATE, {"return_logprob": True, "logprob_start_len": 0}, True),
+    (Route.GENERATE, {"return_logprob": [False, True], "logprob_start_len": [-1, 3]}, True),
+    (Route.GENERATE, {"return_logprob": [False, False], "logprob_start_len": [0, 3]}, False),
+    (Route.GENERATE, {"return_logprob": True, "token_ids_logprob": [1]}, True),
+    (Route.GENERATE, {"return_logprob": True, "token_ids_logprob": []}, False),
+    (Route.GENERATE, {"return_logprob": True, "sampling_params": {"max_new_tokens": 0}}, True),
+    (Route.GENERATE, {"sampling_params": {"max_new_tokens": 0}}, False),
+    (Route.GENERATE, {"return_routed_experts": True}, True),
+    (Route.VERTEX, {"return_logprob": True, "logprob_start_len": 0}, True),
+    (Route.COMPLETIONS, {"echo": True}, False),
+    (Route.COMPLETIONS, {"logprobs": 3}, False),
+    (Route.COMPLETIONS, {"echo": True, "logprobs": 0}, False),
+    (Route.COMPLETIONS, {"echo": True, "logprobs": 1}, True),
+    (Route.COMPLETIONS, {"return_routed_experts": True}, True),
+    (Route.CHAT, {"logprobs": True, "top_logprobs": 5, "echo": True}, False),
+    (Route.CHAT, {"return_routed_experts": True}, True),
+    (Route.RESPONSES, {"top_logprobs": 5}, False),
+    (Route.MESSAGES, {"logprobs": True}, False),
+]
+
+
+def test_prefill_is_awaited_only_where_it_knows_more() -> None:
+    assert not [row for row in NEEDS_PREFILL if needs_prefill_answer(*row[:2]) is not row[2]]
 
 
 def _echo(stream: bool = False) -> ParsedRequest:
@@ -145,18 +118,17 @@ def _echo(stream: bool = False) -> ParsedRequest:
     return parse_request(Route.COMPLETIONS, json.dumps(body).encode())
 
 
-@pytest.mark.parametrize(
-    "prefill", [b"", b"not json", b"{}", b'{"choices":3}', b'{"choices":[{}]}', b"[]", b"\xff"]
-)
-@pytest.mark.parametrize("decode", [b"", b"not json", b"{}", b'{"choices":[{"index":0}]}', b"[1]", b"\xff"])
-def test_what_cannot_be_read_is_left_as_it_is(prefill: bytes, decode: bytes) -> None:
+def test_what_cannot_be_read_is_left_as_it_is() -> None:
     native = parse_request(Route.GENERATE, b'{"text":"a","return_logprob":true,"logprob_start_len":0}')
-    for request in (_echo(), native):
-        assert merge_whole(request, decode, prefill) == decode
-    for request in (_echo(stream=True), native):
-        merger = stream_merger(request, prefill)
-        event = b"data: " + decode + b"\n\n"
-        assert merger is None or merger.feed(event) == event
+    prefills = [b"", b"not json", b"{}", b'{"choices":3}', b'{"choices":[{}]}', b"[]", b"\xff"]
+    decodes = [b"", b"not json", b"{}", b'{"choices":[{"index":0}]}', b"[1]", b"\xff"]
+    for prefill, decode in product(prefills, decodes):
+        for request in (_echo(), native):
+            assert merge_whole(request, decode, prefill) == decode, (prefill, decode)
+        for request in (_echo(stream=True), native):
+            merge = stream_merger(request, prefill)
+            event = b"data: " + decode + b"\n\n"
+            assert merge is None or merge(event) == event, (prefill, decode)
 
 
 def test_a_request_that_both_legs_refuse_passes_untouched() -> None:
