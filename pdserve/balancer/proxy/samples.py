@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pdserve.balancer.tracing.trace import RequestTrace
 
 
-
 async def run_samples(
     attempts: Attempts,
     request: ParsedRequest,
