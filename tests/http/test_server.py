@@ -25,7 +25,7 @@ from pdserve.http.limits import ServerLimits
 from pdserve.http.server import HttpServer
 from tests.support.sglang_server import until
 
-DEADLINE_S = 5.0
+DEADLINE_S = 60.0
 GET = b"GET /echo HTTP/1.1\r\nhost: t\r\n\r\n"
 
 

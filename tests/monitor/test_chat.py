@@ -20,7 +20,7 @@ from pdserve.monitor import chat
 from pdserve.monitor.chat_session import AnswerStats, ChatOptions, ChatSession
 
 DONE = "[DONE]"
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 def piece(text: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pdserve.config.balancer import BalancerConfig
 from pdserve.types import Role
 from tests.support.sglang_server import FakeSGLang, until
 
-DEADLINE_S = 5.0
+DEADLINE_S = 60.0
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pdserve.bootstrap.service import BootstrapService
 from pdserve.config.launch import BootstrapConfig
 from pdserve.types import InstanceId, KVLayoutDescriptor, Role, WorkerId, WorkerInfo
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 LAYOUT = KVLayoutDescriptor(page_size=16, dtype="float32", num_layers=2, num_kv_heads=2, token_bytes=256)
 
 

@@ -21,7 +21,7 @@ from pdserve.types import InstanceId, RequestShape, Role, WorkerId, WorkerInfo
 
 SHAPE = RequestShape(prompt_tokens=100, max_new_tokens=16)
 LARGE = RequestShape(prompt_tokens=800, max_new_tokens=16)
-DEADLINE_S = 5.0
+DEADLINE_S = 60.0
 SOON_S = 0.01
 """Longest wait of a request that should not have to wait, or that cannot be served."""
 GENERATED = b'{"text":" ok","output_ids":[1,2],"meta_info":{"finish_reason":{"type":"length"}}}'

@@ -27,7 +27,7 @@ from typing import Any
 from rich.cells import cell_len
 
 STATES = Path(__file__).parent / "monitor_states"
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 LIVE = "import sys; from pdserve.monitor.command import watch; sys.exit(watch(sys.argv[1], interval_s=0.1))"
 
 

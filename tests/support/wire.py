@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 @dataclass
