@@ -6,7 +6,6 @@
 
 #include "pdserve/check.cuh"
 #include "pdserve/coalesce.cuh"
-#include "pdserve/fp8.cuh"
 
 #define PD_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -22,16 +21,6 @@ __device__ __forceinline__ Lane this_lane() {
 template <class Vec, bool kFlat, bool kToSlab>
 __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ CopyPlan plan) {
   copy_tiles<Vec, kFlat, kToSlab>(plan, this_lane());
-}
-
-template <int kElements, bool kBf16>
-__global__ void __launch_bounds__(kThreads) measure_kernel(const __grid_constant__ Fp8Plan plan) {
-  measure_scales<kElements, kBf16>(plan, this_lane());
-}
-
-template <int kElements, bool kBf16, bool kToSlab>
-__global__ void __launch_bounds__(kThreads) cast_kernel(const __grid_constant__ Fp8Plan plan) {
-  cast_tiles<kElements, kBf16, kToSlab>(plan, this_lane());
 }
 
 unsigned grid_size(int64_t num_tiles, int64_t max_blocks) {
@@ -53,36 +42,6 @@ int launch_copy(const CopyParams* params, cudaStream_t stream) {
   });
 }
 
-template <int kElements, bool kBf16, bool kToSlab>
-int launch_cast_as(const Fp8Params& params, cudaStream_t stream) {
-  const Fp8Plan plan = make_fp8_plan(params, kElements, kThreads);
-  const int64_t max_blocks = params.copy.max_blocks;
-  if constexpr (kToSlab) {
-    const int64_t num_scales = plan.num_regions * plan.num_scale_pages * plan.num_heads;
-    const cudaError_t cleared = cudaMemsetAsync(reinterpret_cast<void*>(plan.scales), 0,
-                                                static_cast<size_t>(num_scales) * sizeof(float), stream);
-    if (cleared != cudaSuccess) return static_cast<int>(cleared);
-    const unsigned blocks = grid_size(ceil_div(plan.num_columns, kThreads), max_blocks);
-    measure_kernel<kElements, kBf16><<<blocks, kThreads, 0, stream>>>(plan);
-  }
-  const unsigned blocks = grid_size(plan.copy.num_tiles, max_blocks);
-  cast_kernel<kElements, kBf16, kToSlab><<<blocks, kThreads, 0, stream>>>(plan);
-  return static_cast<int>(cudaGetLastError());
-}
-
-template <bool kToSlab>
-int launch_cast(const Fp8Params* params, cudaStream_t stream) {
-  const int status = check_fp8(params);
-  if (status != kOk || is_empty(params->copy)) return status;
-  const bool is_wide = fp8_elements(*params) == kFp8Elements;
-  if (params->dtype == kBfloat16) {
-    return is_wide ? launch_cast_as<kFp8Elements, true, kToSlab>(*params, stream)
-                   : launch_cast_as<1, true, kToSlab>(*params, stream);
-  }
-  return is_wide ? launch_cast_as<kFp8Elements, false, kToSlab>(*params, stream)
-                 : launch_cast_as<1, false, kToSlab>(*params, stream);
-}
-
 }  // namespace
 }  // namespace pdserve
 
@@ -92,14 +51,6 @@ PD_EXPORT int pdserve_gather(const pdserve::CopyParams* params, void* stream) {
 
 PD_EXPORT int pdserve_scatter(const pdserve::CopyParams* params, void* stream) {
   return pdserve::launch_copy<false>(params, static_cast<cudaStream_t>(stream));
-}
-
-PD_EXPORT int pdserve_gather_fp8(const pdserve::Fp8Params* params, void* stream) {
-  return pdserve::launch_cast<true>(params, static_cast<cudaStream_t>(stream));
-}
-
-PD_EXPORT int pdserve_scatter_fp8(const pdserve::Fp8Params* params, void* stream) {
-  return pdserve::launch_cast<false>(params, static_cast<cudaStream_t>(stream));
 }
 
 PD_EXPORT const char* pdserve_status_text(int status) {

@@ -1,7 +1,7 @@
 // The same kernels for the CPU: every (block, thread) is run in turn, in an order the tests choose.
 //
 // Exports what coalesce.cu exports, plus the order and the vector width. Serial: a result that changes with
-// the order is a race on the GPU. It proves indexing and casts; it proves nothing on the GPU's memory model
+// the order is a race on the GPU. It proves indexing; it proves nothing on the GPU's memory model
 // or speed.
 #include <algorithm>
 #include <numeric>
@@ -10,7 +10,6 @@
 
 #include "pdserve/check.cuh"
 #include "pdserve/coalesce.cuh"
-#include "pdserve/fp8.cuh"
 
 namespace pdserve {
 namespace {
@@ -51,34 +50,6 @@ int host_copy(const CopyParams* params) {
   });
 }
 
-template <int kElements, bool kBf16, bool kToSlab>
-int host_cast_as(const Fp8Params& params) {
-  const Fp8Plan plan = make_fp8_plan(params, kElements, host_launch.num_threads);
-  const int64_t max_blocks = params.copy.max_blocks;
-  if constexpr (kToSlab) {
-    float* const scales = reinterpret_cast<float*>(plan.scales);
-    std::fill(scales, scales + plan.num_regions * plan.num_scale_pages * plan.num_heads, 0.0f);
-    run_grid(ceil_div(plan.num_columns, host_launch.num_threads), max_blocks,
-             [&](const Lane& lane) { measure_scales<kElements, kBf16>(plan, lane); });
-  }
-  run_grid(plan.copy.num_tiles, max_blocks,
-           [&](const Lane& lane) { cast_tiles<kElements, kBf16, kToSlab>(plan, lane); });
-  return kOk;
-}
-
-template <bool kToSlab>
-int host_cast(const Fp8Params* params) {
-  const int status = check_fp8(params);
-  if (status != kOk || is_empty(params->copy)) return status;
-  const bool is_wide = fp8_elements(*params) == kFp8Elements;
-  if (params->dtype == kBfloat16) {
-    return is_wide ? host_cast_as<kFp8Elements, true, kToSlab>(*params)
-                   : host_cast_as<1, true, kToSlab>(*params);
-  }
-  return is_wide ? host_cast_as<kFp8Elements, false, kToSlab>(*params)
-                 : host_cast_as<1, false, kToSlab>(*params);
-}
-
 }  // namespace
 }  // namespace pdserve
 
@@ -87,26 +58,14 @@ extern "C" {
 // The stream is ignored: the host build is done when it returns.
 int pdserve_gather(const pdserve::CopyParams* params, void*) { return pdserve::host_copy<true>(params); }
 int pdserve_scatter(const pdserve::CopyParams* params, void*) { return pdserve::host_copy<false>(params); }
-int pdserve_gather_fp8(const pdserve::Fp8Params* params, void*) { return pdserve::host_cast<true>(params); }
-int pdserve_scatter_fp8(const pdserve::Fp8Params* params, void*) { return pdserve::host_cast<false>(params); }
 
 const char* pdserve_status_text(int status) { return pdserve::status_text(status); }
 
-// Only here: how the next launches run their lanes, the chosen vector width, and the casts one value at a
-// time.
+// Only here: how the next launches run their lanes, and the chosen vector width.
 void pdserve_host_launch(int64_t order, int64_t seed, int64_t num_threads) {
   pdserve::host_launch = {order, seed, num_threads};
 }
 int64_t pdserve_host_vector_bytes(const pdserve::CopyParams* params) {
   return pdserve::widest_vector(*params);
-}
-int pdserve_host_to_e4m3(float x) { return pdserve::to_e4m3(x); }
-float pdserve_host_from_e4m3(int byte) { return pdserve::from_e4m3(static_cast<uint8_t>(byte)); }
-int pdserve_host_to_half(float x, int is_bf16) {
-  return is_bf16 ? pdserve::to_half<true>(x) : pdserve::to_half<false>(x);
-}
-float pdserve_host_from_half(int half, int is_bf16) {
-  const uint16_t bits = static_cast<uint16_t>(half);
-  return is_bf16 ? pdserve::from_half<true>(bits) : pdserve::from_half<false>(bits);
 }
 }

@@ -46,7 +46,7 @@ step check 120 "$PYTHON" bench/gpu/check.py "$CACHE"
 if "$PYTHON" -c 'import pytest' 2>/dev/null; then
   step tests 180 "$PYTHON" -m pytest tests/gpu -m gpu -rs -p no:cacheprovider
 else
-  echo "== tests: skipped, no pytest here (check.py covers the copies and the casts)"
+  echo "== tests: skipped, no pytest here (check.py covers the copies)"
 fi
 if command -v compute-sanitizer >/dev/null; then
   sanitize memcheck

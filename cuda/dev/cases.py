@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from reference import Geometry, ScaleGeometry
+from reference import Geometry
 
-from pdserve.kv.kernels import CopyParams, Fp8Params, HalfDtype
+from pdserve.kv.kernels import CopyParams
 
 Bytes = NDArray[np.uint8]
 GUARD = 64
@@ -44,27 +44,6 @@ class Case:
             num_regions_total=len(self.pools), num_page_ids=len(self.page_ids),
             region_align=self.region_align, max_blocks=self.max_blocks,
         )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8Case:
-    """One copy with a cast: ``copy.slab`` is the e4m3 slab."""
-
-    copy: Case
-    scales: ScaleGeometry
-
-    @property
-    def scale_shape(self) -> tuple[int, int, int]:
-        """Regions, scale pages, heads."""
-        g, s = self.copy.geometry, self.scales
-        pages = -(-(s.scale_first_token + g.num_tokens) // s.scale_page_size)
-        return g.num_regions, pages, g.slice_bytes // (2 * s.head_dim)
-
-    def params(self, copy: CopyParams, scales: int) -> Fp8Params:
-        """The call for these addresses."""
-        s = self.scales
-        dtype = HalfDtype.BFLOAT16 if s.is_bf16 else HalfDtype.FLOAT16
-        return Fp8Params(copy, scales, s.head_dim, dtype, s.scale_page_size, s.scale_first_token)
 
 
 def aligned_bytes(num_bytes: int, shift: int) -> Bytes:
@@ -114,39 +93,17 @@ def random_case(seed: int) -> Case:
         num_tokens * slice_bytes + slack, token_stride, slice_offset, slice_bytes,
         page_size, first_token, num_tokens, begin, count,
     )  # fmt: skip
-    return _with_buffers(rng, geometry, total, shift_unit=1, slab_bytes=count * geometry.slab_region_stride)
+    return _with_buffers(rng, geometry, total)
 
 
-def random_fp8_case(seed: int) -> Fp8Case:
-    """Any shape the cast accepts. Pool bits are random: NaN, infinities and subnormals occur."""
-    rng = np.random.default_rng(seed)
-    head_dim = int(rng.choice([1, 3, 8, 16, 24, 64]))
-    token_stride, slice_offset, slice_bytes = _row(rng, 2 * head_dim)
-    token_stride += token_stride % 2
-    page_size, scale_page = int(rng.choice([1, 4, 16])), int(rng.choice([1, 3, 16, 64]))
-    num_tokens, total = int(rng.integers(1, 50)), int(rng.integers(1, 4))
-    begin = int(rng.integers(0, total))
-    count = int(rng.integers(1, total - begin + 1))
-    slab_stride = num_tokens * slice_bytes // 2 + int(rng.choice([0, 3, 8]))
-    geometry = Geometry(
-        slab_stride, token_stride, slice_offset, slice_bytes,
-        page_size, int(rng.integers(0, page_size)), num_tokens, begin, count,
-    )  # fmt: skip
-    case = _with_buffers(rng, geometry, total, shift_unit=2, slab_bytes=count * slab_stride)
-    scales = ScaleGeometry(head_dim, bool(rng.random() < 0.5), scale_page, int(rng.integers(0, scale_page)))
-    return Fp8Case(case, scales)
-
-
-def _with_buffers(
-    rng: np.random.Generator, geometry: Geometry, num_pools: int, shift_unit: int, slab_bytes: int
-) -> Case:
+def _with_buffers(rng: np.random.Generator, geometry: Geometry, num_pools: int) -> Case:
     pages = -(-(geometry.first_token + geometry.num_tokens) // geometry.page_size)
     page_ids, pool_pages = _page_table(rng, pages)
-    pool_shift = int(rng.choice([0, 0, 16, 8, 4, 2, 1])) // shift_unit * shift_unit
+    pool_shift = int(rng.choice([0, 0, 16, 8, 4, 2, 1]))
     slab_shift = int(rng.choice([0, 0, 16, 8, 4, 2, 1]))
     pool_bytes = pool_pages * geometry.page_size * geometry.token_stride
     pools = [_random_bytes(rng, pool_bytes, pool_shift) for _ in range(num_pools)]
-    slab = _random_bytes(rng, slab_bytes, slab_shift)
+    slab = _random_bytes(rng, geometry.num_regions * geometry.slab_region_stride, slab_shift)
     return Case(geometry, pools, page_ids, slab, pool_shift, slab_shift, int(rng.choice([0, 0, 1, 3])))
 
 

@@ -28,10 +28,6 @@ class HostKernels(KernelLibrary):
         super().__init__(path)
         self.raw = self._library
         self.raw.pdserve_host_launch.argtypes = [ctypes.c_int64] * 3
-        self.raw.pdserve_host_to_e4m3.argtypes = [ctypes.c_float]
-        self.raw.pdserve_host_from_e4m3.restype = ctypes.c_float
-        self.raw.pdserve_host_to_half.argtypes = [ctypes.c_float, ctypes.c_int]
-        self.raw.pdserve_host_from_half.restype = ctypes.c_float
         self.raw.pdserve_host_vector_bytes.restype = ctypes.c_int64
 
     def launch_as(self, order: str, seed: int = 0, num_threads: int = 32) -> None:

@@ -63,17 +63,7 @@ class Status(IntEnum):
     BAD_REGION_RANGE = -8
     BAD_PAGE_RANGE = -9
     BAD_REGION_ALIGN = -10
-    BAD_DTYPE = -11
-    BAD_HEAD_DIM = -12
-    BAD_SCALE_PAGE = -13
-    MISALIGNED = -14
-
-
-class HalfDtype(IntEnum):
-    """Element type of a pool that is cast to e4m3."""
-
-    FLOAT16 = 0
-    BFLOAT16 = 1
+    MISALIGNED = -11
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,28 +108,6 @@ class CopyParams:
     """Upper bound of the grid, to leave SMs to a model that runs meanwhile; 0: none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8Params:
-    """A copy with a cast to e4m3 in the slab. ``copy`` names the pool; its slab has 1 byte per element."""
-
-    copy: CopyParams
-    """slab_region_stride is at least ``num_tokens * slice_bytes / 2``."""
-    scales: int
-    """Address of float32 ``[num_regions][num_scale_pages][num_heads]``; gather writes, scatter reads."""
-    head_dim: int
-    """Elements of a token that share a scale; slice_bytes is a multiple of ``2 * head_dim``."""
-    dtype: HalfDtype
-    scale_page_size: int
-    """Tokens that share a scale; both sides must agree, whatever their page sizes."""
-    scale_first_token: int
-    """Place of token 0 in its scale page, ``0 .. scale_page_size - 1``."""
-
-    @property
-    def num_scale_pages(self) -> int:
-        """Scale pages that the tokens touch, the first and the last maybe in part."""
-        return -(-(self.scale_first_token + self.copy.num_tokens) // self.scale_page_size)
-
-
 class _CopyStruct(ctypes.Structure):
     _fields_ = [
         (f.name, ctypes.c_uint64 if f.name in ("region_ptrs", "page_ids", "slab") else ctypes.c_int64)
@@ -147,21 +115,8 @@ class _CopyStruct(ctypes.Structure):
     ]
 
 
-class _Fp8Struct(ctypes.Structure):
-    _fields_ = [("copy", _CopyStruct), ("scales", ctypes.c_uint64)] + [
-        (name, ctypes.c_int64) for name in ("head_dim", "dtype", "scale_page_size", "scale_first_token")
-    ]
-
-
 def _copy_struct(params: CopyParams) -> _CopyStruct:
     return _CopyStruct(*astuple(params))
-
-
-def _fp8_struct(params: Fp8Params) -> _Fp8Struct:
-    return _Fp8Struct(
-        _copy_struct(params.copy), params.scales, params.head_dim, int(params.dtype),
-        params.scale_page_size, params.scale_first_token,
-    )  # fmt: skip
 
 
 class KernelLibrary:
@@ -176,7 +131,7 @@ class KernelLibrary:
         self.path = path
         try:
             library = ctypes.CDLL(str(path))
-            for name in ("gather", "scatter", "gather_fp8", "scatter_fp8"):
+            for name in ("gather", "scatter"):
                 export = getattr(library, f"pdserve_{name}")
                 export.argtypes, export.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int
             library.pdserve_status_text.argtypes = [ctypes.c_int]
@@ -209,18 +164,6 @@ class KernelLibrary:
     def scatter(self, params: CopyParams, stream: int) -> None:
         """The inverse of :meth:`gather`: only the slice of the named tokens is written to the pool."""
         self._call("scatter", _copy_struct(params), stream)
-
-    def gather_fp8(self, params: Fp8Params, stream: int) -> None:
-        """Pack as e4m3, one float32 scale per (region, scale page, head): largest finite magnitude / 448.
-
-        Writes the slab and ``params.scales``. Lossy: about 2 decimal digits; infinities saturate, NaN stays.
-        Reads the pool twice. Raises as :meth:`gather`.
-        """
-        self._call("gather_fp8", _fp8_struct(params), stream)
-
-    def scatter_fp8(self, params: Fp8Params, stream: int) -> None:
-        """Unpack e4m3 rows times their scales into the pool, in its dtype. Raises as :meth:`gather`."""
-        self._call("scatter_fp8", _fp8_struct(params), stream)
 
     def _call(self, name: str, params: ctypes.Structure, stream: int) -> None:
         status: int = getattr(self._library, f"pdserve_{name}")(ctypes.byref(params), ctypes.c_void_p(stream))

@@ -54,25 +54,6 @@ def test_random_copies_move_the_bytes_of_the_reference(kernels: KernelLibrary) -
             assert np.array_equal(pool.bytes(), expected), f"scatter, seed {seed}: {case.geometry}"
 
 
-def test_fp8_bytes_and_scales_are_those_of_the_cpu_reference(kernels: KernelLibrary) -> None:
-    from device import DeviceCase
-
-    for seed in range(100):
-        case = cases.random_fp8_case(seed)
-        on_device = DeviceCase(case.copy)
-        scales = torch.full(case.scale_shape, torch.nan, dtype=torch.float32, device="cuda")
-        params = case.params(on_device.params, scales.data_ptr())
-        slab, pools, expected_scales = reference.fp8_round_trip(
-            case.copy.geometry, case.scales, case.copy.pools, case.copy.page_ids, case.copy.slab, cases.GUARD
-        )
-        kernels.gather_fp8(params, stream())
-        assert np.array_equal(on_device.slab.bytes(), slab), f"bytes, seed {seed}: {case.scales}"
-        assert np.array_equal(scales.cpu().numpy(), expected_scales), f"scales, seed {seed}: {case.scales}"
-        kernels.scatter_fp8(params, stream())
-        for pool, expected in zip(on_device.pools, pools, strict=True):
-            assert np.array_equal(pool.bytes(), expected), f"scatter_fp8, seed {seed}: {case.scales}"
-
-
 @pytest.mark.parametrize("heads", [(0, 8), (0, 4), (4, 8), (3, 4)])
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 300, 2048])
 def test_llama_pool_against_torch_indexing(

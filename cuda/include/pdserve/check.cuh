@@ -20,10 +20,7 @@ enum Status : int {
   kBadRegionRange = -8,
   kBadPageRange = -9,
   kBadRegionAlign = -10,
-  kBadDtype = -11,
-  kBadHeadDim = -12,
-  kBadScalePage = -13,
-  kMisaligned = -14,
+  kMisaligned = -11,
 };
 
 inline const char* status_text(int status) {
@@ -33,7 +30,7 @@ inline const char* status_text(int status) {
     case kNullParams:
       return "the params pointer is null";
     case kNullPointer:
-      return "region_ptrs, page_ids, slab or scales is null";
+      return "region_ptrs, page_ids or slab is null";
     case kOutOfRange:
       return "a field is negative or above 2^40, or a page is above 2 GiB";
     case kBadPageSize:
@@ -51,15 +48,8 @@ inline const char* status_text(int status) {
       return "page_ids is too short: first_token + num_tokens exceeds num_page_ids * page_size";
     case kBadRegionAlign:
       return "region_align must be a power of two, at least 1 byte";
-    case kBadDtype:
-      return "dtype must be 0 (float16) or 1 (bfloat16)";
-    case kBadHeadDim:
-      return "slice_bytes must be a whole number of heads of head_dim 2-byte elements";
-    case kBadScalePage:
-      return "scale pages must hold at least 1 token and contain scale_first_token";
     case kMisaligned:
-      return "page_ids and scales need 4-byte, region_ptrs 8-byte alignment; "
-             "fp8 needs 2-byte elements aligned to 2 bytes";
+      return "page_ids needs 4-byte, region_ptrs 8-byte alignment";
     default:
       return "unknown status";
   }
@@ -72,9 +62,7 @@ constexpr int64_t kMaxTotal = int64_t{1} << 62;
 inline bool in_range(int64_t value) { return value >= 0 && value <= kMaxField; }
 inline bool product_fits(int64_t a, int64_t b, int64_t limit) { return b == 0 || a <= limit / b; }
 
-// Checks everything but the slab, whose row is `slab_token_bytes` wide (fp8 rows are narrower than the
-// slice).
-inline int check_copy(const CopyParams* params, int64_t slab_token_bytes) {
+inline int check_copy(const CopyParams* params) {
   if (params == nullptr) return kNullParams;
   const CopyParams& p = *params;
   if (!in_range(p.slab_region_stride) || !in_range(p.token_stride) || !in_range(p.slice_offset) ||
@@ -88,7 +76,7 @@ inline int check_copy(const CopyParams* params, int64_t slab_token_bytes) {
   if (!product_fits(p.page_size, p.token_stride, kMaxPageBytes)) return kOutOfRange;
   if (!product_fits(p.num_tokens, p.slice_bytes, kMaxField)) return kOutOfRange;
   if (!product_fits(p.num_regions, p.slab_region_stride, kMaxTotal)) return kOutOfRange;
-  if (p.num_regions > 1 && p.slab_region_stride < p.num_tokens * slab_token_bytes) return kBadSlabStride;
+  if (p.num_regions > 1 && p.slab_region_stride < p.num_tokens * p.slice_bytes) return kBadSlabStride;
   if (p.region_begin + p.num_regions > p.num_regions_total) return kBadRegionRange;
   if (pages_touched(p.first_token, p.num_tokens, p.page_size) > p.num_page_ids && p.num_tokens > 0)
     return kBadPageRange;
@@ -97,10 +85,6 @@ inline int check_copy(const CopyParams* params, int64_t slab_token_bytes) {
   if (p.region_ptrs == 0 || p.page_ids == 0 || p.slab == 0) return kNullPointer;
   if (p.region_ptrs % 8 != 0 || p.page_ids % 4 != 0) return kMisaligned;
   return kOk;
-}
-
-inline int check_copy(const CopyParams* params) {
-  return check_copy(params, params == nullptr ? 0 : params->slice_bytes);
 }
 
 inline bool is_empty(const CopyParams& p) { return p.num_tokens == 0 || p.num_regions == 0; }
