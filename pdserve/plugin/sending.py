@@ -24,12 +24,13 @@ from pdserve.kv.coalesce import PageCopier
 from pdserve.plugin.dataplane import Slab
 from pdserve.plugin.idle import wake_scheduler
 from pdserve.transfer.engine import PeerName, Spans
+from pdserve.transfer.jobs import ChunkJob, Target, TransferRecord
 from pdserve.transfer.messages import Credit, PeerOffer, Void, decode_control, encode
 from pdserve.transfer.nixl import NixlEngine
 from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import OwnPool, PeerLink, connect_peer, page_blocks
 from pdserve.transfer.plan import Path
-from pdserve.transfer.steps import ChunkJob, StepRunner, Target, TransferRecord
+from pdserve.transfer.steps import StepRunner
 from pdserve.transfer.warm_up import warm_up
 
 logger = logging.getLogger(__name__)

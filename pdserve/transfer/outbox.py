@@ -1,12 +1,11 @@
-"""The prefill rank's transfer loop: many writes in flight, fair over decode ranks, no busy spin.
+"""The prefill rank's transfer loop: many writes in flight, round robin over decode ranks, no busy polling.
 
-One named thread owns all peers. A submitted chunk becomes one share per peer;
-shares of a peer run in order, peers take turns one write at a time, and every
-posted write is polled later, so a slow peer holds up nobody else.
+One thread owns all peers. A submitted chunk becomes one ``RankWrites`` per peer.
+A peer's chunks are written in order, peers take turns one write at a time, and
+posted writes are polled later, so a slow peer does not delay the others.
 
-The owner of the rooms (SGLang's manager) is asked before the first byte of a
-chunk moves and told when the last one has settled: that is what its promise
-not to write into released pages rests on (``RoomGate``).
+``RoomGate`` (SGLang's manager) is asked before the first byte of a chunk moves
+and told when the last write has settled: it releases no page before that.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from collections.abc import Callable
 
 from pdserve.errors import PdserveError, PeerLost
 from pdserve.transfer.engine import PeerName
+from pdserve.transfer.jobs import ChunkJob, RankWrites, RoomGate, Step
 from pdserve.transfer.messages import Credit, Void
 from pdserve.transfer.peer import PeerLink
-from pdserve.transfer.steps import ChunkJob, RoomGate, Share, Step, StepRunner
+from pdserve.transfer.steps import StepRunner
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ class Outbox:
         self._send_control = send_control
         self._credit_timeout_s = credit_timeout_s
         self._peers: dict[PeerName, PeerLink] = {}
-        self._queues: dict[PeerName, deque[Share]] = {}
-        self._active: list[Share] = []
-        self._unsettled: list[Share] = []
+        self._queues: dict[PeerName, deque[RankWrites]] = {}
+        self._active: list[RankWrites] = []
+        self._unsettled: list[RankWrites] = []
         self._mail: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._is_closing = False
@@ -147,20 +147,19 @@ class Outbox:
 
     def _drop_peer(self, name: PeerName) -> None:
         self._peers.pop(name, None)
-        for share in list(self._queues.pop(name, ())):
-            share.job.fail(f"decode rank {name} is gone")
+        for writes in list(self._queues.pop(name, ())):
+            writes.job.fail(f"decode rank {name} is gone")
 
     def _accept(self, job: ChunkJob) -> None:
-        shares = [Share(job, target) for target in job.targets]
-        job.shares.extend(shares)
-        self._active.extend(shares)
-        for share in shares:
-            queue = self._queues.get(share.target.peer)
+        job.per_rank.extend(RankWrites(job, target) for target in job.targets)
+        self._active.extend(job.per_rank)
+        for writes in job.per_rank:
+            queue = self._queues.get(writes.target.peer)
             if queue is None:
-                job.fail(f"decode rank {share.target.peer} is not connected")
+                job.fail(f"decode rank {writes.target.peer} is not connected")
             else:
-                queue.append(share)
-        if not shares:
+                queue.append(writes)
+        if not job.per_rank:
             self._gate.finished(job)
 
     def _take_credit(self, credit: Credit, now_s: float) -> None:
@@ -173,38 +172,38 @@ class Outbox:
         peer, queue = self._peers.get(name), self._queues[name]
         if peer is None or not queue:
             return False
-        if sum(len(share.in_flight) for share in queue) >= MAX_IN_FLIGHT:
+        if sum(len(writes.in_flight) for writes in queue) >= MAX_IN_FLIGHT:
             return False
         waiting: set[int] = set()
-        for share in list(queue):
-            if share.is_posted or share.job.failure is not None:
+        for writes in list(queue):
+            if writes.is_posted or writes.job.has_failed:
                 continue
-            if share.job.room in waiting:
+            if writes.job.room in waiting:
                 continue
             try:
-                is_ready = share.job.is_ready()
+                is_ready = writes.job.is_ready()
             except Exception as exc:  # a CUDA event reports errors of earlier kernels here
-                logger.exception("room=%s: the forward pass cannot be asked", share.job.room)
-                share.job.fail(f"the forward pass failed: {exc}")
+                logger.exception("room=%s: the forward pass cannot be asked", writes.job.room)
+                writes.job.fail(f"the forward pass failed: {exc}")
                 return True
             if not is_ready:
-                waiting.add(share.job.room)
+                waiting.add(writes.job.room)
                 continue
-            return self._step(peer, share)
+            return self._step(peer, writes)
         return False
 
-    def _step(self, peer: PeerLink, share: Share) -> bool:
-        job = share.job
+    def _step(self, peer: PeerLink, writes: RankWrites) -> bool:
+        job = writes.job
         try:
             if not job.is_entered:
                 if not self._gate.enter(job.room):
                     job.fail("room is closed", is_silent=True)
                     return True
-                job.is_entered = True
+                job.enter()
             elif not self._gate.is_open(job.room):
                 job.fail("room was closed during the transfer", is_silent=True)
                 return True
-            return self._runner.post_next(peer, share)
+            return self._runner.post_next(peer, writes)
         except PdserveError as exc:
             if isinstance(exc, PeerLost) and exc.may_have_written:
                 job.may_have_written = True
@@ -216,59 +215,57 @@ class Outbox:
 
     def _reap(self) -> bool:
         has_moved = False
-        for share in self._active:
-            peer = self._peers.get(share.target.peer)
-            for step in list(share.in_flight):
-                has_moved |= self._reap_step(peer, share, step)
-        for share in list(self._active):
-            if share.job.is_over or self._finish_if_over(share.job):
-                has_moved = True
+        for writes in self._active:
+            peer = self._peers.get(writes.target.peer)
+            for step in list(writes.in_flight):
+                has_moved |= self._reap_step(peer, writes, step)
+        for job in dict.fromkeys(writes.job for writes in self._active):
+            has_moved |= self._finish_if_over(job)
         return has_moved
 
-    def _reap_step(self, peer: PeerLink | None, share: Share, step: Step) -> bool:
+    def _reap_step(self, peer: PeerLink | None, writes: RankWrites, step: Step) -> bool:
         try:
-            return self._runner.reap(peer, share, step)
+            return self._runner.reap(peer, writes, step)
         except Exception as exc:
             if not isinstance(exc, PdserveError):
-                logger.exception("room=%s: unexpected transfer error", share.job.room)
+                logger.exception("room=%s: unexpected transfer error", writes.job.room)
             with contextlib.suppress(ValueError):
-                share.in_flight.remove(step)
+                writes.in_flight.remove(step)
             if isinstance(exc, PeerLost) and exc.may_have_written:
-                share.job.may_have_written = True
-            share.job.fail(str(exc))
+                writes.job.may_have_written = True
+            writes.job.fail(str(exc))
             return True
 
     def _finish_if_over(self, job: ChunkJob) -> bool:
-        in_flight = any(share.in_flight for share in job.shares)
-        if job.failure is None:
-            if in_flight or not all(share.is_posted for share in job.shares):
+        in_flight = any(writes.in_flight for writes in job.per_rank)
+        if job.has_failed:
+            if in_flight and time.monotonic() < job.failed_at_s + SETTLE_S:
                 return False
-        elif in_flight and time.monotonic() < job.failed_at_s + SETTLE_S:
+        elif in_flight or not all(writes.is_posted for writes in job.per_rank):
             return False
-        job.is_over = True
-        for share in job.shares:
-            self._forget(share, was_settled=not share.in_flight)
-        if job.failure is None:
-            self._guarded(lambda: self._gate.finished(job))
-        else:
+        for writes in job.per_rank:
+            self._forget(writes, was_settled=not writes.in_flight)
+        if job.has_failed:
             self._guarded(lambda: self._gate.failed(job, settled=not in_flight))
+        else:
+            self._guarded(lambda: self._gate.finished(job))
         return True
 
-    def _forget(self, share: Share, *, was_settled: bool) -> None:
-        self._active.remove(share)
+    def _forget(self, writes: RankWrites, *, was_settled: bool) -> None:
+        self._active.remove(writes)
         with contextlib.suppress(ValueError, KeyError):
-            self._queues[share.target.peer].remove(share)
-        self._runner.forget(share)
+            self._queues[writes.target.peer].remove(writes)
+        self._runner.forget(writes)
         if not was_settled:
-            self._unsettled.append(share)
+            self._unsettled.append(writes)
 
     def _sweep(self) -> None:
         """Ask for slab pieces back whose arrival was never acted on: lost message, failed write."""
-        for share in list(self._unsettled):
-            for step in list(share.in_flight):
-                self._reap_step(self._peers.get(share.target.peer), share, step)
-            if not share.in_flight:
-                self._unsettled.remove(share)
+        for writes in list(self._unsettled):
+            for step in list(writes.in_flight):
+                self._reap_step(self._peers.get(writes.target.peer), writes, step)
+            if not writes.in_flight:
+                self._unsettled.remove(writes)
         deadline_s = time.monotonic() - self._credit_timeout_s
         for peer in self._peers.values():
             overdue = self._runner.overdue(peer, deadline_s)

@@ -1,6 +1,6 @@
 """One decode rank as a prefill rank sees it: where it may write, and what that costs.
 
-A chunk's share for the peer becomes *steps*; every step is one posted write::
+What a chunk needs at the peer becomes *steps*; every step is one posted write::
 
     direct:  pool pages ─────────────────────────────► pool pages      1 step, many descriptors
     packed:  pool pages ─gather► own slab ─► window ─scatter► pages    1 step per piece, 1 descriptor
@@ -59,12 +59,7 @@ class PeerLink:
         """Pages of both sides are the same bytes."""
         return self.blocks is not None
 
-    @property
-    def can_pack(self) -> bool:
-        """The peer gave this rank a window."""
-        return self.piece_bytes > 0
-
-    def plan(self, source: PageIds, target: PageIds, first_token: int, forced: Path | None) -> SharePlan:
+    def plan(self, source: PageIds, target: PageIds, first_token: int, forced: Path | None) -> WritePlan:
         """Decide how ``source`` pages reach the room's ``target`` pages from token ``first_token`` on.
 
         Args:
@@ -80,15 +75,9 @@ class PeerLink:
         room_left = len(target) * target_size - first_token
         num_tokens = min(len(source) * regions.page_size, room_left)
         if self.slice is None or num_tokens <= 0:
-            return SharePlan(Path.DIRECT, nbytes=0)
+            return WritePlan(Path.DIRECT, nbytes=0)
         nbytes = num_tokens * self.slice.nbytes * regions.num_regions
-        pieces: list[Piece] = []
-        if self.can_pack:
-            pieces = split_pieces(
-                num_regions=regions.num_regions, first_token=0, num_tokens=num_tokens,
-                slice_offset=self.slice.source_offset, slice_bytes=self.slice.nbytes,
-                piece_bytes=self.piece_bytes, token_unit=max(regions.page_size, target_size),
-            )  # fmt: skip
+        pieces = self._pieces(self.slice, num_tokens)
         if not self.can_direct:
             if not pieces:
                 raise KVLayoutMismatch(
@@ -96,22 +85,32 @@ class PeerLink:
                     f"{regions.row_bytes} and {self.offer.row_bytes} bytes a token need slab space, "
                     "and the decode rank has none left; raise PDSERVE_SLAB_MB on the decode servers"
                 )
-            return SharePlan(Path.PACKED, nbytes=nbytes, pieces=deque(pieces))
+            return WritePlan(Path.PACKED, nbytes=nbytes, pieces=pieces)
         first = first_token // target_size
         count = num_tokens // regions.page_size
         pages = (source[:count], target[first : first + count])
         num_descriptors = num_runs(*pages) * regions.num_regions
-        path = forced or Path.DIRECT
-        if forced is None and pieces:
-            path = self.costs.choose(nbytes, num_descriptors, len(pieces))
-        if path is Path.PACKED and not pieces:
-            path = Path.DIRECT
-        plan = SharePlan(path, nbytes=nbytes, pages=pages, num_descriptors=num_descriptors)
-        if path is Path.PACKED:
-            plan.pieces.extend(pieces)
-        return plan
+        path = Path.DIRECT
+        if pieces:
+            path = forced or self.costs.choose(nbytes, num_descriptors, len(pieces))
+        if path is Path.DIRECT:
+            pieces.clear()
+        return WritePlan(path, nbytes=nbytes, pages=pages, num_descriptors=num_descriptors, pieces=pieces)
 
-    def direct_indices(self, plan: SharePlan) -> tuple[Indices, Indices]:
+    def _pieces(self, part: HeadSlice, num_tokens: int) -> deque[Piece]:
+        """The chunk cut to fit the window; empty without a window."""
+        if self.piece_bytes <= 0:
+            return deque()
+        regions = self.own.regions
+        return deque(
+            split_pieces(
+                num_regions=regions.num_regions, first_token=0, num_tokens=num_tokens,
+                slice_offset=part.source_offset, slice_bytes=part.nbytes,
+                piece_bytes=self.piece_bytes, token_unit=max(regions.page_size, self.offer.page_size),
+            )
+        )  # fmt: skip
+
+    def direct_indices(self, plan: WritePlan) -> tuple[Indices, Indices]:
         """Block numbers of all pages, or of what is left of a packed plan, on both sides."""
         source, target = plan.pages
         here, there = self.own.regions.num_pages, self.offer.num_pages
@@ -129,7 +128,7 @@ class PeerLink:
 
 
 @dataclass(slots=True)
-class SharePlan:
+class WritePlan:
     """What is to be written for one chunk to one peer. ``pieces`` shrinks as they are posted."""
 
     path: Path

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from pdserve.cluster.diagnose import TAIL_BYTES, diagnose, explain_exit, last_lines, read_tail
+from tests.support.rows import rows
 
 SAMPLES = [
     (
@@ -76,7 +75,7 @@ SAMPLES = [
 ]
 
 
-@pytest.mark.parametrize(("log", "expected"), SAMPLES, ids=[expected[:30] for _, expected in SAMPLES])
+@rows(("log", "expected"), SAMPLES)
 def test_known_failures(log: str, expected: str) -> None:
     line = diagnose(f"[2026-01-01 00:00:00] server_args=…\n{log}\n")
     assert line is not None and expected in line

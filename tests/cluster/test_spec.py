@@ -15,6 +15,7 @@ from pdserve.cluster.spec import ClusterSpec, ProcessKind, format_plan, plan_clu
 from pdserve.config.launch import LaunchConfig
 from pdserve.errors import ConfigError
 from pdserve.types import Role
+from tests.support.rows import rows
 
 
 class CountingPorts:
@@ -111,14 +112,14 @@ def test_model_folder_is_served_offline(tmp_path: Path) -> None:
     assert spec.workers[0].env["HF_HUB_OFFLINE"] == "1"
 
 
-@pytest.mark.parametrize("given", [("--page-size", "32"), ("--page-size=32",), ("--page_size", "32")])
+@rows("given", [("--page-size", "32"), ("--page-size=32",), ("--page_size", "32")])
 def test_flag_of_the_user_replaces_the_default(given: tuple[str, ...]) -> None:
     flags = plan(sglang_args=given).workers[0].flags
     assert flags[-len(given) :] == given
     assert not {"16", "--page-size=16"} & set(flags)
 
 
-@pytest.mark.parametrize("given", [("--mem-fraction-static", "0.2"), ("--max-total-tokens=9",)])
+@rows("given", [("--mem-fraction-static", "0.2"), ("--max-total-tokens=9",)])
 def test_pool_size_is_left_to_the_user_who_sets_it(given: tuple[str, ...]) -> None:
     assert "65536" not in plan(sglang_args=given).workers[0].flags
 
@@ -130,7 +131,7 @@ def test_role_arguments_come_last_and_reach_their_role_only() -> None:
     assert value_of(decode.flags, "--page-size") == "16"
 
 
-@pytest.mark.parametrize(
+@rows(
     ("given", "instead"),
     [
         (("--port", "1"), "worker_base_port"),
@@ -147,7 +148,7 @@ def test_role_arguments_come_last_and_reach_their_role_only() -> None:
         (("--tensor_parallel_size", "2"), "--tp"),
     ],
 )
-@pytest.mark.parametrize("field", ["sglang_args", "decode_args"])
+@rows("field", ["sglang_args", "decode_args"])
 def test_flag_that_pdserve_owns_is_refused(field: str, given: tuple[str, ...], instead: str) -> None:
     with pytest.raises(ConfigError) as caught:
         plan(**dict[str, Any]({field: given}))
@@ -156,7 +157,7 @@ def test_flag_that_pdserve_owns_is_refused(field: str, given: tuple[str, ...], i
     assert instead in message
 
 
-@pytest.mark.parametrize("given", ["--por", "--disaggregation-mod", "--tensor-parallel"])
+@rows("given", ["--por", "--disaggregation-mod", "--tensor-parallel"])
 def test_abbreviation_of_an_owned_flag_is_refused(given: str) -> None:
     with pytest.raises(ConfigError, match=f"{given}.* is set by pdserve"):
         plan(sglang_args=(given, "1"))

@@ -9,9 +9,10 @@ from pdserve.errors import KVLayoutMismatch
 from pdserve.kv.coalesce import HostPageCopier, Piece, check_piece
 from pdserve.kv.layout import HeadSlice, PagedRegions, head_slice, heads_of_rank, num_runs, page_runs
 from pdserve.kv.staging import ALIGNMENT, StagingRing, StagingSlab
+from tests.support.rows import rows
 
 
-@pytest.mark.parametrize("seed", range(20))
+@rows("seed", range(20))
 def test_page_runs_are_maximal_and_cover_every_pair_once(seed: int) -> None:
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 40))
@@ -43,9 +44,9 @@ def test_lists_of_different_length_are_refused() -> None:
         page_runs(np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32))
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4, 8, 12])
-@pytest.mark.parametrize("source_tp", [1, 2, 4, 8])
-@pytest.mark.parametrize("target_tp", [1, 2, 4, 8])
+@rows("heads", [1, 2, 4, 8, 12])
+@rows("source_tp", [1, 2, 4, 8])
+@rows("target_tp", [1, 2, 4, 8])
 def test_every_decode_rank_gets_each_of_its_heads(heads: int, source_tp: int, target_tp: int) -> None:
     if heads % min(source_tp, heads) or heads % min(target_tp, heads):
         pytest.skip("SGLang needs heads divisible by the ranks")
@@ -68,7 +69,7 @@ def test_whole_rows_are_one_slice() -> None:
     assert head_slice(range(2), range(2, 4), 32) is None
 
 
-@pytest.mark.parametrize(
+@rows(
     ("changes", "message"),
     [
         ({"num_pages": 0}, "at least one page"),
@@ -82,7 +83,7 @@ def test_impossible_pools_are_refused(changes: dict[str, int], message: str) -> 
         PagedRegions(**fields)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
+@rows(
     ("piece", "pages", "message"),
     [
         (Piece(1, 2, 0, 4, 0, 16), [1, 2], "regions 1..3"),
@@ -100,7 +101,7 @@ def test_pieces_outside_the_pool_are_refused_by_the_bound_they_break(
         check_piece(regions, np.array(pages, dtype=np.int32), piece)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@rows("seed", range(30))
 def test_gather_then_scatter_is_numpys_own_indexing(seed: int) -> None:
     """Any geometry and piece, against plain indexing of the pool as an array of tokens."""
     rng = np.random.default_rng(seed)
@@ -148,7 +149,7 @@ def test_gather_then_scatter_is_numpys_own_indexing(seed: int) -> None:
     np.testing.assert_array_equal(memory[0], before[0])
 
 
-@pytest.mark.parametrize("seed", range(10))
+@rows("seed", range(10))
 def test_ring_pieces_never_overlap_and_all_space_comes_back(seed: int) -> None:
     rng = np.random.default_rng(seed)
     ring = StagingRing(int(rng.integers(4, 40)) * ALIGNMENT)

@@ -9,6 +9,7 @@ import pytest
 
 from pdserve.kv.allocator import SegmentAllocator
 from pdserve.kv.layout import num_runs
+from tests.support.rows import rows
 
 
 def _check(allocator: SegmentAllocator, held: set[int]) -> None:
@@ -23,7 +24,7 @@ def _check(allocator: SegmentAllocator, held: set[int]) -> None:
     np.testing.assert_array_equal(allocator.free_pages(), sorted(free))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@rows("seed", range(12))
 def test_any_sequence_of_calls_keeps_the_books(seed: int) -> None:
     rng = np.random.default_rng(seed)
     allocator = SegmentAllocator(int(rng.integers(1, 90)))
@@ -138,7 +139,7 @@ def test_requests_that_can_grow_in_place_are_not_robbed_by_others() -> None:
     assert allocator.extend([7, 4]).tolist() == [9, 5]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
+@rows(
     ("pages", "message"),
     [
         ([0], "page 0 is not one"),

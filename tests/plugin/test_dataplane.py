@@ -14,9 +14,10 @@ from pdserve.errors import ConfigError, KVLayoutMismatch
 from pdserve.plugin import dataplane
 from pdserve.plugin.dataplane import Slab, WindowTable, regions_of, unsupported
 from pdserve.transfer.engine import MemoryKind, PeerName
-from pdserve.transfer.loopback import LoopbackFabric
 from pdserve.transfer.peer import OwnPool, connect_peer
 from tests.support.kv_rig import DecodeRank, Geometry, PrefillRank
+from tests.support.loopback import LoopbackFabric
+from tests.support.rows import rows
 
 ON = WorkerEnv(is_active=True)
 
@@ -41,7 +42,7 @@ def test_plain_attention_pools_are_served() -> None:
     assert unsupported(_manager(), ON) == ""
 
 
-@pytest.mark.parametrize(
+@rows(
     ("changes", "reason"),
     [
         ({"pp_size": 2}, "pipeline parallelism"),
@@ -62,7 +63,7 @@ def test_everything_else_stays_sglangs_and_says_why(changes: dict[str, Any], rea
     assert reason in unsupported(_manager(**changes), ON)
 
 
-@pytest.mark.parametrize(
+@rows(
     "env",
     [
         WorkerEnv(is_active=True, stock=True),
@@ -80,7 +81,7 @@ def test_regions_come_from_sglangs_arguments() -> None:
     assert latent.num_kv_heads == 1
 
 
-@pytest.mark.parametrize(
+@rows(
     ("environ", "message"),
     [
         ({"PDSERVE_DATA_PLANE": "yes"}, "PDSERVE_DATA_PLANE must be on or off"),
@@ -139,7 +140,7 @@ def test_a_returning_prefill_keeps_its_window() -> None:
     assert table.window_of("a:1") is not None
 
 
-@pytest.mark.parametrize(
+@rows(
     ("source", "target", "message"),
     [
         (Geometry(num_regions=4), Geometry(num_regions=6), "6 regions"),

@@ -16,6 +16,7 @@ from pdserve.plugin.geometry import describe_layout, rank_index
 from pdserve.plugin.hooks import check_sglang_version
 from pdserve.plugin.imports import is_cpu_server
 from pdserve.plugin.stats import TransferStats
+from tests.support.rows import rows
 
 
 def _kv_args(**changes: object) -> SimpleNamespace:
@@ -71,7 +72,7 @@ def test_rank_index_follows_sglangs_table_order() -> None:
     assert rank_index(manager) == (7, 8)
 
 
-@pytest.mark.parametrize(
+@rows(
     ("flags", "is_cpu"),
     [
         (["--device", "cpu", "--port", "1"], True),

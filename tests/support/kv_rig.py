@@ -18,10 +18,11 @@ from pdserve.kv.coalesce import HostPageCopier
 from pdserve.kv.layout import PagedRegions
 from pdserve.transfer.engine import MemoryKind, PeerName, TransferEngine
 from pdserve.transfer.inbox import Inbox, Window
+from pdserve.transfer.jobs import ChunkJob, Target
 from pdserve.transfer.messages import PROTOCOL_VERSION, Credit, PeerOffer, Void
 from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import OwnPool, connect_peer, page_blocks
-from pdserve.transfer.steps import ChunkJob, StepRunner, Target
+from pdserve.transfer.steps import StepRunner
 
 AUX_BYTES = 64
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
 
+Check = Callable[..., None]
 
-def rows(names: str, table: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+
+def rows(names: str | Sequence[str], table: Iterable[Any]) -> Callable[[Check], Check]:
     """Decorate a test as ``pytest.mark.parametrize`` does, but make one test of all rows.
 
     Fixtures are shared by the rows; a row that calls ``pytest.skip`` is left out.
     """
-    columns = [name.strip() for name in names.split(",")]
+    columns = [names] if isinstance(names, str) else list(names)
     cases = list(table)
 
-    def decorate(check: Callable[..., None]) -> Callable[..., None]:
+    def decorate(check: Check) -> Check:
         @functools.wraps(check)
         def test(**fixtures: Any) -> None:
             misses = []
@@ -29,7 +31,7 @@ def rows(names: str, table: Iterable[Any]) -> Callable[[Callable[..., None]], Ca
                 except pytest.skip.Exception:
                     continue
                 except (Exception, pytest.fail.Exception) as exc:
-                    misses.append(f"{names} = {case!r}: {type(exc).__name__}: {exc}")
+                    misses.append(f"{case!r}: {type(exc).__name__}: {exc}")
                     error = exc
             if misses:
                 text = "\n".join(misses)

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from pdserve.transfer.loopback import LoopbackFabric
+from pdserve.transfer.jobs import Target
 from pdserve.transfer.messages import decode_arrival
 from pdserve.transfer.plan import Path
-from pdserve.transfer.steps import Target
 from tests.support.kv_rig import DecodeRank, Geometry, PrefillRank, wait_until
+from tests.support.loopback import LoopbackFabric
+from tests.support.rows import rows
 
 SAME = Geometry()
 
@@ -97,8 +98,8 @@ def rig() -> Iterator[Rig]:
     made.close()
 
 
-@pytest.mark.parametrize("path", [Path.DIRECT, Path.PACKED, None])
-@pytest.mark.parametrize("chunks", [1, 3])
+@rows("path", [Path.DIRECT, Path.PACKED, None])
+@rows("chunks", [1, 3])
 def test_every_path_moves_exactly_the_rooms_tokens(path: Path | None, chunks: int) -> None:
     for seed in range(8):
         rig = Rig(seed)
@@ -127,7 +128,7 @@ def _assert_only_pages_changed(rig: Rig, before: list[np.ndarray], target: np.nd
         np.testing.assert_array_equal(old[mask], new[mask])
 
 
-@pytest.mark.parametrize(
+@rows(
     ("source", "target"),
     [
         (Geometry(page_size=4), Geometry(page_size=8)),
@@ -140,7 +141,6 @@ def _assert_only_pages_changed(rig: Rig, before: list[np.ndarray], target: np.nd
             Geometry(num_kv_heads=2, total_kv_heads=4, tp_size=2, tp_rank=1),
         ),
     ],
-    ids=["to-larger-pages", "to-tokens", "odd-pages", "source-stride", "target-stride", "to-more-ranks"],
 )  # fmt: skip
 def test_other_geometry_is_converted_while_scattering(source: Geometry, target: Geometry) -> None:
     for seed in range(6):

@@ -19,9 +19,10 @@ from pdserve.transfer.messages import (
     encode,
 )
 from pdserve.transfer.plan import EXPLORE_EVERY, LinearCost, Path, PathCosts, split_pieces
+from tests.support.rows import rows
 
 
-@pytest.mark.parametrize(("alpha_s", "beta_s"), [(1e-5, 1e-10), (2e-6, 4e-10), (3e-5, 2e-10)])
+@rows(("alpha_s", "beta_s"), [(1e-5, 1e-10), (2e-6, 4e-10), (3e-5, 2e-10)])
 def test_law_is_found_from_noisy_transfers_of_mixed_sizes(alpha_s: float, beta_s: float) -> None:
     rng = np.random.default_rng(1)
     cost = LinearCost(3e-6, 1e-10)
@@ -68,7 +69,7 @@ def test_other_path_is_tried_now_and_then_only_when_it_is_close() -> None:
     assert {far.choose(10**6, 10**5, 2) for _ in range(4 * EXPLORE_EVERY)} == {Path.PACKED}
 
 
-@pytest.mark.parametrize("seed", range(25))
+@rows("seed", range(25))
 def test_pieces_tile_regions_and_tokens_exactly(seed: int) -> None:
     rng = np.random.default_rng(seed)
     regions, tokens, nbytes = int(rng.integers(1, 70)), int(rng.integers(1, 300)), int(rng.integers(1, 600))
@@ -140,7 +141,7 @@ def test_messages_survive_the_wire() -> None:
     assert decode_offer(encode(_offer())) == _offer()
 
 
-@pytest.mark.parametrize("raw", [b"", b"\xff\x00", b"GUARD", encode(_offer())[:20]])
+@rows("raw", [b"", b"\xff\x00", b"GUARD", encode(_offer())[:20]])
 def test_anything_else_is_refused_by_name(raw: bytes) -> None:
     for decode in (decode_arrival, decode_control, decode_offer):
         with pytest.raises(ProtocolMismatch, match="not a data-plane message"):

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
-
 from pdserve.transfer.engine import MemoryKind
 from pdserve.transfer.ucx import transport_problem
+from tests.support.rows import rows
 
 
-@pytest.mark.parametrize(
-    "tls", ["", "all", "tcp", "tcp,self", "sm,self", "^cuda_ipc", "rc_x:aux,cuda", "^tcp", "ib"]
-)
+@rows("tls", ["", "all", "tcp", "tcp,self", "sm,self", "^cuda_ipc", "rc_x:aux,cuda", "^tcp", "ib"])
 def test_usable_settings_pass_for_host_memory(tls: str) -> None:
     assert transport_problem(tls, MemoryKind.DRAM) == ""
 
 
-@pytest.mark.parametrize("tls", ["self", "cuda_copy", "self,cuda_ipc", "^all"])
+@rows("tls", ["self", "cuda_copy", "self,cuda_ipc", "^all"])
 def test_settings_without_a_road_to_another_process_are_named(tls: str) -> None:
     problem = transport_problem(tls, MemoryKind.DRAM)
     assert f"UCX_TLS={tls}" in problem
     assert "another process" in problem
 
 
-@pytest.mark.parametrize(
+@rows(
     ("tls", "is_usable"),
     [("tcp", False), ("tcp,cuda_copy", True), ("rc,cuda", True), ("^cuda", False), ("^tcp", True)],
 )

@@ -29,6 +29,7 @@ from pdserve.kv.coalesce import HostPageCopier, PageCopier, host_bytes
 from pdserve.kv.layout import PagedRegions, PageIds
 from pdserve.transfer.engine import MemoryKind, PeerName
 from pdserve.transfer.inbox import Inbox, Window
+from pdserve.transfer.jobs import ChunkJob, Target, TransferRecord
 from pdserve.transfer.messages import (
     PROTOCOL_VERSION,
     Credit,
@@ -43,7 +44,7 @@ from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import OwnPool, PeerLink, connect_peer, page_blocks
 from pdserve.transfer.plan import Path
 from pdserve.transfer.selftest.pool import PoolSums, TrialGeometry, TrialPool, make_buffer
-from pdserve.transfer.steps import ChunkJob, StepRunner, Target, TransferRecord
+from pdserve.transfer.steps import StepRunner
 from pdserve.transfer.warm_up import warm_up
 
 __all__ = ["SendReport", "Trial", "TrialGeometry", "copy_rate_bytes_per_s"]

@@ -1,7 +1,6 @@
 """The transfer engine's contract by memory copies inside one process, with faults on demand.
 
-For tests that need what a real transport will not do when asked: reorder,
-repeat or lose messages, fail a write, keep it pending. Host memory only.
+A test can reorder, repeat or lose messages, fail a write, or keep it pending. Host memory only.
 """
 
 from __future__ import annotations
