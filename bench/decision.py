@@ -33,6 +33,7 @@ from pdserve.scheduling.load_sample import Sample
 from pdserve.scheduling.policy import Policy, make_policy
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.workers import PairKey, PairRecord, PairState, Worker, WorkerState
+from pdserve.sim.baselines import SIMULATED_MAKERS
 from pdserve.sim.fleet import NoJudge
 from pdserve.types import (
     Forecast,
@@ -69,7 +70,7 @@ class Bench:
         self._draw = random.Random(seed)
         self._prompt_bytes = prompt_bytes
         self._now_s = 0.0
-        self.policy: Policy = make_policy(case.policy, seed)
+        self.policy: Policy = make_policy(case.policy, seed, makers=SIMULATED_MAKERS)
         self._table = LoadTable()
         self.rows = [self._worker(Role.PREFILL, index, case) for index in range(case.size)]
         self.columns = [self._worker(Role.DECODE, index, case) for index in range(case.size)]

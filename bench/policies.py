@@ -46,7 +46,7 @@ from common import describe_setup, print_result, print_setup
 from policies_report import plot, print_cell, told
 
 from pdserve.config.balancer import BalancerConfig
-from pdserve.scheduling.policy import POLICIES
+from pdserve.sim.baselines import SIMULATED_MAKERS
 from pdserve.sim.profiles import PROFILES, model_of
 from pdserve.sim.report import Slo, percentile
 from pdserve.sim.simulator import SimOptions, simulate
@@ -325,7 +325,7 @@ def plan(args: argparse.Namespace) -> list[Cell]:
 
 def rows_of(cell: Cell, args: argparse.Namespace, before: dict[str, Any] | None) -> list[str]:
     """Which rows a cell runs."""
-    rows = [*POLICIES, *VARIANTS]
+    rows = [*SIMULATED_MAKERS, *VARIANTS]
     if args.rows:
         return [row for row in rows if row in args.rows.split(",")]
     if before is None:

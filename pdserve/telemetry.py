@@ -87,14 +87,6 @@ class RequestTimeline(msgspec.Struct):
         return (self.finished_s - self.first_token_s) / (self.completion_tokens - 1)
 
 
-class LogFields(Protocol):
-    """An argument of a log message that has more to tell than its text."""
-
-    def log_fields(self) -> dict[str, object]:
-        """By name; JSON-ready."""
-        ...
-
-
 _FIELD = re.compile(r"(?<!\S)([a-z][a-z_0-9]*)=(\S+)")
 _OURS = frozenset(("time", "level", "logger", "message", "exception"))
 

@@ -1,4 +1,4 @@
-"""The nouns both towers share: workers, pairs, loads, tickets, KV layouts.
+"""The nouns both towers share: workers, pairs, loads, KV layouts.
 
 No I/O and no heavy imports. What crosses a wire is a ``msgspec.Struct``; what
 stays in one process is a frozen dataclass. Field names keep SGLang's spelling.
@@ -186,12 +186,3 @@ class Pair:
     def label(self) -> str:
         """``prefill-0>decode-1``: short form for logs and the state document."""
         return f"{self.prefill.worker_id}>{self.decode.worker_id}"
-
-
-@dataclass(frozen=True, slots=True)
-class BootstrapTicket:
-    """The three request fields by which SGLang's two legs find each other."""
-
-    host: str
-    port: int | None
-    room: int

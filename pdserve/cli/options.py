@@ -44,8 +44,8 @@ PolicyName = Annotated[
     option(
         "--policy",
         panel=ROUTING,
-        text="pair_cost, least_load, cache_aware, power_of_two, round_robin, random, or another system's: "
-        "smg_least_load, dynamo_kv, aibrix, router_power_of_two. (name; default pair_cost)",
+        text="pair_cost, least_load, cache_aware, power_of_two, round_robin or random. "
+        "(name; default pair_cost)",
     ),
 ]
 Slo = Annotated[

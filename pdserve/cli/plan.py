@@ -19,23 +19,8 @@ Trace = Annotated[
     str,
     option("--trace", panel=LOAD, metavar="FILE", text="Mooncake .jsonl or Azure .csv. (path; no default)"),
 ]
-Then = Annotated[
-    str,
-    option("--then", panel=LOAD, metavar="FILE", text="A trace that follows midway. (path; default none)"),
-]
-ShiftS = Annotated[
-    float, option("--shift-s", panel=LOAD, text="When it follows. (seconds; default 0: at half of the first)")
-]
 Rate = Annotated[float, option("--rate", panel=LOAD, text="Arrivals. (requests/s; default 0: as traced)")]
 Requests = Annotated[int, option("--requests", "-n", panel=LOAD, text="At most. (count; default 0: all)")]
-Bursts = Annotated[
-    bool,
-    option(
-        "--bursts/--no-bursts",
-        panel=LOAD,
-        text="Replay arrivals of one time stamp at once, not spread over the step. (flag; default off)",
-    ),
-]
 Policies = Annotated[
     str,
     option(
@@ -100,9 +85,6 @@ def simulate(
     slo_aware: Aware = False,
     rate: Rate = 0.0,
     requests: Requests = 0,
-    then: Then = "",
-    shift_s: ShiftS = 0.0,
-    bursts: Bursts = False,
     lengths: Lengths = "learned",
     seed: Seed = 0,
     json: JsonPath = "",
@@ -114,9 +96,8 @@ def simulate(
     from pdserve.sim.command import SimulateOptions, run_simulation
 
     options = SimulateOptions(
-        trace, policy, prefill, decode, slo, model, rate, requests, then, shift_s, bursts, lengths, seed,
-        json, plot,
-    )  # fmt: skip
+        trace, policy, prefill, decode, slo, model, rate, requests, lengths, seed, json, plot
+    )
     config = merge(BalancerConfig(), {}, command_line.slo_settings(slo) if slo_aware else {})
     typer.echo(run_simulation(options, config), nl=False)
 

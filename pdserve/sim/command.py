@@ -10,7 +10,7 @@ import msgspec
 
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
-from pdserve.scheduling.policy import POLICIES
+from pdserve.sim.baselines import SIMULATED_MAKERS
 from pdserve.sim.cost import CostModel
 from pdserve.sim.forecasts import LENGTHS
 from pdserve.sim.plot import draw, run_panels
@@ -18,7 +18,7 @@ from pdserve.sim.profiles import PROFILES, model_of
 from pdserve.sim.report import SimReport, Slo, parse_slo
 from pdserve.sim.simulator import SimOptions, simulate
 from pdserve.sim.tables import render_table, summary
-from pdserve.workload import TracedRequest, cut, rate_of, read_trace, scaled, shifted, spread
+from pdserve.workload import TracedRequest, cut, rate_of, read_trace, scaled, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,8 @@ class SimulateOptions:
     """What ``pdserve simulate`` was asked, as text and numbers from the command line.
 
     ``policy``: names with commas between. ``model``: a published profile or a file. ``rate``: requests per
-    second, 0: as traced. ``requests``: at most so many, 0: all. ``then``: a second trace that follows the
-    first after ``shift_s`` seconds of the scaled time (0: at half of the first). ``bursts``: replay
-    arrivals of one time stamp at once, not spread over the step. ``lengths``: who forecasts answers.
+    second, 0: as traced. ``requests``: at most so many, 0: all. ``lengths``: who forecasts
+    answers.
     """
 
     trace: str = ""
@@ -39,9 +38,6 @@ class SimulateOptions:
     model: str = next(iter(PROFILES))
     rate: float = 0.0
     requests: int = 0
-    then: str = ""
-    shift_s: float = 0.0
-    bursts: bool = False
     lengths: str = "learned"
     seed: int = 0
     json: str = ""
@@ -86,8 +82,8 @@ def run_simulation(options: SimulateOptions, config: BalancerConfig | None = Non
 def _check(options: SimulateOptions) -> list[str]:
     policies = [name.strip() for name in options.policy.split(",") if name.strip()]
     for name in policies:
-        if name not in POLICIES:
-            raise ConfigError(f"--policy: unknown policy {name!r}; known: {', '.join(POLICIES)}")
+        if name not in SIMULATED_MAKERS:
+            raise ConfigError(f"--policy: unknown policy {name!r}; known: {', '.join(SIMULATED_MAKERS)}")
     if not policies or len(set(policies)) != len(policies):
         raise ConfigError(f"--policy: expected names with commas between, each once, got {options.policy!r}")
     if not options.trace:
@@ -95,14 +91,11 @@ def _check(options: SimulateOptions) -> list[str]:
     for flag, value in (("--prefill", options.prefill), ("--decode", options.decode)):
         if value < 1:
             raise ConfigError(f"{flag}: expected at least one worker, got {value}")
-    numbers = (("--rate", options.rate), ("--requests", options.requests), ("--shift-s", options.shift_s))
-    for flag, number in numbers:
+    for flag, number in (("--rate", options.rate), ("--requests", options.requests)):
         if not 0 <= number < float("inf"):
             raise ConfigError(f"{flag}: expected a number of at least 0, got {number}")
     if options.lengths not in LENGTHS:
         raise ConfigError(f"--lengths: expected one of {', '.join(LENGTHS)}, got {options.lengths!r}")
-    if options.shift_s and not options.then:
-        raise ConfigError("--shift-s: only with --then, the trace that follows")
     for flag, name in (("--json", options.json), ("--plot", options.plot)):
         folder = Path(name).parent
         if name and not (folder.is_dir() and os.access(folder, os.W_OK)):
@@ -111,27 +104,16 @@ def _check(options: SimulateOptions) -> list[str]:
 
 
 def _workload(options: SimulateOptions) -> list[TracedRequest]:
-    trace = _one_trace(options.trace, options)
-    if options.then:
-        at_s = options.shift_s or trace[-1].arrival_s / 2
-        trace = shifted(trace, _one_trace(options.then, options), at_s)
-        trace = cut(trace, requests=options.requests or None)
-    return trace
-
-
-def _one_trace(name: str, options: SimulateOptions) -> list[TracedRequest]:
-    trace = cut(read_trace(name), requests=options.requests or None)
-    if not options.bursts:
-        trace = spread(trace, options.seed)
+    trace = cut(read_trace(options.trace), requests=options.requests or None)
+    trace = spread(trace, options.seed)
     return scaled(trace, options.rate) if options.rate else trace
 
 
 def _set_up(options: SimulateOptions, trace: list[TracedRequest], model: CostModel, slo: Slo) -> str:
     lines = {
-        "trace": f"{Path(options.trace).name}"
-        + (f", then {Path(options.then).name}" if options.then else ""),
-        "requests": f"{len(trace)} at {rate_of(trace):.2f} per second, seed {options.seed}"
-        + ("" if options.bursts else "; arrivals of one time stamp spread over the step"),
+        "trace": Path(options.trace).name,
+        "requests": f"{len(trace)} at {rate_of(trace):.2f} per second, seed {options.seed}; "
+        "arrivals of one time stamp spread over the step",
         "workers": f"{options.prefill}P{options.decode}D of {model.name} ({model.source})",
         "slo": f"TTFT {slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s; answers' lengths: {options.lengths}",
     }

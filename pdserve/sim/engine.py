@@ -74,7 +74,6 @@ class SimRequest:
         "pins",
         "prefill",
         "prefill_end_s",
-        "prefill_start_s",
         "prompt_tokens",
         "reservation",
         "sent_tokens",
@@ -94,7 +93,7 @@ class SimRequest:
         self.block_ids = traced.block_ids or ()
         self.block_tokens = traced.block_tokens
         self.error = ""
-        self.paired_s = self.prefill_start_s = self.prefill_end_s = -1.0
+        self.paired_s = self.prefill_end_s = -1.0
         self.kv_ready_s = self.first_token_s = self.finished_s = -1.0
         self.cached_tokens = self.decode_cached_tokens = 0
         self.done_tokens = self.sent_tokens = self.waiting_tokens = 0

@@ -117,7 +117,6 @@ class PrefillServer:
                 if not self._waiting or not self._admit(self._waiting[0]):
                     break
                 request = self._waiting.popleft()
-                request.prefill_start_s = now_s
             done = request.done_tokens
             new = min(budget, request.prompt_tokens - done)
             rows.append((request, new))

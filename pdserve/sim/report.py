@@ -58,7 +58,6 @@ class SimulatedRequest(msgspec.Struct, frozen=True):
     e2e_s: float
     cached_tokens: int
     decode_cached_tokens: int
-    prefill_wait_s: float
     transfer_s: float
     retractions: int
     error: str
@@ -85,7 +84,6 @@ class SimulatedRequest(msgspec.Struct, frozen=True):
             ended_s - request.arrival_s,
             request.cached_tokens,
             request.decode_cached_tokens,
-            request.prefill_start_s - request.paired_s if is_served else -1.0,
             request.kv_ready_s - request.prefill_end_s if is_served else -1.0,
             request.num_retracted,
             request.error,

@@ -23,6 +23,7 @@ from pdserve.scheduling.load_sample import ARRIVAL_S, Sample
 from pdserve.scheduling.policy import Policy, policy_of
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.workers import Worker
+from pdserve.sim.baselines import SIMULATED_MAKERS
 from pdserve.sim.cost import CostModel
 from pdserve.sim.decode_server import GAP_BINS, DecodeServer
 from pdserve.sim.engine import Clock, SimRequest
@@ -77,7 +78,7 @@ def simulate(
     if options.lengths not in LENGTHS:
         raise ConfigError(f"lengths: expected one of {', '.join(LENGTHS)}, got {options.lengths!r}")
     config = replace(config, policy=policy_name, prefill_policy="", decode_policy="")
-    policy = policy_of(config, seed)
+    policy = policy_of(config, seed, SIMULATED_MAKERS)
     lengths = make_lengths(options.lengths if config.predict_lengths else "none")
     return Simulation(trace, model.check(), policy, (prefill, decode), config, lengths, options).run()
 

@@ -22,10 +22,11 @@ from pathlib import Path
 from statistics import median
 from urllib.parse import urlsplit
 
+import msgspec
 import pytest
 
 from pdserve.balancer.app import Balancer
-from pdserve.scheduling.policy.pair_cost import PairCost
+from pdserve.types import Role
 from tests.engine.fleet import Fleet, call, launch_fleet, wait_for
 from tests.engine.own_balancer import OwnBalancer
 
@@ -147,17 +148,18 @@ def _compare(fleet: Fleet, seed: int, prefill: int, decode: int) -> dict[str, Se
             policy: stack.enter_context(NamingBalancer(fleet, policy, prefill, decode))
             for policy in (TAKES_TURNS, FOLLOWS)
         }
-        balancers[FOLLOWS].ask(_decode_keeps_cache)
+        balancers[FOLLOWS].ask(_tell_of_decode_caches)
         for turn in range(ROUNDS):
             for policy in (TAKES_TURNS, FOLLOWS) if turn % 2 else (FOLLOWS, TAKES_TURNS):
                 _visit_all(fleet, balancers[policy], rng, found[policy])
     return found
 
 
-def _decode_keeps_cache(balancer: Balancer) -> None:
-    policy = balancer.fleet.policy
-    assert isinstance(policy, PairCost)
-    policy.params = replace(policy.params, decode_keeps_cache=True)
+def _tell_of_decode_caches(balancer: Balancer) -> None:
+    """Servers that register themselves tell that they keep prefixes; servers that are only named do not."""
+    for worker in balancer.fleet.workers():
+        if worker.role is Role.DECODE:
+            worker.view.info = msgspec.structs.replace(worker.view.info, keeps_prefixes=True)
 
 
 def test_prompts_go_where_prefill_has_their_prefix(fleet: Fleet) -> None:

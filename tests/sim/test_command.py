@@ -46,11 +46,6 @@ def test_a_table_a_json_file_and_a_picture(trace: Path, tmp_path: Path) -> None:
     assert run_simulation(options) == text
 
 
-def test_a_second_trace_may_follow(trace: Path) -> None:
-    options = SimulateOptions(trace=str(trace), then=str(trace), shift_s=4.0)
-    assert "then azure.csv" in run_simulation(options)
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -64,7 +59,6 @@ def test_a_second_trace_may_follow(trace: Path) -> None:
         ({"rate": -1.0}, "--rate"),
         ({"rate": float("nan")}, "--rate"),
         ({"requests": -1}, "--requests"),
-        ({"shift_s": 3.0}, "--shift-s"),
         ({"lengths": "psychic"}, "--lengths"),
         ({"slo": "ttft=2"}, "slo"),
         ({"slo": "ttft=2,tpot=fast"}, "slo"),

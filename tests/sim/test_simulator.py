@@ -9,7 +9,8 @@ import pytest
 
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
-from pdserve.scheduling.policy import POLICIES, policy_of
+from pdserve.scheduling.policy import policy_of
+from pdserve.sim.baselines import SIMULATED_MAKERS
 from pdserve.sim.cost import CostModel
 from pdserve.sim.forecasts import make_lengths
 from pdserve.sim.simulator import SimOptions, Simulation, simulate
@@ -168,7 +169,7 @@ def test_a_queue_that_waits_too_long_ends_in_failures() -> None:
     assert report.records[1].queue_s == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SIMULATED_MAKERS)
 def test_equal_arguments_give_equal_runs_and_every_request_ends_once(policy: str) -> None:
     trace = synthetic(BUSY, seed=7)
     first = simulate(trace, MODEL, policy, 2, 3, seed=5)

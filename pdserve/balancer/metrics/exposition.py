@@ -69,14 +69,6 @@ class ExpositionMerger:
                 self._family(current).samples.append(_labelled(line, added))
 
 
-def merge_expositions(parts: Iterable[tuple[Mapping[str, str], str]]) -> str:
-    """One exposition from ``(labels to add, text)`` pairs."""
-    merger = ExpositionMerger()
-    for labels, text in parts:
-        merger.add(labels, text)
-    return merger.text()
-
-
 def label_pairs(labels: Iterable[tuple[str, str]]) -> str:
     """``name="value",…`` with the values escaped, as it stands between the braces."""
     return ",".join([f'{name}="{_escaped(value)}"' for name, value in labels])

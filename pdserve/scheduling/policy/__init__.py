@@ -6,7 +6,7 @@ sockets and read no clock, so a simulator can run exactly these objects.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pdserve.config.balancer import BalancerConfig
@@ -14,7 +14,6 @@ from pdserve.errors import ConfigError
 from pdserve.scheduling.policy.cache_aware import CacheAware, CacheParams
 from pdserve.scheduling.policy.least_load import LeastLoad
 from pdserve.scheduling.policy.pair_cost import PairCost, PairCostParams
-from pdserve.scheduling.policy.peers import Aibrix, DynamoKV, RouterPowerOfTwo, SmgLeastLoad
 from pdserve.scheduling.policy.simple import PowerOfTwo, Random, RoundRobin
 from pdserve.scheduling.policy.split import SplitPolicy
 from pdserve.scheduling.policy.view import (
@@ -30,12 +29,14 @@ from pdserve.scheduling.policy.view import (
 from pdserve.scheduling.prefix.tree import PromptTree
 
 __all__ = [
+    "MAKERS",
     "POLICIES",
     "CacheParams",
     "Candidates",
     "Choice",
     "LegPolicy",
     "LinkCost",
+    "Maker",
     "PairCost",
     "PairCostParams",
     "PairView",
@@ -78,21 +79,20 @@ class PolicyParams:
         return PromptTree(ttl_s=self.prefix_ttl_s)
 
 
-_MAKERS: dict[str, Callable[[int | None, PolicyParams], LegPolicy]] = {
-    "pair_cost": lambda seed, params: PairCost(params.pair, params.tree(), seed),
+Maker = Callable[[int | None, PolicyParams], LegPolicy]
+"""Builds one policy from a seed, which only random policies use, and its parameters."""
+
+MAKERS: Mapping[str, Maker] = {
+    "pair_cost": lambda seed, params: PairCost(params.pair, params.tree()),
     "least_load": lambda seed, params: LeastLoad(),
     "cache_aware": lambda seed, params: CacheAware(params.cache),
     "power_of_two": lambda seed, params: PowerOfTwo(seed),
     "round_robin": lambda seed, params: RoundRobin(),
     "random": lambda seed, params: Random(seed),
-    "router_power_of_two": lambda seed, params: RouterPowerOfTwo(seed),
-    "smg_least_load": lambda seed, params: SmgLeastLoad(),
-    "dynamo_kv": lambda seed, params: DynamoKV(params.tree(), seed),
-    "aibrix": lambda seed, params: Aibrix(params.tree()),
 }
+"""The balancer's policies by the name that ``--policy`` takes; the first is the default."""
 
-POLICIES = tuple(_MAKERS)
-"""Names that ``--policy`` takes; the first is the default."""
+POLICIES = tuple(MAKERS)
 
 _NEAREST = {
     "bucket": "least_load",
@@ -107,21 +107,23 @@ _NEAREST = {
 def make_policy(
     name: str,
     seed: int | None = None,
-    cache: CacheParams | None = None,
     params: PolicyParams | None = None,
+    makers: Mapping[str, Maker] = MAKERS,
 ) -> LegPolicy:
-    """Build a policy by name; ``seed`` makes the random ones repeatable.
+    """Build the policy of that name among ``makers``; ``seed`` makes the random ones repeatable.
 
     Raises:
         ConfigError: for an unknown name, listing the known ones.
     """
-    if maker := _MAKERS.get(name):
-        return maker(seed, params or PolicyParams(cache=cache or CacheParams()))
+    if maker := makers.get(name):
+        return maker(seed, params or PolicyParams())
     hint = f"; the nearest to {name!r} is {_NEAREST[name]!r}" if name in _NEAREST else ""
-    raise ConfigError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}{hint}")
+    raise ConfigError(f"unknown policy {name!r}; known: {', '.join(makers)}{hint}")
 
 
-def policy_of(config: BalancerConfig, seed: int | None = None) -> Policy:
+def policy_of(
+    config: BalancerConfig, seed: int | None = None, makers: Mapping[str, Maker] = MAKERS
+) -> Policy:
     """The policy a balancer with these settings uses: one for both legs, or one for each if they differ.
 
     Raises:
@@ -131,8 +133,8 @@ def policy_of(config: BalancerConfig, seed: int | None = None) -> Policy:
     prefill = config.prefill_policy or config.policy
     decode = config.decode_policy or config.policy
     if prefill == decode:
-        return make_policy(prefill, seed, params=params)
+        return make_policy(prefill, seed, params, makers)
     decode_seed = None if seed is None else seed + 1
     return SplitPolicy(
-        make_policy(prefill, seed, params=params), make_policy(decode, decode_seed, params=params)
+        make_policy(prefill, seed, params, makers), make_policy(decode, decode_seed, params, makers)
     )

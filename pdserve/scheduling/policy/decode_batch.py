@@ -9,8 +9,6 @@
   (SGLang's decode admission), frees room as the batch ends, in ``M * step_s`` for all of it;
 - headroom: ``0.15 * k / (1 - k)``, smg's ``least_load`` term, with k the pool use when the answers
   have grown as forecast, this one to its high end: near 1 SGLang retracts and computes twice.
-
-TetriInfer calls answers over 128 tokens heavy, and mixes heavy and light ones evenly.
 """
 
 from __future__ import annotations
@@ -21,8 +19,6 @@ from pdserve.scheduling.policy.score import EXPECTED_TOKENS, HEADROOM_S, MAX_HEA
 from pdserve.scheduling.policy.view import WorkerView
 from pdserve.types import Forecast, InstanceId, RequestShape
 
-HEAVY_TOKENS = 128.0
-"""TetriInfer's border, the median answer of ShareGPT."""
 RESERVE_TOKENS = 512
 """SGLang's ``--num-reserved-decode-tokens``."""
 GROWN_SHARE = 0.5
@@ -40,27 +36,21 @@ def forecast_of(request: RequestShape) -> Forecast:
 class DecodeBatch:
     """Our own unfinished answers on one decode worker, as forecast."""
 
-    __slots__ = ("count", "heavy", "high_tokens", "mean_tokens")
+    __slots__ = ("count", "mean_tokens")
 
     def __init__(self) -> None:
         self.count = 0
-        self.heavy = 0
         self.mean_tokens = 0.0
-        self.high_tokens = 0.0
 
     def send(self, forecast: Forecast) -> None:
         """The worker is sent one more."""
         self.count += 1
-        self.heavy += forecast.mean > HEAVY_TOKENS
         self.mean_tokens += forecast.mean
-        self.high_tokens += forecast.high
 
     def end(self, forecast: Forecast) -> None:
         """One is over."""
         self.count -= 1
-        self.heavy -= forecast.mean > HEAVY_TOKENS
         self.mean_tokens -= forecast.mean
-        self.high_tokens -= forecast.high
 
 
 Batches = dict[InstanceId, DecodeBatch]
@@ -105,19 +95,3 @@ def _room_s(used: float, tokens: float, capacity: int, turnover_s: float) -> flo
     if free * 100 > capacity:
         return HEADROOM_S * used / free
     return MAX_HEADROOM_S + max(0.0, -free / capacity) * turnover_s
-
-
-def heavy_share(batch: DecodeBatch | None, *, is_heavy: bool) -> float:
-    """Heavy answers of all, with one more of that kind."""
-    if batch is None:
-        return float(is_heavy)
-    return (batch.heavy + is_heavy) / (batch.count + 1)
-
-
-def has_predicted_room(view: WorkerView, batch: DecodeBatch | None, request: RequestShape) -> bool:
-    """TetriInfer's set alpha: the pool holds the answers at the size they are forecast to grow to."""
-    if view.kv_capacity <= 0:
-        return True
-    growth = GROWN_SHARE * batch.mean_tokens if batch else 0.0
-    own = request.prompt_tokens + request.num_prompts * forecast_of(request).mean
-    return view.kv_tokens + growth + own <= view.kv_capacity

@@ -14,20 +14,11 @@ sent where: it counts its own legs exactly, and takes a worker's word only for w
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pdserve.scheduling.policy.decode_batch import (
-    HEAVY_TOKENS,
-    Batches,
-    DecodeBatch,
-    decode_costs_s,
-    forecast_of,
-    has_predicted_room,
-    heavy_share,
-)
+from pdserve.scheduling.policy.decode_batch import Batches, DecodeBatch, decode_costs_s, forecast_of
 from pdserve.scheduling.policy.links import FittedLinks, token_bytes
 from pdserve.scheduling.policy.pair_search import Extra, PairSearch
 from pdserve.scheduling.policy.prefill_time import PrefillCurve, PrefillLeg, PrefillQueue
@@ -41,8 +32,6 @@ BUSY_DECISIONS = 64
 """Over so many decisions the share of busy prefill workers is taken: some seconds of a busy fleet."""
 KEPT_PREFIXES = 64
 """Prompts of waiting requests that are kept cut; they are looked at at each event."""
-OUT_S = 1.0e6
-"""Of a worker that is not to be taken while there is another."""
 
 _WHY = (
     "pair_cost {} wait {:.3f}s + work {:.3f}s ({} of {} tokens cached), link {:.3f}s, "
@@ -70,16 +59,12 @@ class PairCostParams:
     """Settings of ``pair_cost``. SLOs in seconds, 0: none.
 
     ``delay_weight``: what a second of own prefill work counts at most beyond itself, for the requests that
-    will stand behind it. ``mixes_heavy_light``: TetriInfer's choice of the decode worker
-    (power of two, least heavy share) in place of the least cost. ``decode_keeps_cache``: decode workers
-    that do not tell have a radix cache, so that a prefix which is there need not travel.
+    will stand behind it.
     """
 
     slo_ttft_s: float = 0.0
     slo_tpot_s: float = 0.0
     delay_weight: float = 16.0
-    mixes_heavy_light: bool = False
-    decode_keeps_cache: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -104,9 +89,7 @@ class PairCost:
     needs_prompt = True
     needs_ends = True
 
-    def __init__(
-        self, params: PairCostParams | None = None, tree: PrefixIndex | None = None, seed: int | None = None
-    ) -> None:
+    def __init__(self, params: PairCostParams | None = None, tree: PrefixIndex | None = None) -> None:
         self.params = params or PairCostParams()
         self.tree = tree
         self.links = FittedLinks()
@@ -122,7 +105,6 @@ class PairCost:
         self._sizes_d: list[int] = []
         self._busy = 0.0
         self._search = PairSearch()
-        self._random = random.Random(seed)
 
     # -- decisions ---------------------------------------------------------------------------
 
@@ -134,7 +116,7 @@ class PairCost:
         waits_s, works_s = self._prefill_s(request, prefills, cached, now_s)
         self._watch(waits_s)
         prefill_s = self._weigh(request, prefills, waits_s, works_s)
-        decode_s = self._decode_s(request, decodes)
+        decode_s = decode_costs_s(request, decodes, self._batches, self.params.slo_tpot_s, MISS_S)
         extra, links_s = self._links_s(request, candidates, held)
         if links_s:
             decode_s = [cost + link for cost, link in zip(decode_s, links_s, strict=True)]
@@ -161,7 +143,7 @@ class PairCost:
         if prefix is not None and self.tree is not None:
             if prefill.info.keeps_prefixes is not False:
                 mark.on_prefill = self.tree.send(prefix, prefill.info.instance_id, now_s)
-            if self._keeps(decode):
+            if decode.info.keeps_prefixes:
                 mark.on_decode = self.tree.send(prefix, decode.info.instance_id, now_s)
         return Choice(PairView(prefill, decode, link_s), why, num_cached, held[d] if held else 0, mark)
 
@@ -262,16 +244,11 @@ class PairCost:
         now_s = candidates.now_s
         shares = self.tree.match_coming(prefix, [v.info.instance_id for v in candidates.prefills], now_s)
         cached = [most_cached(request, share) for share in shares] if any(shares) else ()
-        told = {view.info.keeps_prefixes for view in candidates.decodes}
-        if True not in told and not (None in told and self.params.decode_keeps_cache):
+        if not any(view.info.keeps_prefixes for view in candidates.decodes):
             return cached, ()
         shares = self.tree.match(prefix, [v.info.instance_id for v in candidates.decodes], now_s)
         held = [int(request.prompt_tokens * share) for share in shares] if any(shares) else ()
         return cached, held
-
-    def _keeps(self, decode: WorkerView) -> bool:
-        told = decode.info.keeps_prefixes
-        return self.params.decode_keeps_cache if told is None else told
 
     def _prefill_s(
         self, request: RequestShape, views: Sequence[WorkerView], cached: Sequence[int], now_s: float
@@ -316,19 +293,6 @@ class PairCost:
         if all(is_late):
             return costs
         return [cost + MISS_S if late else cost for cost, late in zip(costs, is_late, strict=True)]
-
-    def _decode_s(self, request: RequestShape, views: Sequence[WorkerView]) -> list[float]:
-        costs = decode_costs_s(request, views, self._batches, self.params.slo_tpot_s, MISS_S)
-        if not self.params.mixes_heavy_light or len(views) < 2:
-            return costs
-        batches = [self._batches.get(view.info.instance_id) for view in views]
-        fits = [i for i, view in enumerate(views) if has_predicted_room(view, batches[i], request)]
-        drawn = self._random.sample(fits, min(2, len(fits)))
-        if drawn:
-            is_heavy = forecast_of(request).mean > HEAVY_TOKENS
-            best = min(drawn, key=lambda i: (heavy_share(batches[i], is_heavy=is_heavy), costs[i]))
-            costs = [cost if i == best else cost + OUT_S for i, cost in enumerate(costs)]
-        return costs
 
     def _links_s(
         self, request: RequestShape, candidates: Candidates, held: Sequence[int]

@@ -13,7 +13,6 @@ it lacks are the same few for every message. Prompts that are no conversation ar
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import msgspec
@@ -115,42 +114,3 @@ def _head(head: bytes) -> bytes:
         return _SORTED.encode(msgspec.json.decode(head)) + b"\0"
     except _ODD:
         return head + b"\0"
-
-
-class BytesPerToken:
-    """How many bytes of text one token has, fitted from finished requests. One for each model; pure.
-
-    The estimate moves by a part of each sample's relative error: 1/n of the n-th, never less than 1/64,
-    so that it follows a change of language. From the ninth on an error counts as 25 % at most, so that a
-    wrong count moves it by 3 % and by less the more it has seen.
-    """
-
-    MIN_TOKENS = 16
-    """Shorter prompts are mostly template."""
-    MOST = 32
-    """More bytes than this in a token are no text: a picture, or another request's figures."""
-    SLOWEST = 64
-    MAX_ERROR = 0.25
-
-    def __init__(self, bytes_per_token: float = 4.0) -> None:
-        self._log = math.log(bytes_per_token)
-        self._num_samples = 0
-
-    @property
-    def value(self) -> float:
-        """Bytes of text in one token."""
-        return math.exp(self._log)
-
-    def learn(self, num_bytes: int, num_tokens: int) -> None:
-        """A request's prompt had so many bytes of canonical text and so many tokens (SGLang's usage)."""
-        if num_tokens < self.MIN_TOKENS or not 1 / self.MOST < num_bytes / num_tokens < self.MOST:
-            return
-        self._num_samples += 1
-        error = math.log(num_bytes / num_tokens) - self._log
-        if self._num_samples > 8:  # the first ones find the place, whatever it is
-            error = min(self.MAX_ERROR, max(-self.MAX_ERROR, error))
-        self._log += error / min(self._num_samples, self.SLOWEST)
-
-    def tokens(self, num_bytes: int) -> float:
-        """About how many tokens so much text has."""
-        return num_bytes / self.value

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.balancer.metrics.exposition import merge_expositions
+from pdserve.balancer.metrics.exposition import ExpositionMerger
 
 HISTOGRAM = """# HELP h a time
 # TYPE h histogram
@@ -18,6 +20,13 @@ h_count 3.0
 # TYPE g gauge
 g{a="x y{z}"} 1.0 1700000000
 """
+
+
+def merge_expositions(parts: Iterable[tuple[dict[str, str], str]]) -> str:
+    merger = ExpositionMerger()
+    for labels, text in parts:
+        merger.add(labels, text)
+    return merger.text()
 
 
 def test_samples_of_a_metric_stand_together_under_one_header() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.scheduling.policy import CacheParams, Candidates, make_policy
+from pdserve.scheduling.policy import CacheParams, Candidates, PolicyParams, make_policy
 from pdserve.scheduling.policy.cache_aware import BLOCK_BYTES, CacheAware
 from pdserve.scheduling.prefix.blocks import (
     MIN_CHARGE_BYTES,
@@ -112,7 +112,7 @@ def test_forgotten_worker_has_no_matches() -> None:
 
 
 def test_make_policy_passes_the_parameters_on() -> None:
-    policy = make_policy("cache_aware", cache=CacheParams(cache_threshold=0.99))
+    policy = make_policy("cache_aware", params=PolicyParams(cache=CacheParams(cache_threshold=0.99)))
     assert isinstance(policy, CacheAware)
     assert picked(policy, text(1, 4000), 0, 1) == "prefill-0"
     assert (

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdserve.scheduling.policy import POLICIES, Candidates, PairCost, PairView, WorkerView, make_policy
+from pdserve.scheduling.policy import Candidates, PairCost, PairView, WorkerView, make_policy
 from pdserve.scheduling.policy.pair_search import PairSearch
+from pdserve.sim.baselines import SIMULATED_MAKERS
 from pdserve.types import Forecast, InstanceId, RequestShape, Role, WorkerId, WorkerInfo, WorkerLoad
 
 COUNTS = st.integers(0, 10**6) | st.sampled_from([0, 1, 10**12])
@@ -73,7 +74,7 @@ def grids(draw: st.DrawFn) -> Candidates:
     return candidates
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", SIMULATED_MAKERS)
 @settings(max_examples=60, deadline=None)
 @given(candidates=grids(), requests=st.lists(shapes, min_size=1, max_size=4))
 def test_every_policy_picks_an_allowed_pair_and_the_same_one_again_under_its_seed(
@@ -82,7 +83,7 @@ def test_every_policy_picks_an_allowed_pair_and_the_same_one_again_under_its_see
     labels = {pair.pair.label for pair in candidates}
     runs = []
     for _ in range(2):
-        policy = make_policy(name, seed=3)
+        policy = make_policy(name, seed=3, makers=SIMULATED_MAKERS)
         choices = [policy.choose(request, candidates) for request in requests]
         assert all(0 <= c.cached_tokens <= r.prompt_tokens for c, r in zip(choices, requests, strict=True))
         for turn, choice in enumerate(choices):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdserve.scheduling.prefix.text import BytesPerToken, canonical_text
+from pdserve.scheduling.prefix.text import canonical_text
 
 SYSTEM = {"role": "system", "content": 'Be "kind".\nAnd brief: é — 漢'}
 USER = {"role": "user", "content": "What is a tree?"}
@@ -133,33 +132,3 @@ def test_deep_nesting_never_raises() -> None:
 
 def test_lone_surrogates_never_raise() -> None:
     canonical_text(b'[{"role":"user","content":"\\ud800"}]')
-
-
-# -- bytes per token -----------------------------------------------------------------------------
-
-
-def test_ratio_is_found_from_few_requests() -> None:
-    fitted = BytesPerToken()
-    for _ in range(5):
-        fitted.learn(2500, 1000)
-    assert fitted.value == pytest.approx(2.5)
-    assert fitted.tokens(5000) == pytest.approx(2000)
-
-
-def test_ratio_withstands_nonsense_and_follows_a_change() -> None:
-    fitted, chance = BytesPerToken(), random.Random(1)
-    for _ in range(200):
-        fitted.learn(int(1000 * chance.uniform(3.8, 4.2)), 1000)
-        if chance.random() < 0.05:
-            fitted.learn(10**7, 20)
-    assert fitted.value == pytest.approx(4.0, rel=0.1)
-    for _ in range(500):
-        fitted.learn(3000, 1000)
-    assert fitted.value == pytest.approx(3.0, rel=0.05)
-
-
-@pytest.mark.parametrize(("num_bytes", "num_tokens"), [(0, 100), (100, 0), (-1, 50), (40, 3)])
-def test_what_tells_nothing_is_not_learned(num_bytes: int, num_tokens: int) -> None:
-    fitted = BytesPerToken()
-    fitted.learn(num_bytes, num_tokens)
-    assert fitted.value == pytest.approx(4.0)

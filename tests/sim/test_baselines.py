@@ -1,4 +1,4 @@
-"""Other balancers' policies choose as they are published to."""
+"""Other systems' policies choose as they are published to, and only simulations offer them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from pdserve.scheduling.policy import Candidates, Choice, Policy, WorkerView, make_policy
+from pdserve.config.balancer import BalancerConfig
+from pdserve.errors import ConfigError
+from pdserve.scheduling.policy import (
+    Candidates,
+    Choice,
+    LegPolicy,
+    Policy,
+    PolicyParams,
+    WorkerView,
+    policy_of,
+)
+from pdserve.sim.baselines import BASELINES
 from pdserve.types import InstanceId, RequestShape, Role, WorkerId, WorkerInfo, WorkerLoad
 
 TEXT = b"".join(b"%08d" % index for index in range(4096))
@@ -38,8 +49,12 @@ def ask(policy: Policy, prefills: list[WorkerView], decodes: list[WorkerView], n
     return policy.choose(SHAPE, candidates)
 
 
+def make(name: str, seed: int | None = None) -> LegPolicy:
+    return BASELINES[name](seed, PolicyParams())
+
+
 def label(name: str, prefills: list[WorkerView], decodes: list[WorkerView]) -> str:
-    return ask(make_policy(name, seed=1), prefills, decodes).pair.pair.label
+    return ask(make(name, seed=1), prefills, decodes).pair.pair.label
 
 
 def compute_on(policy: Policy, worker: WorkerView) -> None:
@@ -60,14 +75,14 @@ def test_smg_least_load_is_queued_tokens_over_throughput_plus_headroom() -> None
     ]
     crowded = decode(0, kv_tokens=95, kv_capacity=100)
     queued = decode(1, queued_tokens=100.0, load=WorkerLoad(0.0, gen_throughput=1000.0))
-    choice = ask(make_policy("smg_least_load"), rows, [crowded, queued])
+    choice = ask(make("smg_least_load"), rows, [crowded, queued])
     assert choice.pair.pair.label == "prefill-1>decode-1"
     assert "0.750s (1500 tokens queued)" in choice.reason
     assert "0.100s (100 tokens queued)" in choice.reason
 
 
 def test_dynamo_credits_the_overlap_on_prefill_only() -> None:
-    policy = make_policy("dynamo_kv", seed=1)
+    policy = make("dynamo_kv", seed=1)
     compute_on(policy, prefill(0))
     rows = [prefill(0, queued_tokens=8000.0), prefill(1)]
     choice = ask(policy, rows, [decode(0, kv_tokens=5000), decode(1, kv_tokens=4000)], 2.0)
@@ -83,13 +98,13 @@ def test_dynamo_adds_the_kv_in_use_to_the_prefill_queue() -> None:
 
 
 def test_dynamo_does_not_credit_a_prefix_that_has_not_arrived() -> None:
-    policy = make_policy("dynamo_kv", seed=1)
+    policy = make("dynamo_kv", seed=1)
     ask(policy, [prefill(0)], [decode(0)])
     assert ask(policy, [prefill(0)], [decode(0)]).cached_tokens == 0
 
 
 def test_aibrix_weighs_match_percent_against_the_share_of_requests() -> None:
-    policy = make_policy("aibrix")
+    policy = make("aibrix")
     compute_on(policy, prefill(0))
     rows = [prefill(0, num_reqs=16), prefill(1, num_reqs=1)]
     assert ask(policy, rows, [decode(0)], 2.0).pair.pair.label == "prefill-0>decode-0"
@@ -108,7 +123,13 @@ def test_aibrix_decode_score_divides_by_what_is_free() -> None:
 
 @pytest.mark.parametrize("name", ["dynamo_kv", "aibrix"])
 def test_a_forgotten_worker_holds_no_prefix(name: str) -> None:
-    policy = make_policy(name, seed=1)
+    policy = make(name, seed=1)
     compute_on(policy, prefill(0))
     policy.forget(InstanceId("prefill0"))
     assert ask(policy, [prefill(0)], [decode(0)], 2.0).cached_tokens == 0
+
+
+def test_a_balancer_does_not_offer_them() -> None:
+    for name in BASELINES:
+        with pytest.raises(ConfigError, match=r"known: pair_cost, .*, random$"):
+            policy_of(BalancerConfig(policy=name))

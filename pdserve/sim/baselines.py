@@ -1,21 +1,21 @@
-"""Other balancers' policies, from what they publish, to be measured against.
+"""Other systems' policies, written from what they publish, for simulations and benches only.
 
-Read: their documentation and the score formulas quoted in the docstrings; no code is theirs. What
-had to be assumed is said at each. All of them stand on our load table, with exact in-flight credit
-and samples every 0.25 s: better knowledge than they have at home (smg polls every 10 s).
-sglang-router's ``random``, ``round_robin`` and ``cache_aware`` are in simple.py and cache_aware.py.
+Sources: their documentation and the score formulas quoted in the docstrings; no code is theirs. Each class
+names its assumptions. All of them read our load table, with exact in-flight credit and samples every
+0.25 s: better knowledge than in their own systems (smg polls every 10 s). sglang-router's ``random``,
+``round_robin`` and ``cache_aware`` are policies of the balancer itself.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from pdserve.scheduling.policy.pair_cost import PrefixIndex
+from pdserve.scheduling.policy import MAKERS, Maker
 from pdserve.scheduling.policy.score import HEADROOM_S, MAX_HEADROOM_S, most_cached
 from pdserve.scheduling.policy.simple import LegByLeg
 from pdserve.scheduling.policy.view import Candidates, Choice, PairView, Reason, WorkerView
+from pdserve.scheduling.prefix.tree import Mark, Prefix, PromptTree
 from pdserve.types import InstanceId, RequestShape, Role
 
 DYNAMO_BLOCK_TOKENS = 64
@@ -75,7 +75,46 @@ class SmgLeastLoad(LegByLeg):
         return wait_s + (HEADROOM_S * used / (1.0 - used) if used < 0.99 else MAX_HEADROOM_S)
 
 
-class DynamoKV:
+class _TreeBaseline:
+    """Base of the policies that follow a prompt tree of what has arrived on prefill workers."""
+
+    needs_prompt = True
+    needs_ends = True
+
+    def __init__(self, tree: PromptTree) -> None:
+        self.tree = tree
+
+    def leg_ended(self, choice: Choice, role: Role, *, is_whole: bool, now_s: float) -> None:
+        """Tell the tree whether the prompt is in the prefill worker's cache."""
+        if role is Role.DECODE or not isinstance(choice.mark, Mark):
+            return
+        if is_whole:
+            self.tree.arrive(choice.mark, now_s)
+        else:
+            self.tree.lose(choice.mark)
+
+    def reach_s(self, request: RequestShape, prefills: Sequence[WorkerView], now_s: float) -> Sequence[float]:
+        """No queue may outlast the balancer's limit."""
+        return ()
+
+    def forget(self, instance_id: InstanceId) -> None:
+        """Drop what the tree has of the worker."""
+        self.tree.forget(instance_id)
+
+    def _read(
+        self, request: RequestShape, prefills: Sequence[WorkerView], now_s: float
+    ) -> tuple[Prefix | None, Sequence[float]]:
+        """The prompt cut into blocks, and each worker's share of it; neither of an empty prompt."""
+        if not request.prompt:
+            return None, ()
+        prefix = self.tree.read(request.prompt)
+        return prefix, self.tree.match(prefix, [view.info.instance_id for view in prefills], now_s)
+
+    def _send(self, prefix: Prefix | None, prefill: WorkerView, now_s: float) -> Mark | None:
+        return None if prefix is None else self.tree.send(prefix, prefill.info.instance_id, now_s)
+
+
+class DynamoKV(_TreeBaseline):
     """Dynamo's KV router, lowest cost wins (``--router-temperature 0``, its default):
 
     ``prefill_load_scale * max(active_prefill_blocks + incoming_blocks - overlap_credit_blocks, 0)
@@ -87,54 +126,27 @@ class DynamoKV:
     """
 
     name = "dynamo_kv"
-    needs_prompt = True
-    needs_ends = True
 
-    def __init__(self, tree: PrefixIndex | None = None, seed: int | None = None) -> None:
-        self.tree = tree
+    def __init__(self, tree: PromptTree, seed: int | None = None) -> None:
+        super().__init__(tree)
         self._random = random.Random(seed)
 
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
         """The prefill worker first, then one of its decode partners."""
         prefills, now_s = candidates.prefills, candidates.now_s
-        prefix = self.tree.read(request.prompt) if self.tree is not None and request.prompt else None
-        shares: Sequence[float] = ()
-        if prefix is not None and self.tree is not None:
-            shares = self.tree.match(prefix, [view.info.instance_id for view in prefills], now_s)
+        prefix, shares = self._read(request, prefills, now_s)
         p, prefill_cost = self._least(Role.PREFILL, request, prefills, shares)
         partners = candidates.partners(p)
         index, decode_cost = self._least(Role.DECODE, request, [candidates.decodes[d] for d in partners], ())
         pair = candidates.at(p, partners[index])
         cached = most_cached(request, shares[p]) if shares else 0
         why = Reason("dynamo_kv {:.0f} and {:.0f} blocks, {} cached", prefill_cost, decode_cost, cached)
-        mark = None
-        if prefix is not None and self.tree is not None:
-            mark = self.tree.send(prefix, pair.prefill.info.instance_id, now_s)
-        return Choice(pair, why, cached, 0, mark)
+        return Choice(pair, why, cached, 0, self._send(prefix, pair.prefill, now_s))
 
     def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
         """The least cost without overlap: alone for one leg it has no memory."""
         best, cost = self._least(role, request, views, ())
         return best, Reason("{:.0f} blocks", cost)
-
-    def leg_ended(self, choice: Choice, role: Role, *, is_whole: bool, now_s: float) -> None:
-        """The prompt is in the prefill worker's cache, or not."""
-        mark: Any = choice.mark
-        if role is Role.DECODE or mark is None or self.tree is None:
-            return
-        if is_whole:
-            self.tree.arrive(mark, now_s)
-        else:
-            self.tree.lose(mark)
-
-    def reach_s(self, request: RequestShape, prefills: Sequence[WorkerView], now_s: float) -> Sequence[float]:
-        """Its queues are as long as they get."""
-        return ()
-
-    def forget(self, instance_id: InstanceId) -> None:
-        """Drop what the tree has of it."""
-        if self.tree is not None:
-            self.tree.forget(instance_id)
 
     def _least(
         self, role: Role, request: RequestShape, views: Sequence[WorkerView], shares: Sequence[float]
@@ -152,7 +164,7 @@ class DynamoKV:
         return (self._random.choice(equal) if len(equal) > 1 else equal[0]), least
 
 
-class Aibrix:
+class Aibrix(_TreeBaseline):
     """AIBrix's pair score: least sum of the normalised scores of both legs, over all allowed pairs.
 
     Prefill ``(100 - match%) * 0.1 + reqs / max_reqs``; decode ``(w1 * reqs + w2 * (1 - throughput share)) /
@@ -165,19 +177,11 @@ class Aibrix:
     """
 
     name = "aibrix"
-    needs_prompt = True
-    needs_ends = True
-
-    def __init__(self, tree: PrefixIndex | None = None) -> None:
-        self.tree = tree
 
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
         """The least sum; on a whole grid that is the least of each row."""
         prefills, decodes, now_s = candidates.prefills, candidates.decodes, candidates.now_s
-        prefix = self.tree.read(request.prompt) if self.tree is not None and request.prompt else None
-        shares: Sequence[float] = ()
-        if prefix is not None and self.tree is not None:
-            shares = self.tree.match(prefix, [view.info.instance_id for view in prefills], now_s)
+        prefix, shares = self._read(request, prefills, now_s)
         left, right = _prefill_scores(prefills, shares), _decode_scores(decodes)
         if candidates.allowed is None:
             p, d = left.index(min(left)), right.index(min(right))
@@ -186,20 +190,13 @@ class Aibrix:
         pair = PairView(prefills[p], decodes[d])
         cached = most_cached(request, shares[p]) if shares else 0
         why = Reason("aibrix {:.3f} + {:.3f}, {} cached", left[p], right[d], cached)
-        mark = None
-        if prefix is not None and self.tree is not None:
-            mark = self.tree.send(prefix, pair.prefill.info.instance_id, now_s)
-        return Choice(pair, why, cached, 0, mark)
+        return Choice(pair, why, cached, 0, self._send(prefix, pair.prefill, now_s))
 
     def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
         """The least score of that row, without prefix match."""
         scores = _prefill_scores(views, ()) if role is Role.PREFILL else _decode_scores(views)
         best = scores.index(min(scores))
         return best, Reason("{:.3f}", scores[best])
-
-    leg_ended = DynamoKV.leg_ended
-    reach_s = DynamoKV.reach_s
-    forget = DynamoKV.forget
 
 
 def _prefill_scores(views: Sequence[WorkerView], shares: Sequence[float]) -> list[float]:
@@ -231,3 +228,15 @@ def _decode_scores(views: Sequence[WorkerView]) -> list[float]:
 def _normalised(scores: Sequence[float]) -> list[float]:
     largest = max(scores)
     return [score / largest for score in scores] if largest > 0 else [0.0] * len(scores)
+
+
+BASELINES: Mapping[str, Maker] = {
+    "router_power_of_two": lambda seed, params: RouterPowerOfTwo(seed),
+    "smg_least_load": lambda seed, params: SmgLeastLoad(),
+    "dynamo_kv": lambda seed, params: DynamoKV(params.tree(), seed),
+    "aibrix": lambda seed, params: Aibrix(params.tree()),
+}
+"""Other systems' policies by name."""
+
+SIMULATED_MAKERS: Mapping[str, Maker] = {**MAKERS, **BASELINES}
+"""Every policy that ``pdserve simulate`` and the benches take: the balancer's own, then the others'."""
