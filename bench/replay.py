@@ -21,7 +21,7 @@ import psutil
 
 from pdserve.cluster.ports import SystemPorts
 from pdserve.errors import WorkerError
-from pdserve.sim.live import LiveAnswer, LiveService, LiveWorker, named_workers
+from pdserve.sim.live import LiveAnswer, LiveService, LiveWorker, generate_body, named_workers
 from pdserve.types import WorkerLoad
 from pdserve.workload import TracedRequest
 
@@ -107,9 +107,7 @@ def sleep_in_forwards(fleet: Servers, seconds: float) -> None:
     """Every pass of every server sleeps so long besides computing (SGLang's own ``/slow_down``): time that
     a GPU would take and that no other server of this machine is slowed by."""
     for url in (*(url for url, _ in fleet.prefill), *fleet.decode):
-        body = json.dumps({"forward_sleep_time": seconds}).encode()
-        request = urllib.request.Request(url + "/slow_down", body, {"Content-Type": "application/json"})
-        urllib.request.urlopen(request, timeout=30).read()
+        _post(url + "/slow_down", {"forward_sleep_time": seconds})
 
 
 def replay(fleet: Servers, url: str, trace: Sequence[TracedRequest]) -> Replay:
@@ -118,11 +116,12 @@ def replay(fleet: Servers, url: str, trace: Sequence[TracedRequest]) -> Replay:
 
 
 async def _replay(fleet: Servers, url: str, trace: Sequence[TracedRequest]) -> Replay:
-    async with LiveService(fleet.workers(), url) as service:
+    async with LiveService(fleet.workers()) as service:
         workers = [*service.prefills, *service.decodes]
         prompts = [input_ids(request) for request in trace]
-        await service.through(input_ids(TracedRequest(0.0, 32, 4, serial=-1)), 4)
-        await service.flush()
+        await service.generate(url, generate_body(input_ids(TracedRequest(0.0, 32, 4, serial=-1)), 4))
+        for worker in workers:
+            _post(worker.url + "/flush_cache?timeout=20")
         before = [await service.wait_idle(worker) for worker in workers]
         ours, machine = _our_cpu_s(fleet.process.pid), _machine_cpu_s()
         start_s = time.monotonic()
@@ -133,7 +132,7 @@ async def _replay(fleet: Servers, url: str, trace: Sequence[TracedRequest]) -> R
             await asyncio.sleep(max(0.0, start_s + request.arrival_s - time.monotonic()))
             late_s = max(late_s, time.monotonic() - start_s - request.arrival_s)
             try:
-                return await service.through(prompt, request.output_tokens)
+                return await service.generate(url, generate_body(prompt, request.output_tokens))
             except WorkerError as exc:
                 print(f"  failed: {exc}", flush=True)
                 return None
@@ -177,6 +176,12 @@ def _our_cpu_s(launcher_pid: int) -> float:
                 times = process.cpu_times()
                 total += times.user + times.system
     return total
+
+
+def _post(url: str, body: dict[str, float] | None = None) -> None:
+    content = json.dumps(body or {}).encode()
+    request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
+    urllib.request.urlopen(request, timeout=30).read()
 
 
 def _get(url: str) -> Any:

@@ -1,18 +1,17 @@
 """A cost model of a live service: ``pdserve calibrate URL --out FILE``.
 
-    find the servers ─► warm up ─► measure (measure.py) ─► fit (fits.py) ─► CostModel, and how far to trust it
+    find the servers ─► measure (measure.py) ─► fit (fits.py) ─► CostModel, and how far to trust it
 
-Pass and step times are the servers' own counts of busy time; what the client sees
-beyond them in an idle service is the overhead of a reply. The service must have no
-other traffic meanwhile; a measurement that shows some, or that no line fits, is
-refused instead of written.
+Pass and step times are the servers' own counts of busy time. What the client sees beyond the pass in an
+idle service is the overhead of a reply; the KV transfer is part of it, and the model's link is free. The
+service must have no other traffic meanwhile; measurements that no line fits are refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,18 +19,13 @@ from typing import Any
 
 from pdserve.errors import ConfigError, WorkerError
 from pdserve.sim.cost import CostModel
-from pdserve.sim.fits import Fit, fit
+from pdserve.sim.fits import Fit, Row, fit
 from pdserve.sim.live import LiveService, LiveWorker, named_workers
-from pdserve.sim.measure import DECODE_TERMS, PREFILL_TERMS, Measured, MeasureLimits, Measurer, Scale
+from pdserve.sim.measure import DECODE_TERMS, PREFILL_TERMS, Measured, MeasureLimits, Measurer
 
 MAX_ERROR = 0.35
 """Median relative error of a fit from which it explains nothing. On two cores shared with other programs
 runs of this calibration stayed below 0.15."""
-PREFILL_SHARE, DECODE_SHARE = 0.45, 0.45
-"""Of the budget; the rest is for replies."""
-SHARED_PROCESSOR = 1.15
-"""Decode servers that are this much slower together than alone are not machines of their own."""
-LINK_TERMS = ("transfer", "byte")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +53,6 @@ class Calibration:
     model: CostModel
     prefill: Fit
     decode: Fit
-    link: Fit | None
-    together: float
-    """Decode step time with all decode servers busy over that of one alone; 1 if there is but one."""
     notes: tuple[str, ...]
 
 
@@ -83,105 +74,64 @@ async def calibrate(options: CalibrationOptions) -> Calibration:
     """The same without writing."""
     if bool(options.prefill) != bool(options.decode) or not (options.url or options.prefill):
         raise ConfigError("name a service by its URL, or servers by --prefill URL PORT and --decode URL")
-    workers = named_workers(options.prefill, options.decode)
-    async with LiveService(workers, "" if workers else options.url, options.api_key) as service:
-        if not workers:
-            await service.find()
+    async with LiveService(named_workers(options.prefill, options.decode), options.api_key) as service:
+        if not options.prefill:
+            await service.find(options.url)
         try:
             limits = await read_limits(service)
-            measurer = Measurer(service, limits, Scale(options.max_tokens, options.max_batch), options.seed)
-            await measurer.warm_up()
-            await measurer.measure_prefill(options.budget_s * PREFILL_SHARE)
-            await measurer.measure_decode(options.budget_s * DECODE_SHARE)
-            await measurer.measure_reply(options.budget_s * (1 - PREFILL_SHARE - DECODE_SHARE))
+            measurer = Measurer(service, limits, options.max_tokens, options.max_batch, options.seed)
+            measured = await measurer.measure(options.budget_s)
             kv_bytes = await _pool_bytes_per_token(service.decodes[0], service)
         except WorkerError as exc:
             raise ConfigError(f"cannot calibrate: a request failed: {exc}") from exc
-    return fit_model(options, limits, measurer.result, kv_bytes)
+    return fit_model(options.name, limits, measured, kv_bytes)
 
 
 # -- from measurements to a model ------------------------------------------------------------------
 
 
-def fit_model(
-    options: CalibrationOptions, limits: MeasureLimits, measured: Measured, pool_bytes_per_token: float
-) -> Calibration:
+def fit_model(name: str, limits: MeasureLimits, measured: Measured, kv_bytes_per_token: int) -> Calibration:
     """Pure. Raises ConfigError if the measurements do not make a model."""
-    fits = _Fits(
-        _fit("prefill", PREFILL_TERMS, measured.prefill),
-        _fit("decode", DECODE_TERMS, [*measured.decode, *measured.alone]),
-        _fit("link", LINK_TERMS, measured.link) if measured.link else None,
-    )
-    kv_bytes = median(measured.bytes_per_token) if measured.bytes_per_token else pool_bytes_per_token
-    if kv_bytes <= 0:
-        raise ConfigError("no server tells how many bytes of KV a token has (/pdserve/instance, /v1/loads)")
-    name = options.name or Path(limits.model).name or "calibrated"
-    model = _model(name, limits, fits, round(kv_bytes), _overheads(measured, fits.link)).check()
-    together = _together(measured)
-    notes = tuple(_notes(measured, together))
-    return Calibration(model, fits.prefill, fits.decode, fits.link, together, notes)
-
-
-@dataclass(frozen=True, slots=True)
-class _Fits:
-    prefill: Fit
-    decode: Fit
-    link: Fit | None
-
-
-def _model(
-    name: str, limits: MeasureLimits, fits: _Fits, kv_bytes: int, overheads: tuple[float, float]
-) -> CostModel:
-    prefill, decode = fits.prefill.cost, fits.decode.cost
-    link = fits.link.cost if fits.link else dict.fromkeys(LINK_TERMS, 0.0)
-    reply_s, balancer_s = overheads
-    return CostModel(
-        name=name,
+    prefill = _fit("prefill", PREFILL_TERMS, measured.prefill)
+    decode = _fit("decode", DECODE_TERMS, measured.decode)
+    reply_s = median(measured.reply_s) if measured.reply_s else 0.0
+    model = CostModel(
+        name=name or Path(limits.model).name or "calibrated",
         source=f"pdserve calibrate, {limits.device}, {limits.model}",
-        prefill_base_s=prefill["pass"],
-        prefill_token_s=prefill["token"],
-        prefill_pair_s=prefill["pair"],
-        prefill_reread_s=prefill["reread"],
-        decode_base_s=decode["step"],
-        decode_request_s=decode["request"],
-        decode_token_s=decode["token"],
-        kv_bytes_per_token=max(1, kv_bytes),
+        prefill_base_s=prefill.cost["pass"],
+        prefill_token_s=prefill.cost["token"],
+        prefill_pair_s=prefill.cost["pair"],
+        prefill_reread_s=prefill.cost["reread"],
+        decode_base_s=decode.cost["step"],
+        decode_request_s=decode.cost["request"],
+        decode_token_s=decode.cost["token"],
+        kv_bytes_per_token=max(1, kv_bytes_per_token),
         prefill_pool_tokens=limits.prefill_pool_tokens,
         decode_pool_tokens=limits.decode_pool_tokens,
         max_running_requests=limits.max_running_requests,
         chunk_tokens=limits.chunk_tokens,
-        link_alpha_s=link["transfer"],
-        link_beta_s=link["byte"],
         # Only their sum can be seen from outside; a third each.
-        request_s=reply_s / 3 + balancer_s,
+        request_s=reply_s / 3,
         handshake_s=reply_s / 3,
         response_s=reply_s / 3,
-        reload_beta_s=link["byte"],
         has_decode_cache=limits.has_decode_cache,
-        fit_error=max(fits.prefill.median_error, fits.decode.median_error),
+        fit_error=max(prefill.median_error, decode.median_error),
     )
+    return Calibration(model.check(), prefill, decode, tuple(_notes(measured)))
 
 
-def _notes(measured: Measured, together: float) -> Iterator[str]:
-    if together > SHARED_PROCESSOR:
-        yield (
-            f"with all decode servers busy a step takes {together:.2f} times as long as alone: they share "
-            "a processor; the model is the mean of both"
-        )
-    if not measured.link:
-        yield "the servers run without pdserve's plugin: the link is taken as free, see link_beta_s"
-    if not measured.bytes_per_token:
-        yield "KV bytes per token are the pool's size over its tokens, rounded by SGLang"
+def _notes(measured: Measured) -> Iterator[str]:
+    yield "the link is taken as free: set link_alpha_s and link_beta_s where KV travels over a network"
     if measured.cached_tokens == 0:
         yield "no prompt met a cached prefix: the prefill servers' radix cache is off"
 
 
-def _fit(what: str, names: tuple[str, ...], rows: list[Any]) -> Fit:
+def _fit(what: str, names: tuple[str, ...], rows: Sequence[Row]) -> Fit:
     try:
         found = fit(names, rows)
     except ValueError as exc:
         raise ConfigError(f"{what}: too little was measured ({exc}): give more time by --budget-s") from exc
-    if found.median_error > MAX_ERROR and what != "link":
+    if found.median_error > MAX_ERROR:
         raise ConfigError(
             f"{what}: no line fits: half of {found.num_rows} measurements are off by "
             f"{found.median_error:.0%} or more. Is something else running on these machines?"
@@ -189,29 +139,6 @@ def _fit(what: str, names: tuple[str, ...], rows: list[Any]) -> Fit:
     if not any(found.cost.values()):
         raise ConfigError(f"{what}: all {found.num_rows} measurements say it takes no time")
     return found
-
-
-def _together(measured: Measured) -> float:
-    """Step times at equal counts, all servers busy over one alone: from the fit of either to the other."""
-    if len(measured.alone) < len(DECODE_TERMS) or len(measured.decode) < len(DECODE_TERMS):
-        return 1.0
-    alone = fit(DECODE_TERMS, measured.alone)
-    return median(row.seconds / max(alone.seconds(row.counts), 1e-9) for row in measured.decode)
-
-
-def _overheads(measured: Measured, link: Fit | None) -> tuple[float, float]:
-    """Seconds of a short request in an idle service beyond its pass and its transfer; and what the balancer
-    adds to that."""
-    beyond = [
-        max(0.0, answer.ttft_s - busy_s - (link.cost["transfer"] if link else 0.0))
-        for answer, busy_s in measured.over_pair
-    ]
-    reply_s = median(beyond) if beyond else 0.0
-    shortest = min((answer.prompt_tokens for answer, _ in measured.over_pair), default=0)
-    direct = [answer.ttft_s for answer, _ in measured.over_pair if answer.prompt_tokens <= 2 * shortest]
-    if not measured.through_s or not direct:
-        return reply_s, 0.0
-    return reply_s, max(0.0, median(measured.through_s) - median(direct))
 
 
 # -- what the servers say of themselves --------------------------------------------------------
@@ -254,13 +181,14 @@ async def _info(service: LiveService, worker: LiveWorker) -> dict[str, Any]:
     return info
 
 
-async def _pool_bytes_per_token(worker: LiveWorker, service: LiveService) -> float:
+async def _pool_bytes_per_token(worker: LiveWorker, service: LiveService) -> int:
+    """Its KV pool's size over its tokens, as far as SGLang's rounding tells; 0 if it does not."""
     document = await service.ask(worker.url, "/v1/loads?include=memory")
     ranks = document.get("loads") if isinstance(document, dict) else None
     memory = ranks[0].get("memory") if ranks else None
     if not memory or not memory.get("token_capacity"):
-        return 0.0
-    return float(memory.get("kv_cache_gb") or 0.0) * 2**30 / float(memory["token_capacity"])
+        return 0
+    return round(float(memory.get("kv_cache_gb") or 0.0) * 2**30 / float(memory["token_capacity"]))
 
 
 # -- the report --------------------------------------------------------------------------------
@@ -272,10 +200,8 @@ def format_calibration(calibration: Calibration) -> str:
     lines.append(f"{model.name}: {model.source}")
     lines += _format_fit("prefill", calibration.prefill)
     lines += _format_fit("decode", calibration.decode)
-    if calibration.link is not None:
-        lines += _format_fit("link", calibration.link)
     reply_s = model.request_s + model.handshake_s + model.response_s
-    lines.append(f"  reply     {reply_s * 1e3:10.3f} ms      beyond pass and transfer, in an idle service")
+    lines.append(f"  reply     {reply_s * 1e3:10.3f} ms      beyond the pass, in an idle service")
     lines.append(
         f"  KV        {model.kv_bytes_per_token} bytes a token; pools {model.prefill_pool_tokens} and "
         f"{model.decode_pool_tokens} tokens; chunks of {model.chunk_tokens}"

@@ -1,13 +1,11 @@
-"""A running service, asked questions whose answers take a known amount of work.
+"""A client of a running service and of each of its workers.
 
-    LiveService.find(...)  ─► its workers, from the balancer's state document or as they were named
-         .over_pair(...)   ─► both legs of one request sent to this very pair, as a balancer would
-         .through(...)     ─► the same request over the balancer
-         .counters(worker) ─► what the worker itself counted so far
+    LiveService.find(url)         ─► its workers, from the balancer's state document
+         .over_pair(...)          ─► both legs of one request, sent to this very pair
+         .generate(url, body)     ─► one streamed request
+         .load(worker), wait_idle ─► what the worker itself counted so far
 
-Times are taken here, at the client, when bytes arrive; the counters are the
-workers' own and know nothing of HTTP. Nothing is interpreted here: that is
-calibrate.py's part.
+Times are taken when bytes arrive; counters are the workers' own and know nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -66,20 +64,10 @@ class LiveAnswer:
         return (self.last_s - self.first_s) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Transfers:
-    """What a prefill server sent so far: payload bytes, transfers, and SGLang's latency of each, summed."""
-
-    kv_bytes: int = 0
-    count: int = 0
-    latency_s: float = 0.0
-
-
 class LiveService:
     """Workers and a way to ask them. ``async with`` closes the connections at the end."""
 
-    def __init__(self, workers: Sequence[LiveWorker], url: str = "", key: str = "") -> None:
-        self.url = url
+    def __init__(self, workers: Sequence[LiveWorker] = (), key: str = "") -> None:
         self.prefills = [worker for worker in workers if worker.role is Role.PREFILL]
         self.decodes = [worker for worker in workers if worker.role is Role.DECODE]
         self._pool = HttpClient()
@@ -94,16 +82,16 @@ class LiveService:
     async def __aexit__(self, *exc: object) -> None:
         await self._pool.close()
 
-    async def find(self) -> None:
-        """Take the workers from the balancer's state document.
+    async def find(self, url: str) -> None:
+        """Take the workers from the state document of the balancer at ``url``.
 
         Raises:
             ConfigError: if there is no such document, or it names no worker that takes traffic.
         """
-        document = await self.ask(self.url, "/pdserve/state")
+        document = await self.ask(url, "/pdserve/state")
         if not isinstance(document, dict) or "workers" not in document:
             raise ConfigError(
-                f"{self.url} has no /pdserve/state, so it is no pdserve service; name the servers "
+                f"{url} has no /pdserve/state, so it is no pdserve service; name the servers "
                 "themselves by --prefill URL PORT and --decode URL"
             )
         found = [_worker_of(row) for row in document["workers"] if row.get("state") == "ready"]
@@ -111,16 +99,16 @@ class LiveService:
         self.decodes = [worker for worker in found if worker.role is Role.DECODE]
         if not self.prefills or not self.decodes:
             raise ConfigError(
-                f"{self.url} has {len(self.prefills)} prefill and {len(self.decodes)} decode servers that "
+                f"{url} has {len(self.prefills)} prefill and {len(self.decodes)} decode servers that "
                 "are ready; calibrating takes at least one of each"
             )
 
     # -- questions ---------------------------------------------------------------------------
 
-    async def ask(self, url: str, path: str, method: str = "GET") -> Any:
+    async def ask(self, url: str, path: str) -> Any:
         """A JSON document; None where the server has no such route or answers no JSON."""
         try:
-            reply = await self._pool.fetch(url, method, path, headers=self._headers, timeout_s=ASK_S)
+            reply = await self._pool.fetch(url, "GET", path, headers=self._headers, timeout_s=ASK_S)
         except WorkerError as exc:
             raise ConfigError(f"cannot calibrate: {exc}") from exc
         if reply.status in (401, 403):
@@ -146,24 +134,6 @@ class LiveService:
                 "calibrating needs SGLang 0.5.23's counters"
             )
         return parse_loads(reply.body, sent_s=asked_s, received_s=time.monotonic()).load
-
-    async def transfers(self, worker: LiveWorker) -> Transfers | None:
-        """What it has sent; None for a server without pdserve's plugin."""
-        document = await self.ask(worker.url, "/pdserve/instance")
-        counts = document.get("transfer") if isinstance(document, dict) else None
-        if not isinstance(counts, dict):
-            return None
-        return Transfers(
-            int(counts.get("kv_bytes", 0)), int(counts.get("transfers", 0)),
-            float(counts.get("latency_us", 0)) / 1e6,
-        )  # fmt: skip
-
-    async def flush(self) -> None:
-        """Empty every prefix cache."""
-        for worker in (*self.prefills, *self.decodes):
-            await self._pool.fetch(
-                worker.url, "POST", "/flush_cache?timeout=20", headers=self._headers, timeout_s=30.0
-            )
 
     async def wait_idle(self, worker: LiveWorker) -> WorkerLoad:
         """Its figures once nothing runs or waits there; counters are complete then.
@@ -199,56 +169,41 @@ class LiveService:
             "bootstrap_port": prefill.bootstrap_port,
             "bootstrap_room": self._rooms.getrandbits(62) + 1,
         }
-        content = json.dumps(body).encode()
-        sender = asyncio.ensure_future(self._stream(prefill.url, content, len(input_ids)))
-        receiver = asyncio.ensure_future(self._stream(decode.url, content, len(input_ids)))
+        legs = [asyncio.ensure_future(self.generate(worker.url, body)) for worker in (prefill, decode)]
         try:
-            await asyncio.gather(sender, receiver)
+            _, answer = await asyncio.gather(*legs)
         finally:
-            sender.cancel()
-            receiver.cancel()
-        return receiver.result()
+            for leg in legs:
+                leg.cancel()
+        return answer
 
-    async def through(self, input_ids: Sequence[int], max_new_tokens: int) -> LiveAnswer:
-        """The same over the balancer; it chooses the pair."""
-        content = json.dumps(generate_body(input_ids, max_new_tokens)).encode()
-        return await self._stream(self.url, content, len(input_ids))
+    async def generate(self, url: str, body: dict[str, Any]) -> LiveAnswer:
+        """One streamed request of ``generate_body``.
 
-    async def _stream(self, url: str, content: bytes, prompt_tokens: int) -> LiveAnswer:
-        sent_s = time.monotonic()
-        response = await self._pool.open(
-            url,
-            "POST",
-            "/generate",
-            content,
-            headers=self._headers,
-            first_byte_s=ANSWER_S,
-            silence_s=ANSWER_S,
-        )
+        Raises:
+            WorkerError: if it fails or ends early.
+        """
+        content, sent_s = json.dumps(body).encode(), time.monotonic()
+        limits = {"first_byte_s": ANSWER_S, "silence_s": ANSWER_S}
+        response = await self._pool.open(url, "POST", "/generate", content, headers=self._headers, **limits)
         try:
             if response.status != 200:
                 raise WorkerRejected(url, response.status, await response.read())
             first_s = last_s = 0.0
-            last, splitter = b"", EventSplitter()
+            last, events = b"", EventSplitter()
             async for chunk in response:
-                events = [event_data(event) for event in split_events(splitter.feed(chunk))]
-                tokens = [event for event in events if event.startswith(b"{")]
-                if tokens:
-                    last, last_s = tokens[-1], time.monotonic()
-                    first_s = first_s or last_s
+                for event in split_events(events.feed(chunk)):
+                    if (data := event_data(event)).startswith(b"{"):
+                        last, last_s = data, time.monotonic()
+                        first_s = first_s or last_s
         finally:
             response.close()
-        return _answer(url, last, prompt_tokens, (sent_s, first_s, last_s))
-
-
-def _answer(url: str, event: bytes, prompt_tokens: int, times: tuple[float, float, float]) -> LiveAnswer:
-    meta = json.loads(event).get("meta_info", {}) if event else {}
-    finish = meta.get("finish_reason") or {}
-    if not meta or finish.get("type") == "abort":
-        raise WorkerError(url, f"ended a stream badly: {finish.get('message', 'no event with a token')}")
-    return LiveAnswer(
-        *times, prompt_tokens, int(meta.get("cached_tokens") or 0), int(meta.get("completion_tokens") or 1)
-    )
+        meta = json.loads(last).get("meta_info", {}) if last else {}
+        finish = meta.get("finish_reason") or {}
+        if not meta or finish.get("type") == "abort":
+            raise WorkerError(url, f"ended a stream badly: {finish.get('message', 'no event with a token')}")
+        cached, made = int(meta.get("cached_tokens") or 0), int(meta.get("completion_tokens") or 1)
+        return LiveAnswer(sent_s, first_s, last_s, len(body["input_ids"]), cached, made)
 
 
 def generate_body(input_ids: Sequence[int], max_new_tokens: int) -> dict[str, Any]:

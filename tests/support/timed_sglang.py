@@ -27,18 +27,13 @@ class Costs:
     prefill: tuple[float, float, float, float] = (0.02, 2e-4, 2e-7, 0.0)
     """A pass, a token, a pair, a pair known before."""
     decode: tuple[float, float, float] = (0.01, 0.002, 3e-7)
-    link: tuple[float, float] = (0.003, 2e-9)
-    bytes_per_token: int = 4096
     chunk: int = 512
     pool: int = 65536
     noise: float = 0.0
     """Standard deviation, relative; one row in ten takes three times as long besides."""
     chaos: bool = False
     """Times have nothing to do with the work."""
-    stranger_tokens: int = 0
-    """Computed for somebody else with every prompt."""
     has_counters: bool = True
-    has_plugin: bool = True
     rng: random.Random = field(default_factory=lambda: random.Random(7))
 
     def spoil(self, seconds: float) -> float:
@@ -76,7 +71,6 @@ class TimedSGLang(FakeSGLang):
         self.tokens = 0
         self.busy_us = 0.0
         self.moments = [0.0] * 6
-        self.sent = {"kv_bytes": 0, "transfers": 0, "latency_us": 0.0}
 
     def _document(self, path: str) -> dict[str, Any] | None:
         costs = self.costs
@@ -93,8 +87,6 @@ class TimedSGLang(FakeSGLang):
             info: dict[str, Any] = {"model_path": "timed", "device": "cpu", "page_size": PAGE}
             info |= {"chunked_prefill_size": costs.chunk, "max_total_num_tokens": costs.pool}
             return info | {"disaggregation_mode": self.mode}
-        if path == "/pdserve/instance":
-            return {"transfer": self.sent} if costs.has_plugin else None
         return super()._document(path)
 
     async def _generate(self, connection: FakeConnection, path: str, body: bytes) -> None:
@@ -136,11 +128,7 @@ class TimedSGLang(FakeSGLang):
             seconds += a + b * new + c * new * (at + new / 2) + d * at * at / 2
             at += new
         self.busy_us += costs.spoil(seconds) * 1e6
-        self.tokens += len(ids) - known + costs.stranger_tokens
-        sent = -(-len(ids) // PAGE) * PAGE * costs.bytes_per_token
-        self.sent["kv_bytes"] += sent
-        self.sent["transfers"] += 1
-        self.sent["latency_us"] += costs.spoil(costs.link[0] + costs.link[1] * sent) * 1e6
+        self.tokens += len(ids) - known
         return known
 
     async def _decode(self) -> None:
