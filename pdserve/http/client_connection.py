@@ -1,52 +1,43 @@
-"""One keep-alive connection to a worker: writes a request, parses the response as it arrives.
+"""Keep-alive connections to a server: each writes a request and parses the response as it arrives.
 
-Knows HTTP framing only. Who gets the connection next is its ``Home``'s business.
+Knows HTTP framing only. An ``Origin`` holds the connections to one server that wait for a request.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol, cast
+import contextlib
+import ssl
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+from typing import cast
+from urllib.parse import urlsplit
 
 import httptools
 
-from pdserve.errors import WorkerUnreachable
-from pdserve.http.client_response import ClientResponse, Headers
+from pdserve.errors import ConfigError, WorkerUnreachable
+from pdserve.http.client_response import ClientResponse, Deadlines, Headers
 from pdserve.http.sockets import tune
 
+IDLE_S = 4.0
+"""SGLang's uvicorn closes a kept connection after 5 s without a request; be first."""
+MAX_IDLE = 512
+"""Kept connections per server."""
 STALE_WINDOW_S = 1.0
-"""A kept connection that the worker had already closed breaks within a round trip of the next
+"""A kept connection that the server had already closed breaks within a round trip of the next
 request. One that breaks later was at work on it."""
 JOIN_BYTES = 65536
 """Up to here one write of head + body is cheaper than two; above it the copy costs more."""
 
 
-class Home(Protocol):
-    """Where a connection comes from."""
-
-    num_heard: int
-    """Grows with each piece of an answer to a client's request."""
-
-    def put_back(self, connection: ClientConnection) -> None:
-        """The response is complete and the connection can take another request."""
-        ...
-
-    def forget(self, connection: ClientConnection) -> None:
-        """The connection is closed."""
-        ...
-
-    def send_again(self, response: ClientResponse) -> None:
-        """The worker had closed the kept connection: use a fresh one."""
-        ...
-
-
 class ClientConnection(asyncio.Protocol):
     """Speaks HTTP/1.1 as a client, one exchange at a time."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, origin: Origin) -> None:
         self.idle_since_s = 0.0
         self.num_served = 0
-        self._home = home
+        self._origin = origin
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._response: ClientResponse | None = None
@@ -73,17 +64,7 @@ class ClientConnection(asyncio.Protocol):
         else:
             transport.write(response.head)
             transport.write(response.body)
-        response.on_sent(self, now_s)
-
-    def pause(self) -> None:
-        """Stop reading; TCP holds the worker up."""
-        if self.is_usable:
-            cast(asyncio.Transport, self._transport).pause_reading()
-
-    def resume(self) -> None:
-        """Read on."""
-        if self.is_usable:
-            cast(asyncio.Transport, self._transport).resume_reading()
+        response.on_sent(transport, now_s)
 
     def drop(self) -> None:
         """Close the socket without waiting for anything."""
@@ -100,9 +81,9 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the loop: end what was under way, or send it again if it was never heard."""
-        self._home.forget(self)
+        self._origin.forget(self)
         response, self._response = self._response, None
-        if response is None:
+        if response is None or response.has_ended:
             return
         response.connection = None
         if not self._has_bytes:
@@ -118,11 +99,11 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
         response = self._response
-        if response is None:
+        if response is None or response.has_ended:
             self.drop()  # bytes nobody asked for: the connection cannot be trusted
             return
         if not response.can_resend:
-            self._home.num_heard += 1
+            self._origin.num_heard += 1
         if not self._has_bytes:
             self._has_bytes = True
             response.body = b""  # it will not be sent again: a long answer must not hold a long prompt
@@ -154,7 +135,7 @@ class ClientConnection(asyncio.Protocol):
         self.num_served += 1
         response.on_whole(int(status), head, data[end + 4 :])
         response.on_complete()
-        self._home.put_back(self)
+        self._origin.put_back(self)
         response.on_progress()
         return True
 
@@ -186,10 +167,10 @@ class ClientConnection(asyncio.Protocol):
         self.num_served += 1
         was_paused = response.is_paused
         response.on_complete()
-        if was_paused:
-            self.resume()
+        if was_paused and self.is_usable:
+            cast(asyncio.Transport, self._transport).resume_reading()
         if self._keep_alive:
-            self._home.put_back(self)
+            self._origin.put_back(self)
         else:
             cast(asyncio.Transport, self._transport).close()
 
@@ -197,11 +178,85 @@ class ClientConnection(asyncio.Protocol):
         age_s = asyncio.get_running_loop().time() - response.sent_s
         is_stale = self.num_served > 0 and response.attempts == 1 and age_s < STALE_WINDOW_S
         if is_stale and response.can_resend:
-            self._home.send_again(response)
+            self._origin.send_again(response)
             return
         error = WorkerUnreachable(response.url, f"closed the connection without an answer{_why(exc)}")
         error.is_stale = is_stale
         response.fail(error)
+
+
+class Origin:
+    """One server: its address and its idle connections, last used last.
+
+    ``connections`` are the client's to all servers; ``connect`` sends a response's request over a
+    fresh one; ``on_idle`` is called when one becomes idle.
+    """
+
+    __slots__ = (
+        "_connect",
+        "_deadlines",
+        "_on_idle",
+        "authority",
+        "connections",
+        "host",
+        "idle",
+        "is_closed",
+        "num_heard",
+        "port",
+        "tls",
+        "url",
+    )
+
+    def __init__(
+        self,
+        url: str,
+        deadlines: Deadlines,
+        connections: set[ClientConnection],
+        connect: Callable[[Origin, ClientResponse], None],
+        on_idle: Callable[[], None],
+    ) -> None:
+        self.url = url
+        self.host, self.port, self.tls, self.authority = parse_base_url(url)
+        self.connections = connections
+        self.idle: deque[ClientConnection] = deque()
+        self.is_closed = False
+        self.num_heard = 0
+        self._deadlines = deadlines
+        self._connect = connect
+        self._on_idle = on_idle
+
+    def take_idle(self, now_s: float) -> ClientConnection | None:
+        """Return a kept connection that the server has most likely not closed yet."""
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.is_usable and now_s - connection.idle_since_s < IDLE_S:
+                return connection
+            connection.drop()
+        return None
+
+    def put_back(self, connection: ClientConnection) -> None:
+        """Keep a connection whose response is complete for the next request."""
+        if self.is_closed or len(self.idle) >= MAX_IDLE:
+            connection.drop()
+            return
+        connection.idle_since_s = self._deadlines.now()
+        self.idle.append(connection)
+        self._on_idle()
+
+    def forget(self, connection: ClientConnection) -> None:
+        """Drop a connection that is closed from the books."""
+        self.connections.discard(connection)
+        with contextlib.suppress(ValueError):
+            self.idle.remove(connection)
+
+    def send_again(self, response: ClientResponse) -> None:
+        """Send over a fresh connection: the server had closed the kept one."""
+        self._connect(self, response)
+
+    def drop_older(self, before_s: float) -> None:
+        """Close idle connections last used before that time; the oldest are first."""
+        while self.idle and self.idle[0].idle_since_s < before_s:
+            self.idle.popleft().drop()
 
 
 def _ends_with_connection(headers: Headers) -> bool:
@@ -211,3 +266,24 @@ def _ends_with_connection(headers: Headers) -> bool:
 
 def _why(exc: Exception | None) -> str:
     return f": {exc}" if exc is not None else ""
+
+
+def parse_base_url(url: str) -> tuple[str, int, ssl.SSLContext | None, bytes]:
+    """Host, port, TLS context and Host header of a base URL."""
+    try:
+        parts = urlsplit(url)
+        given_port = parts.port
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(url)
+    except ValueError:
+        raise ConfigError(
+            f"a worker's address must be http://host:port or https://host:port, got {url!r}"
+        ) from None
+    is_tls = parts.scheme == "https"
+    port = given_port or (443 if is_tls else 80)
+    return parts.hostname, port, _tls_context() if is_tls else None, parts.netloc.rpartition("@")[2].encode()
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    return ssl.create_default_context()

@@ -1,19 +1,18 @@
-"""One HTTP exchange with a worker as it happens, and the time limits on its silence.
+"""One HTTP exchange with a server as it happens, and the time limits on its silence.
 
-    UpstreamConnection ── head, data, end, failure ──► UpstreamResponse ── Wakeup ──► who waits
-                                                              ▲
-                         Deadlines (one timer for all) ───────┘ WorkerTimeout
+    ClientConnection ── head, data, end, failure ──► ClientResponse ── on_change ──► consumer
+                                                          ▲
+                       Deadlines (one timer for all) ─────┘ WorkerTimeout
 
 A response is pushed by its connection and pulled by one consumer. When the
-consumer lags by ``HIGH_WATER_BYTES`` the connection stops reading, so the
-worker is held up instead of our memory filled; the silence limit rests then.
+consumer lags by ``HIGH_WATER_BYTES`` the connection stops reading, so TCP
+holds the server up instead of our memory filling; the silence limit rests then.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
 
 from pdserve.errors import WorkerError, WorkerTimeout
 
@@ -50,46 +49,16 @@ class Wakeup:
         self._is_set = False
 
 
-class Alarm(Protocol):
-    """Who hears of each change of a response; ``Wakeup`` is the plain one."""
-
-    def set(self) -> None:
-        """Something has changed. Called from within the connection's callbacks: it must not raise."""
-        ...
-
-
-class Connection(Protocol):
-    """What a response needs of the connection it arrives on."""
-
-    def pause(self) -> None:
-        """Stop reading."""
-        ...
-
-    def resume(self) -> None:
-        """Read on."""
-        ...
-
-    def drop(self) -> None:
-        """Close the socket now; nothing is heard of it any more."""
-        ...
-
-
-class _Nobody:
-    __slots__ = ()
-
-    def set(self) -> None:
-        """Nobody listens yet."""
-
-
-NOBODY = _Nobody()
-
-
 class ClientResponse:
-    """A request sent to a worker and what has come back: ``async for chunk in response``.
+    """A request that was sent and what has come back: ``async for chunk in response``.
+
+    ``on_change`` is called at each change, from within the connection's callbacks: it must not
+    raise. ``wakeup`` is what our own methods wait on; a caller with an ``on_change`` of its own
+    has none and does not wait here.
 
     With a ``sink`` body bytes go there as they arrive, without a turn of the event
     loop between, and only the end wakes the consumer; a sink that answers False is
-    not fed, nor the worker read, until ``release``.
+    not fed, nor the server read, until ``release``.
 
     ``status`` is 0 until the head is there. ``error`` is set when the exchange
     failed; iteration raises it after the chunks that had arrived. ``turn`` grows
@@ -107,8 +76,9 @@ class ClientResponse:
     turn = 0
     deadline_s = NEVER
     sink: Callable[[bytes], bool] | None = None
-    wakeup: Alarm = NOBODY
-    connection: Connection | None = None
+    label = ""
+    wakeup: Wakeup | None = None
+    connection: asyncio.Transport | None = None
     connecting: asyncio.Task[None] | None = None
     _headers: Headers | None = None
     _raw_head = b""
@@ -116,9 +86,16 @@ class ClientResponse:
     _is_paused = False
 
     def __init__(
-        self, url: str, head: bytes, body: bytes, limits: tuple[float, float], deadlines: Deadlines
+        self,
+        url: str,
+        head: bytes,
+        body: bytes,
+        limits: tuple[float, float],
+        deadlines: Deadlines,
+        on_change: Callable[[], None],
     ) -> None:
         self.url = url
+        self.on_change = on_change
         self.head, self.body = head, body
         self.first_byte_s, self.silence_s = limits
         self._chunks: list[bytes] = []
@@ -148,11 +125,11 @@ class ClientResponse:
 
     @property
     def is_paused(self) -> bool:
-        """True while the worker is held up because the consumer lags."""
+        """True while the server is held up because the consumer lags."""
         return self._is_paused
 
     def take(self) -> list[bytes]:
-        """Every body chunk that has arrived and was not taken yet; lets a paused worker go on."""
+        """Every body chunk that has arrived and was not taken yet; lets a paused server go on."""
         chunks, self._chunks = self._chunks, []
         self._buffered = 0
         if self._is_paused:
@@ -202,7 +179,7 @@ class ClientResponse:
         return chunk
 
     async def _changed(self) -> None:
-        assert isinstance(self.wakeup, Wakeup), "who gave an alarm of its own does not wait here"
+        assert self.wakeup is not None, "a caller with an on_change of its own does not wait here"
         await self.wakeup.wait()
 
     def close(self) -> None:
@@ -213,13 +190,11 @@ class ClientResponse:
         self._end()
         if self.connecting is not None:
             self.connecting.cancel()
-        if self.connection is not None:
-            self.connection.drop()
-            self.connection = None
+        self._abort()
 
     # -- for the connection ------------------------------------------------------------------
 
-    def on_sent(self, connection: Connection, now_s: float) -> None:
+    def on_sent(self, connection: asyncio.Transport, now_s: float) -> None:
         """The request is on its way; the first-byte limit starts."""
         self.connection = connection
         self.attempts += 1
@@ -261,7 +236,7 @@ class ClientResponse:
                 return
         elif self.sink is not None:
             self._feed()
-        self.wakeup.set()
+        self.on_change()
 
     def fail(self, error: WorkerError) -> None:
         """The exchange is over without a complete response."""
@@ -269,10 +244,8 @@ class ClientResponse:
             return
         self.error = error
         self._end()
-        if self.connection is not None:
-            self.connection.drop()
-            self.connection = None
-        self.wakeup.set()
+        self._abort()
+        self.on_change()
 
     def expire(self) -> None:
         """The silence limit has passed."""
@@ -288,15 +261,22 @@ class ClientResponse:
             self._pause()
 
     def _pause(self) -> None:
-        if not self._is_paused and self.connection is not None:
+        connection = self.connection
+        if not self._is_paused and connection is not None:
             self._is_paused = True
-            self.connection.pause()
+            if not connection.is_closing():
+                connection.pause_reading()
 
     def _resume(self) -> None:
         self._is_paused = False
         self._deadlines.touch(self)
+        if self.connection is not None and not self.connection.is_closing():
+            self.connection.resume_reading()
+
+    def _abort(self) -> None:
         if self.connection is not None:
-            self.connection.resume()
+            self.connection.abort()
+            self.connection = None
 
     def _end(self) -> None:
         self.turn = self._deadlines.discard(self)
@@ -330,7 +310,7 @@ class Deadlines:
             self._arm(response.deadline_s)
 
     def touch(self, response: ClientResponse) -> None:
-        """It is not silent: its silence limit starts anew."""
+        """It is not silent: its silence limit starts again."""
         response.deadline_s = self.now() + response.silence_s
         if response.deadline_s < self._due_s:
             self._arm(response.deadline_s)

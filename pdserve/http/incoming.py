@@ -1,14 +1,14 @@
-"""The client's side of one exchange: a request that is wholly here, and how far its answer got.
+"""One request of a client, wholly received, and its answer, whole or as a stream.
 
-Knows HTTP, not SGLang. Everything sent carries the headers in ``extra``. What the
-client must be told goes through its ``Line``, the connection it came by.
+Every answer carries the headers in ``extra``. It leaves by the ``ResponseWriter`` of the
+connection that the request came by.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote
 
 from pdserve.errors import PdserveError
@@ -28,37 +28,46 @@ class ClientLeft(PdserveError):
 
 
 class Interrupted(PdserveError):
-    """The balancer ended the request; the client is still there."""
+    """The server ended the request; the client is still there."""
 
 
-class Line(Protocol):
-    """The connection as an answer needs it."""
+class ResponseWriter:
+    """The writing half of one client connection; requests on it share it, one after the other.
 
-    @property
-    def date_line(self) -> bytes:
-        """The ``date`` header of now, with its line end."""
-        ...
+    ``date_line`` returns the ``date`` header of now, with its line end; ``on_finished`` is called at
+    the end of each answer and is told whether the connection may be kept.
+    """
 
-    @property
-    def is_write_paused(self) -> bool:
-        """True while the client reads more slowly than we write."""
-        ...
+    __slots__ = ("_can_resume", "date_line", "is_paused", "on_finished", "transport")
+
+    def __init__(self, date_line: Callable[[], bytes], on_finished: Callable[[bool], None]) -> None:
+        self.date_line = date_line
+        self.on_finished = on_finished
+        self.transport: asyncio.Transport | None = None
+        self.is_paused = False
+        self._can_resume: asyncio.Future[None] | None = None
 
     def send(self, data: bytes) -> None:
         """Write; nothing happens if the client has left."""
-        ...
+        if self.transport is not None:
+            self.transport.write(data)
 
     async def drained(self) -> None:
         """Wait until the client has read enough, or has left."""
-        ...
+        if self.is_paused:
+            self._can_resume = asyncio.get_running_loop().create_future()
+            await self._can_resume
 
-    def finished(self, *, keep_alive: bool) -> None:
-        """The answer is complete."""
-        ...
+    def resume(self) -> None:
+        """End the wait of ``drained``: the client has read enough, or has left."""
+        self.is_paused = False
+        if self._can_resume is not None and not self._can_resume.done():
+            self._can_resume.set_result(None)
 
     def abort(self) -> None:
-        """Close now, in the middle of an answer if need be."""
-        ...
+        """Close the connection now, in the middle of an answer if need be."""
+        if self.transport is not None:
+            self.transport.abort()
 
 
 class IncomingRequest:
@@ -73,7 +82,7 @@ class IncomingRequest:
 
     __slots__ = (
         "_is_chunked",
-        "_line",
+        "_writer",
         "body",
         "endpoint",
         "extra",
@@ -94,8 +103,8 @@ class IncomingRequest:
     )
 
     def __init__(
-        self, line: Line, method: str, target: bytes, headers: dict[bytes, bytes], *, keep_alive: bool,
-        is_http_1_0: bool = False,
+        self, writer: ResponseWriter, method: str, target: bytes, headers: dict[bytes, bytes], *,
+        keep_alive: bool, is_http_1_0: bool = False,
     ) -> None:  # fmt: skip
         path, _, self.query = target.partition(b"?")
         name = path.decode("latin-1")
@@ -116,7 +125,7 @@ class IncomingRequest:
         self.on_left: Callable[[], None] | None = None
         self.on_writable: Callable[[], None] | None = None
         self._is_chunked = not is_http_1_0
-        self._line = line
+        self._writer = writer
 
     def identify(self, rid: str) -> None:
         """Name the request in its answer, unless its client did; the last attempt's name stays."""
@@ -128,48 +137,50 @@ class IncomingRequest:
     async def answer(self, answer: Answer) -> None:
         """Send a whole answer."""
         self.has_begun = self.has_finished = True
-        line = self._line
-        rest = line.date_line + self.lines if self.keep_alive else line.date_line + self.lines + CLOSE_LINE
-        line.send(render_answer(answer, self.extra, rest=rest, has_body=self.method != "HEAD"))
-        line.finished(keep_alive=self.keep_alive)
-        if line.is_write_paused:
-            await line.drained()
+        writer = self._writer
+        rest = writer.date_line() + self.lines
+        if not self.keep_alive:
+            rest += CLOSE_LINE
+        writer.send(render_answer(answer, self.extra, rest=rest, has_body=self.method != "HEAD"))
+        writer.on_finished(self.keep_alive)
+        if writer.is_paused:
+            await writer.drained()
 
     def begin(self, status: int, headers: Headers) -> None:
         """Send the head of an answer whose length is not known."""
         self.has_begun = True
         if not self._is_chunked:
             self.keep_alive = False  # its end is the connection's
-        rest = self._line.date_line + self.lines
+        rest = self._writer.date_line() + self.lines
         if not self.keep_alive:
             rest += CLOSE_LINE
         if self._is_chunked:
             rest += CHUNKED_LINE
-        self._line.send(render_head(status, (*headers, *self.extra), rest=rest))
+        self._writer.send(render_head(status, (*headers, *self.extra), rest=rest))
 
     def push(self, data: bytes) -> bool:
         """Send one piece, as it is; False if the next should wait for ``on_writable``."""
         if data:
-            self._line.send(render_chunk(data) if self._is_chunked else data)
-        return not self._line.is_write_paused
+            self._writer.send(render_chunk(data) if self._is_chunked else data)
+        return not self._writer.is_paused
 
     async def write(self, data: bytes) -> None:
         """Send one piece, and wait if the client does not keep up."""
         if not self.push(data):
-            await self._line.drained()
+            await self._writer.drained()
 
     async def finish(self, last: bytes = b"") -> None:
         """End the answer."""
         self.push(last)
         self.has_finished = True
         if self._is_chunked:
-            self._line.send(LAST_CHUNK)
-        self._line.finished(keep_alive=self.keep_alive)
+            self._writer.send(LAST_CHUNK)
+        self._writer.on_finished(self.keep_alive)
 
     def break_off(self) -> None:
         """End the connection instead of the answer: the client must not take it for complete."""
         self.has_begun = self.has_finished = True
-        self._line.abort()
+        self._writer.abort()
 
     # -- for the connection ------------------------------------------------------------------
 

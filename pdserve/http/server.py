@@ -1,7 +1,7 @@
-"""The HTTP server of the balancer: accepts, keeps the clock for all connections, ends in order.
+"""The HTTP server: accepts, keeps the clock for all connections, ends in order.
 
-Knows HTTP, not SGLang: an ``Application`` answers. Without a web framework
-because every request passes here: no per-request scope, queues or middleware.
+An ``Application`` answers. Without a web framework because every request of the
+balancer passes here: no per-request scope, queues or middleware.
 """
 
 from __future__ import annotations
@@ -10,37 +10,18 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable
 from email.utils import formatdate
-from typing import Protocol
 
-from pdserve.http.answer import Answer
 from pdserve.http.incoming import IncomingRequest
 from pdserve.http.limits import ServerLimits
-from pdserve.http.server_connection import ServerConnection
+from pdserve.http.server_connection import Application, ServerConnection, ServerState
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
-INTERNAL = "internal error of the balancer; its log has the details"
+INTERNAL = "internal error of the server; its log has the details"
 SWEEP_S = 1.0
 """Granularity of every time limit on clients."""
-
-
-class Application(Protocol):
-    """What answers."""
-
-    def refuse(self, client: IncomingRequest) -> Answer | None:
-        """Called once the head is there and before the body: an error, or None to go on."""
-        ...
-
-    def error(self, path: str, status: int, message: str) -> Answer:
-        """An error of HTTP itself, as clients of ``path`` (empty: unknown) expect it."""
-        ...
-
-    def serve(self, client: IncomingRequest) -> Awaitable[object]:
-        """Called with the whole request; what is returned must answer, unless the client leaves."""
-        ...
 
 
 class HttpServer:
@@ -49,19 +30,17 @@ class HttpServer:
     def __init__(
         self, application: Application, limits: ServerLimits, tls: ssl.SSLContext | None = None
     ) -> None:
-        self.application = application
-        self.limits = limits
-        self.is_closing = False
-        self.date_line = b""
-        self._tls = tls
         self._loop = asyncio.get_running_loop()
+        self._state = ServerState(
+            application, limits, self._loop.time, self._admit, self._forget, self._start
+        )
+        self._tls = tls
         self._server: asyncio.Server | None = None
         self._connections: set[ServerConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._is_empty = asyncio.Event()
         self._is_empty.set()
-        self.now = self._loop.time
 
     @property
     def num_connections(self) -> int:
@@ -77,12 +56,12 @@ class HttpServer:
         """Accept on a bound socket."""
         self._sweep()
         self._server = await self._loop.create_server(
-            lambda: ServerConnection(self), sock=listener, backlog=BACKLOG, ssl=self._tls
+            lambda: ServerConnection(self._state), sock=listener, backlog=BACKLOG, ssl=self._tls
         )
 
     def stop_accepting(self) -> None:
         """Close the port and every connection between two requests."""
-        self.is_closing = True
+        self._state.is_closing = True
         if self._server is not None:
             self._server.close()
         for connection in list(self._connections):
@@ -107,41 +86,40 @@ class HttpServer:
 
     # -- for connections ---------------------------------------------------------------------
 
-    def admit(self, connection: ServerConnection) -> bool:
-        """Take a new connection in; False if there are too many."""
+    def _admit(self, connection: ServerConnection) -> bool:
         self._connections.add(connection)
         self._is_empty.clear()
-        return len(self._connections) <= self.limits.max_connections and not self.is_closing
+        state = self._state
+        return len(self._connections) <= state.limits.max_connections and not state.is_closing
 
-    def forget(self, connection: ServerConnection) -> None:
-        """It is closed."""
+    def _forget(self, connection: ServerConnection) -> None:
         self._connections.discard(connection)
         if not self._connections:
             self._is_empty.set()
 
-    def serve(self, client: IncomingRequest) -> None:
-        """Run the application for one request, in a task owned here."""
+    def _start(self, client: IncomingRequest) -> None:
         client.task = self._loop.create_task(self._serve(client))
         self._tasks.add(client.task)
 
     async def _serve(self, client: IncomingRequest) -> None:
+        application = self._state.application
         try:
             if client.refusal is not None:
                 await client.answer(client.refusal)
             else:
-                await self.application.serve(client)
+                await application.serve(client)
         except Exception:
             logger.exception("%s %s failed", client.method, client.path)
             if not client.has_begun:
-                await client.answer(self.application.error(client.path, 500, INTERNAL))
+                await client.answer(application.error(client.path, 500, INTERNAL))
         finally:
             self._tasks.discard(client.task)
             if not client.has_finished:
                 client.break_off()
 
     def _sweep(self) -> None:
-        self.date_line = b"date: %b\r\n" % formatdate(usegmt=True).encode()
-        now_s = self.now()
+        self._state.date_line = b"date: %b\r\n" % formatdate(usegmt=True).encode()
+        now_s = self._loop.time()
         for connection in list(self._connections):
             if connection.deadline_s <= now_s:
                 connection.expire()

@@ -1,6 +1,6 @@
 """One client connection: requests parsed as they arrive, served one after the other.
 
-    socket ─► httptools ─► Client (head, then body) ─► task of Application.serve
+    socket ─► httptools ─► IncomingRequest (head, then body) ─► task of Application.serve
            ◄── writes, held up while the client does not read ◄──┘
 
 A request is refused as soon as its head is there (path, key, length), and served
@@ -12,32 +12,64 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, cast
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import httptools
 
 from pdserve.http.answer import Answer
-from pdserve.http.incoming import IncomingRequest
-from pdserve.http.limits import KEEP_ALIVE_S, NEVER
+from pdserve.http.incoming import IncomingRequest, ResponseWriter
+from pdserve.http.limits import KEEP_ALIVE_S, NEVER, ServerLimits
 from pdserve.http.sockets import tune
 from pdserve.http.wire import CLOSE_LINE, CONTINUE, render_answer
-
-if TYPE_CHECKING:
-    from pdserve.http.server import HttpServer
 
 LINGER_S = 2.0
 """How long a refused client may take to stop sending; a reset in its face would eat our answer."""
 
 
+class Application(Protocol):
+    """Answers requests; implemented outside of this package."""
+
+    def refuse(self, client: IncomingRequest) -> Answer | None:
+        """Return an error, or None to go on; called once the head is there and before the body."""
+        ...
+
+    def error(self, path: str, status: int, message: str) -> Answer:
+        """Return an error of HTTP itself, as clients of ``path`` (empty: unknown) expect it."""
+        ...
+
+    def serve(self, client: IncomingRequest) -> Awaitable[object]:
+        """Answer the whole request, unless the client leaves."""
+        ...
+
+
+@dataclass(slots=True)
+class ServerState:
+    """What the connections of one server share. The server changes ``date_line`` and ``is_closing``.
+
+    ``admit`` takes a new connection in, or returns False if there are too many; ``forget`` is called
+    when it is closed; ``serve`` runs the application for one request.
+    """
+
+    application: Application
+    limits: ServerLimits
+    now: Callable[[], float]
+    admit: Callable[[ServerConnection], bool]
+    forget: Callable[[ServerConnection], None]
+    serve: Callable[[IncomingRequest], None]
+    date_line: bytes = b""
+    is_closing: bool = False
+
+
 class ServerConnection(asyncio.Protocol):
     """Speaks HTTP/1.1 (and 1.0) as a server."""
 
-    def __init__(self, server: HttpServer) -> None:
+    def __init__(self, server: ServerState) -> None:
         self.deadline_s = server.now() + server.limits.header_s
-        self.is_write_paused = False
         self._server = server
         self._limits = server.limits
-        self._transport: asyncio.Transport | None = None
+        self._writer = ResponseWriter(lambda: server.date_line, self._finished)
         self._parser = httptools.HttpRequestParser(self)
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
@@ -50,7 +82,6 @@ class ServerConnection(asyncio.Protocol):
         self._body_bytes = 0
         self._serving: IncomingRequest | None = None
         self._pipeline: deque[IncomingRequest] = deque()
-        self._can_resume: asyncio.Future[None] | None = None
         self._is_deaf = False
         self._is_lingering = False
         self._unread_bytes = 0
@@ -64,8 +95,8 @@ class ServerConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close once what was written has left."""
-        if self._transport is not None:
-            self._transport.close()
+        if self._writer.transport is not None:
+            self._writer.transport.close()
 
     def wind_up(self) -> None:
         """Close after the answer that is on its way, at once if there is none."""
@@ -76,12 +107,11 @@ class ServerConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close now."""
-        if self._transport is not None:
-            self._transport.abort()
+        self._writer.abort()
 
     def expire(self) -> None:
         """``deadline_s`` has passed."""
-        if self.is_write_paused or self._is_lingering:
+        if self._writer.is_paused or self._is_lingering:
             self._expire_unread()
         elif self._is_head_open or self._reading is not None:
             what = "head" if self._is_head_open else "body"
@@ -90,42 +120,23 @@ class ServerConnection(asyncio.Protocol):
             self.close()
 
     def _expire_unread(self) -> None:
-        """Give up on a client that has read nothing since the deadline was set; slowness is no crime."""
-        unread = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        """Give up on a client that has read nothing since the deadline was set; a slow reader is allowed."""
+        unread = self._writer.transport.get_write_buffer_size() if self._writer.transport is not None else 0
         if not 0 < unread < self._unread_bytes:
             self.abort()
             return
         self._unread_bytes = unread
         self.deadline_s = self._server.now() + self._limits.write_s
 
-    # -- for Client --------------------------------------------------------------------------
-
-    @property
-    def date_line(self) -> bytes:
-        """The ``date`` header of now, with its line end."""
-        return self._server.date_line
-
-    def send(self, data: bytes) -> None:
-        """Write; nothing happens if the client has left."""
-        if self._transport is not None:
-            self._transport.write(data)
-
-    async def drained(self) -> None:
-        """Wait until the client has read enough, or has left."""
-        if self.is_write_paused:
-            self._can_resume = asyncio.get_running_loop().create_future()
-            await self._can_resume
-
-    def finished(self, *, keep_alive: bool) -> None:
-        """The answer to the request being served is complete."""
+    def _finished(self, keep_alive: bool) -> None:
         self._serving = None
         if not keep_alive or self._server.is_closing:
             self._is_deaf = True
             self._linger()
         elif self._pipeline:
             self._start(self._pipeline.popleft())
-            if not self._pipeline and self._transport is not None:
-                self._transport.resume_reading()
+            if not self._pipeline and self._writer.transport is not None:
+                self._writer.transport.resume_reading()
         else:
             self.deadline_s = self._server.now() + KEEP_ALIVE_S
 
@@ -133,7 +144,7 @@ class ServerConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop."""
-        self._transport = cast(asyncio.Transport, transport)
+        self._writer.transport = cast(asyncio.Transport, transport)
         tune(transport)
         if not self._server.admit(self):
             self._refuse(self._error(503, "too many connections; try again later"))
@@ -141,7 +152,7 @@ class ServerConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the loop."""
         self._server.forget(self)
-        self._transport = None
+        self._writer.transport = None
         self.resume_writing()
         self._pipeline.clear()
         if self._serving is not None:
@@ -149,15 +160,13 @@ class ServerConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Called by the loop: the client does not read."""
-        self.is_write_paused = True
+        self._writer.is_paused = True
         self._await_reader()
 
     def resume_writing(self) -> None:
         """Called by the loop: the client has read."""
-        self.is_write_paused = False
         self._restore_deadline()
-        if self._can_resume is not None and not self._can_resume.done():
-            self._can_resume.set_result(None)
+        self._writer.resume()
         if self._serving is not None:
             self._serving.can_take_more()
 
@@ -223,7 +232,7 @@ class ServerConnection(asyncio.Protocol):
             return
         self._head_bytes = 0
         client = IncomingRequest(
-            self,
+            self._writer,
             parser.get_method().decode("latin-1"),
             self._url,
             headers,
@@ -235,7 +244,7 @@ class ServerConnection(asyncio.Protocol):
         if answer is not None:
             self._refuse_request(client, answer)
         elif headers.get(b"expect", b"").lower() == b"100-continue":
-            self.send(CONTINUE)
+            self._writer.send(CONTINUE)
 
     def on_body(self, data: bytes) -> None:
         """Called by the parser."""
@@ -258,8 +267,8 @@ class ServerConnection(asyncio.Protocol):
             self._start(client)
         else:
             self._pipeline.append(client)
-            if self._transport is not None:
-                self._transport.pause_reading()
+            if self._writer.transport is not None:
+                self._writer.transport.pause_reading()
 
     # -- refusing ----------------------------------------------------------------------------
 
@@ -301,7 +310,9 @@ class ServerConnection(asyncio.Protocol):
         if self._serving is not None:  # what is on its way ends first, then the connection
             self._serving.keep_alive = False
             return
-        self.send(render_answer(answer, (), rest=self._server.date_line + CLOSE_LINE, has_body=has_body))
+        self._writer.send(
+            render_answer(answer, (), rest=self._server.date_line + CLOSE_LINE, has_body=has_body)
+        )
         self._linger()
 
     def _error(self, status: int, message: str) -> Answer:
@@ -315,7 +326,7 @@ class ServerConnection(asyncio.Protocol):
 
     def _linger(self) -> None:
         """Say that nothing more comes, and give the client a moment to close first."""
-        transport = self._transport
+        transport = self._writer.transport
         if transport is None or transport.is_closing():
             return
         self._is_lingering = True
@@ -330,8 +341,8 @@ class ServerConnection(asyncio.Protocol):
 
     def _await_reader(self) -> None:
         """Set the deadline by which the client must have read something."""
-        assert self._transport is not None
-        self._unread_bytes = self._transport.get_write_buffer_size()
+        assert self._writer.transport is not None
+        self._unread_bytes = self._writer.transport.get_write_buffer_size()
         wait_s = self._limits.write_s if self._unread_bytes else LINGER_S
         self.deadline_s = self._server.now() + wait_s
 

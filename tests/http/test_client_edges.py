@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from pdserve.errors import ConfigError, WorkerError, WorkerUnreachable
-from pdserve.http.client import MAX_IDLE, HttpClient
+from pdserve.http.client import HttpClient
+from pdserve.http.client_connection import MAX_IDLE
 from tests.http.test_client import LIMITS, raw_server
 from tests.support.sglang_server import FakeSGLang, until
 

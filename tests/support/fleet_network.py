@@ -98,7 +98,7 @@ class Network:
         """The seam: no client's request goes through here."""
         return 0
 
-    def is_instructed(self, url: str) -> bool:
+    def is_busy_with(self, url: str, label: str) -> bool:
         """The same."""
         return False
 

@@ -15,6 +15,7 @@ from urllib.parse import quote, quote_from_bytes
 import msgspec
 
 from pdserve.balancer.fleet.fleet import WorkerFleet
+from pdserve.balancer.fleet.probe import COMMAND
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import PdserveError, WorkerError
 from pdserve.http.answer import JSON_TYPE, Answer, Headers
@@ -104,15 +105,17 @@ class WorkerAsker:
 
     async def ask_url(self, question: Question, url: str) -> Reply:
         """The same by the worker's base address."""
-        headers = self._headers(question)
+        headers, target = self._headers(question), question.target
+        is_command = question.method == "POST" and not target.startswith("/abort_request")
         try:
             return await self._pool.fetch(
                 url,
                 question.method,
-                question.target,
+                target,
                 question.body,
                 headers=headers,
                 timeout_s=question.timeout_s,
+                label=COMMAND if is_command else "",
             )
         except WorkerError as exc:
             return exc

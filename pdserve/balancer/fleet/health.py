@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 
 from pdserve.balancer.fleet.events import EventLog
-from pdserve.balancer.fleet.probe import ProbePassed, ProbeResult, WorkerPool
+from pdserve.balancer.fleet.probe import COMMAND, ProbePassed, ProbeResult, WorkerPool
 from pdserve.balancer.fleet.roster import Roster
 from pdserve.errors import WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
 from pdserve.scheduling.breaker import Failure
@@ -121,7 +121,7 @@ class HealthTracker:
     def worker_stalled(self, worker: Worker, why: str) -> None:
         """Keeper: the worker answers, but its scheduler gets nowhere. That is no wedge while it was told to
         stop, or to load other weights."""
-        if not self.is_paused and not self._pool.is_instructed(worker.url):
+        if not self.is_paused and not self._pool.is_busy_with(worker.url, COMMAND):
             self.worker_hung(worker, why)
 
     def worker_answers(self, worker: Worker) -> None:

@@ -92,6 +92,10 @@ class Fetcher(Protocol):
         ...
 
 
+COMMAND = "command"
+"""Label of requests that may stop a worker's scheduler, such as a weight update."""
+
+
 class WorkerPool(Fetcher, Protocol):
     """What the fleet needs of the upstream pool."""
 
@@ -99,8 +103,8 @@ class WorkerPool(Fetcher, Protocol):
         """Grows whenever bytes of an answer to a client's request arrive from that worker."""
         ...
 
-    def is_instructed(self, url: str) -> bool:
-        """True while some control request, such as a weight update, is under way there."""
+    def is_busy_with(self, url: str, label: str) -> bool:
+        """Return True while some request of that label is under way there."""
         ...
 
     def fail_worker(self, url: str, make_error: Callable[[], WorkerError]) -> int:

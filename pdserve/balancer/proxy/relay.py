@@ -162,7 +162,7 @@ class _Leg(msgspec.Struct, eq=False):
 class PairRelay:
     """Runs one attempt, once, without a task of its own.
 
-    It is the alarm of both responses: what arrives is taken in within the
+    Both responses call ``_on_change``: what arrives is taken in within the
     connection's callback, and the coroutine wakes only when it has something to do.
     ``renaming`` is what becomes of our request ids in the answer; ``silence_s`` the
     longest silence of a worker.
@@ -216,18 +216,9 @@ class PairRelay:
         Raises:
             LegFailed: ``sink.has_begun`` tells whether the client has bytes already.
         """
-        pair, path, limits = self._reservation.pair, self._request.route.value, self._limits
-        start, (to_prefill, to_decode) = self._pool.start, lines
-        sent = start(
-            pair.prefill.url, "POST", path, body, headers=to_prefill, limits=limits, wakeup=self,
-            can_resend=False,
-        )  # fmt: skip
-        prefill = self._prefill = _Leg(Role.PREFILL, sent)
-        sent = start(
-            pair.decode.url, "POST", path, body, headers=to_decode, limits=limits, wakeup=self,
-            can_resend=False,
-        )  # fmt: skip
-        decode = self._decode = _Leg(Role.DECODE, sent)
+        pair, (to_prefill, to_decode) = self._reservation.pair, lines
+        prefill = self._prefill = _Leg(Role.PREFILL, self._send(pair.prefill.url, body, to_prefill))
+        decode = self._decode = _Leg(Role.DECODE, self._send(pair.decode.url, body, to_decode))
         try:
             await self._opened(prefill, decode)
             if self._is_aborted:
@@ -247,17 +238,22 @@ class PairRelay:
             prefill.response.close()
             decode.response.close()
 
+    def _send(self, url: str, body: bytes, lines: bytes) -> ClientResponse:
+        return self._pool.start(
+            url, "POST", self._request.route.value, body, headers=lines, limits=self._limits,
+            on_change=self._on_change, can_resend=False,
+        )  # fmt: skip
+
     @property
     def prefill_answer(self) -> bytes:
-        """What has come of it."""
+        """The prefill leg's answer as far as it has arrived."""
         return self._prefill.body()
 
-    def set(self) -> None:
-        """Called by both responses at each change."""
+    def _on_change(self) -> None:
         try:
             if not self._is_opening:
                 self._advance_prefill(self._prefill)
-            elif not self._is_decided():
+            elif not self._advance_legs():
                 return
         except Exception as exc:
             self._bug = exc
@@ -267,14 +263,14 @@ class PairRelay:
         """Wait until the answer may begin: decode's first byte, or its whole body unless it streams."""
         self._is_opening = True
         has_failed_already = prefill.response.has_ended or decode.response.has_ended
-        if not (has_failed_already and self._is_decided()):
+        if not (has_failed_already and self._advance_legs()):
             await self._wait()
         self._is_opening = False
         if prefill.error is not None or decode.error is not None:
             raise _first_failure(prefill, decode)
 
-    def _is_decided(self) -> bool:
-        """True once the answer may begin, or a leg has failed."""
+    def _advance_legs(self) -> bool:
+        """Take in what both legs have received; return True once the answer may begin or a leg has failed."""
         prefill, decode, request = self._prefill, self._decode, self._request
         is_prefill_over = self._advance_prefill(prefill)
         is_open = decode.advance()

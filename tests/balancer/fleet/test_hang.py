@@ -351,10 +351,12 @@ async def test_the_pool_tells_answers_from_questions_and_commands() -> None:
         await response.read()
         assert pool.num_heard(fake.url) == 1
         thaw = freeze(fake, ("/update_weights_from_disk",))
-        assert not pool.is_instructed(fake.url)
-        command = pool.start(fake.url, "POST", "/update_weights_from_disk", b"{}", limits=(9, 9))
-        await until(lambda: pool.is_instructed(fake.url), "the command is under way")
+        assert not pool.is_busy_with(fake.url, "command")
+        command = pool.start(
+            fake.url, "POST", "/update_weights_from_disk", b"{}", limits=(9, 9), label="command"
+        )
+        await until(lambda: pool.is_busy_with(fake.url, "command"), "the command is under way")
         command.close()
         thaw.set()
-        assert not pool.is_instructed(fake.url)
+        assert not pool.is_busy_with(fake.url, "command")
         await pool.close()
