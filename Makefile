@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 UV     := $(VENV)/bin/uv
 
-.PHONY: help setup demo test test-fast lint bench cuda bench-gpu clean
+.PHONY: help setup demo test test-fast test-all lint bench cuda bench-gpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -21,10 +21,15 @@ demo: setup  ## start 1 prefill + 1 decode server with the embedded model and as
 	$(PY) -m pdserve.cli.demo
 
 test: setup  ## everything that runs without a GPU, real SGLang servers included
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not engine and not gpu and not exhaustive"
+	$(PY) -m pytest -m "engine and not exhaustive"
 
-test-fast: setup  ## no SGLang: the inner loop
-	$(PY) -m pytest -m "not gpu and not engine and not slow"
+test-fast: setup  ## the inner loop: no process, no SGLang, no torch
+	$(PY) -m pytest --fast -n 2 --dist loadfile
+
+test-all: setup  ## test, and every combination of what its tests cover once
+	$(PY) -m pytest -n 2 --dist loadfile -m "not engine and not gpu"
+	$(PY) -m pytest -m engine
 
 lint: setup  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .

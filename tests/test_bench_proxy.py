@@ -31,6 +31,8 @@ from proxy.tables import format_rows
 from proxy.targets import health, judge_memory
 from proxy.tools import Tools, prepare_tools
 
+pytestmark = pytest.mark.process
+
 PROGRAMS = Programs(Path("python"), "", "")
 CORE = min(os.sched_getaffinity(0))
 STAMP = re.compile(r"@\d{16}")

@@ -241,6 +241,7 @@ async def balancer_process(*fakes: FakeSGLang) -> AsyncIterator[tuple[asyncio.su
         await process.communicate()
 
 
+@pytest.mark.process
 async def test_sigterm_lets_requests_finish_and_exits_zero() -> None:
     async with (
         FakeSGLang(Role.PREFILL) as prefill,
@@ -258,6 +259,7 @@ async def test_sigterm_lets_requests_finish_and_exits_zero() -> None:
             assert await process.wait() == 0
 
 
+@pytest.mark.process
 async def test_a_second_signal_ends_at_once_and_aborts() -> None:
     async with (
         FakeSGLang(Role.PREFILL) as prefill,

@@ -23,7 +23,7 @@ from tests.support.fuzz_json import JsonCase, json_case
 from tests.support.wire import Wire
 
 SEED = 20261121
-NUM_FAST, NUM_SLOW = 750, 5500
+NUM_FAST, NUM_SLOW = 150, 5500
 """Cases of each kind, HTTP and JSON; the slow tests run all, the fast ones the first of them."""
 CONNECTIONS = 100
 CASE_S = 8.0

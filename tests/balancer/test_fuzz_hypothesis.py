@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.faults.site import running_site
+from tests.support.examples import n_examples
 from tests.support.fuzz_checks import check_answer, check_received
 from tests.support.fuzz_json import FIELDS, PATHS, SAMPLING
 from tests.support.wire import Wire
@@ -52,7 +53,7 @@ async def play(requests: list[tuple[str, bytes]]) -> None:
         await site.check_clean()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=n_examples(60), derandomize=True)
 @given(st.lists(st.tuples(st.sampled_from(PATHS), bodies()), min_size=1, max_size=12))
 def test_made_up_bodies_are_refused_or_reach_workers_whole(requests: list[tuple[str, bytes]]) -> None:
     asyncio.run(play(requests))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
@@ -12,6 +12,7 @@ from pdserve.bootstrap.messages import RankRoute, Register
 from pdserve.bootstrap.registry import MemberRegistry, Refused
 from pdserve.types import InstanceId, Role, WorkerInfo
 from tests.support.bootstrap_parts import LAYOUT, report, row, worker
+from tests.support.examples import n_examples
 
 
 def join(fleet: MemberRegistry, info: WorkerInfo, now: float = 0.0, **changes: object) -> None:
@@ -240,6 +241,4 @@ class FleetHistory(RuleBasedStateMachine):
 
 
 TestFleetHistory = FleetHistory.TestCase
-TestFleetHistory.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestFleetHistory.settings = settings(max_examples=n_examples(40), stateful_step_count=30)

@@ -9,7 +9,7 @@ import socket
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.bootstrap.listener import RouteListener
@@ -90,9 +90,6 @@ def test_wrong_field_is_refused_when_it_is_reported_not_when_it_is_asked_for(fie
     assert not table.is_complete
 
 
-# A shared machine decides how long an example takes, not the code under test.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "2", "text", "\ud800"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner, max_size=3),
@@ -100,7 +97,6 @@ json_values = st.recursive(
 )
 
 
-@unhurried
 @given(changes=st.dictionaries(st.sampled_from(sorted(row())), json_values))
 def test_no_row_makes_a_table_that_cannot_answer(changes: dict[str, Any]) -> None:
     table = RouteTable()
@@ -111,7 +107,6 @@ def test_no_row_makes_a_table_that_cannot_answer(changes: dict[str, Any]) -> Non
         assert error.status in (400, 503)
 
 
-@unhurried
 @given(
     sizes=st.tuples(*[st.integers(1, 3)] * 4),
     is_system_dp=st.booleans(),

@@ -286,6 +286,7 @@ async def test_service_that_stood_still_blames_nobody(
         await until(lambda: not running.fleet.members(), "leases must still end")
 
 
+@pytest.mark.process
 async def test_process_ends_cleanly_on_sigterm() -> None:
     code = (
         "import logging; logging.basicConfig(level='INFO')\n"

@@ -91,6 +91,7 @@ def health_server(status: int) -> Iterator[str]:
         server.server_close()
 
 
+@pytest.mark.process
 def test_module_help_lists_all_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "pdserve", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
@@ -122,6 +123,7 @@ def test_version(run: Run) -> None:
     assert run("version") == Done(0, f"pdserve {__version__}\n", "")
 
 
+@pytest.mark.process
 def test_missing_model_is_one_line_and_exit_2(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
     command = [sys.executable, "-m", "pdserve", "launch", str(missing), "--device", "cpu"]
@@ -288,6 +290,7 @@ def test_chat_reports_an_absent_service(run: Run) -> None:
     assert "Traceback" not in done.err
 
 
+@pytest.mark.process
 def test_service_process_is_light_and_serves() -> None:
     """What ``pdserve bootstrap`` becomes: the same pid, no pydantic, ends cleanly on SIGTERM."""
     port = free_port()
@@ -305,6 +308,7 @@ def test_service_process_is_light_and_serves() -> None:
     assert (process.returncode, err) == (0, "")
 
 
+@pytest.mark.process
 def test_service_on_a_taken_port_says_so() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         command = [sys.executable, "-m", "pdserve", "bootstrap", "--port", str(server.getsockname()[1])]

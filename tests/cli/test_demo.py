@@ -11,6 +11,8 @@ import pytest
 from pdserve.cli import demo
 from pdserve.errors import ConfigError, PdserveError
 
+pytestmark = pytest.mark.process
+
 LAUNCHER = """
 import json, signal, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

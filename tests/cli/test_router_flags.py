@@ -299,6 +299,7 @@ def test_keys_come_from_file_environment_and_options_in_that_order(
     assert err == ""
 
 
+@pytest.mark.process
 def test_launch_gives_its_children_keys_by_environment_only(tmp_path: Path) -> None:
     """The plan that is printed has every command line; the keys are in none of them."""
     model = tmp_path / "model"
@@ -329,6 +330,7 @@ async def test_the_launcher_asks_its_balancer_with_the_key(monkeypatch: pytest.M
             assert worker.seen[-1].headers["authorization"] == f"Bearer {value}"
 
 
+@pytest.mark.process
 async def test_a_running_balancer_shows_its_key_to_nobody() -> None:
     """Started without workers, by its key's option: after a moment no command line holds the key any more."""
     args = ("balance", "--pd-disaggregation", "--host", "127.0.0.1", "--port", "0", "--admin-api-key", "hush")

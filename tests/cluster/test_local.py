@@ -25,6 +25,8 @@ from pdserve.errors import ConfigError, StartupError
 from pdserve.types import Role
 from tests.support.small_fleet import Recorder, SmallFleet, is_running, until
 
+pytestmark = pytest.mark.process
+
 CRASH = "import sys; print('CUDA out of memory. Tried to allocate 2.00 GiB', file=sys.stderr); sys.exit(3)"
 ONCE = """
 import pathlib, sys

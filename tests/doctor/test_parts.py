@@ -67,6 +67,7 @@ def test_findings_keep_the_order_of_checks_whatever_ends_first() -> None:
     assert [finding.check for finding in found] == ["first", "second"]
 
 
+@pytest.mark.process
 def test_a_child_that_hangs_is_killed_with_what_it_started(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, subprocess, sys, time\n"
@@ -93,6 +94,7 @@ def _is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.process
 def test_a_child_tells_why_it_failed() -> None:
     failed = run_child([sys.executable, "-c", "import sys; sys.exit('no such device')"], 20)
     killed = run_child([sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"], 20)

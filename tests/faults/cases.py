@@ -91,10 +91,17 @@ _NEED_NO_HEAD = (
 )  # fmt: skip
 
 
-def all_cases() -> list[Case]:
-    """The whole product."""
+def possible_cases() -> list[Case]:
+    """The whole product without what cannot occur."""
     product = itertools.product(Role, Ending, Stage, (False, True), (False, True))
-    return [Case(*values) for values in product]
+    return [case for values in product if not impossible(case := Case(*values))]
+
+
+def covering_set() -> list[Case]:
+    """Every leg, ending and stage once; streaming or not, and with or without a spare, alternate."""
+    groups = itertools.groupby(possible_cases(), key=lambda case: (case.leg, case.ending, case.stage))
+    options = [list(group) for _, group in groups]
+    return [cases[number % len(cases)] for number, cases in enumerate(options)]
 
 
 def impossible(case: Case) -> str:

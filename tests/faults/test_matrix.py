@@ -12,7 +12,7 @@ import pytest
 
 from pdserve.types import Role
 from tests.faults.black_hole import BlackHole
-from tests.faults.cases import Case, Ending, Stage, all_cases, expected, impossible
+from tests.faults.cases import Case, Ending, Stage, covering_set, expected, possible_cases
 from tests.faults.site import Site, running_site
 from tests.support.sglang_answers import event_of
 from tests.support.sglang_pairing import Hold, Point
@@ -21,22 +21,19 @@ from tests.support.sglang_server import FakeSGLang, until
 from tests.support.wire import Wire, WireReply
 
 SILENCE_S = 0.3
-FAST_SHARE = 10
-"""One case in so many runs with the fast tests."""
+NUM_FAST = 8
 
 
 def _params() -> list[object]:
-    """Every case; impossible ones are skipped with their reason, nine in ten of the others are slow."""
-    params, number = [], 0
-    for case in all_cases():
-        if reason := impossible(case):
-            marks = [pytest.mark.skip(reason)]
-        else:
-            marks = [pytest.mark.slow] if number % FAST_SHARE else []
-            number += 1
-            if case.ending is Ending.ABORTED and case.stage is Stage.ACCEPTED and case.leg is Role.DECODE:
-                reason = "decode's complete answer loses against prefill's error of the same turn"
-                marks.append(pytest.mark.xfail(strict=True, reason=reason))
+    """Every possible case; what the covering set does not hold is for ``make test-all``."""
+    covering = covering_set()
+    fast = covering[:: len(covering) // NUM_FAST]
+    params = []
+    for case in possible_cases():
+        marks = [] if case in fast else [pytest.mark.slow if case in covering else pytest.mark.exhaustive]
+        if case.ending is Ending.ABORTED and case.stage is Stage.ACCEPTED and case.leg is Role.DECODE:
+            reason = "decode's complete answer loses against prefill's error of the same turn"
+            marks.append(pytest.mark.xfail(strict=True, reason=reason))
         params.append(pytest.param(case, id=str(case), marks=marks))
     return params
 

@@ -31,6 +31,7 @@ import reference  # isort: skip
 from host import ORDERS, HostKernels, run_case  # isort: skip
 
 pytestmark = pytest.mark.process
+
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")

@@ -18,6 +18,8 @@ from pdserve.model.folder import is_model_folder, publish
 from pdserve.model.gguf_folder import _LAYER_NAMES, hub_name, unpermute_rows
 from pdserve.model.tiny import write_tiny_model
 
+pytestmark = pytest.mark.process
+
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 
 TEXTS = [

@@ -15,6 +15,8 @@ from pdserve.errors import ConfigError
 from pdserve.model.tiny import SPECIAL_TOKENS, VOCAB_SIZE, write_tiny_model
 from pdserve.model.weights import bfloat16_bits
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

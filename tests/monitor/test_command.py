@@ -156,6 +156,7 @@ def test_a_kept_connection_that_was_closed_is_opened_again(server: StateServer) 
     client.close()
 
 
+@pytest.mark.process
 def test_a_dumb_terminal_gets_plain_frames() -> None:
     program = (
         "import sys; from pdserve.monitor.command import run_monitor; sys.exit(run_monitor(sys.argv[1]))"
@@ -168,6 +169,7 @@ def test_a_dumb_terminal_gets_plain_frames() -> None:
         assert not session.screen.strange
 
 
+@pytest.mark.process
 def test_the_monitor_needs_nothing_heavy() -> None:
     code = (
         "import sys, pdserve.monitor.command\n"
@@ -204,6 +206,7 @@ async def test_a_real_balancers_document_is_shown(
 # -- launch --monitor --------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_launch_opens_the_monitor_when_ready_and_closes_it_to_drain() -> None:
     with monitored(recorded("healthy"), program=LAUNCH) as (session, _):
         session.until(lambda text: session.screen.is_alternate and "prefill-0" in text and "● live" in text)
@@ -216,6 +219,7 @@ def test_launch_opens_the_monitor_when_ready_and_closes_it_to_drain() -> None:
         assert "monitor closed" not in text
 
 
+@pytest.mark.process
 def test_launch_goes_on_when_the_user_leaves_the_monitor() -> None:
     with monitored(recorded("healthy"), program=LAUNCH) as (session, _):
         session.until(lambda text: session.screen.is_alternate and "prefill-0" in text)

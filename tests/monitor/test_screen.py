@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.monitor_terminal import Session, monitored, recorded
 
+pytestmark = pytest.mark.process
+
 DOWN, UP = "\x1b[B", "\x1b[A"
 STOPS_ITSELF = """
 import sys, threading

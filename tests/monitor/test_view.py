@@ -19,6 +19,7 @@ from pdserve.monitor.keys import HELP, press
 from pdserve.monitor.snapshot import Snapshot
 from pdserve.monitor.view import allot, render
 from pdserve.monitor.view_state import ORDERS, Lost, Pane, ViewState
+from tests.support.examples import n_examples
 from tests.support.monitor_terminal import large_fleet, recorded
 
 SIZES = [(80, 24), (100, 30), (120, 40), (200, 60)]
@@ -414,7 +415,7 @@ FAILING = recorded("failing")
 PATHS = paths(FAILING)[1:]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=n_examples(120))
 @given(
     changes=st.lists(st.tuples(st.sampled_from(PATHS), st.none() | JSON, st.booleans()), max_size=12),
     pane=st.sampled_from(list(Pane)),
@@ -446,7 +447,7 @@ def test_damaged_documents_never_raise(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=n_examples(60))
 @given(
     state=st.dictionaries(st.sampled_from([*FAILING, "other"]), JSON, max_size=8),
     keys=st.lists(

@@ -84,6 +84,7 @@ def test_cpu_server_is_told_by_its_flags(flags: list[str], is_cpu: bool) -> None
     assert is_cpu_server(flags) is is_cpu
 
 
+@pytest.mark.process
 def test_gpu_only_package_is_not_found_afterwards() -> None:
     code = (
         "from pdserve.plugin.imports import skip_gpu_only_packages; skip_gpu_only_packages()\n"
@@ -110,6 +111,7 @@ def test_malformed_worker_environment_is_named() -> None:
         WorkerEnv.from_environ({"PDSERVE_ACTIVE": "1", "PDSERVE_ROLE": "nonsense"})
 
 
+@pytest.mark.process
 def test_child_process_counts_into_its_parents_stats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PDSERVE_STATS", "")
     stats = TransferStats.create()
@@ -124,6 +126,7 @@ def test_child_process_counts_into_its_parents_stats(monkeypatch: pytest.MonkeyP
     assert counted == {"kv_bytes": 4097, "transfers": 1, "failures": 2}
 
 
+@pytest.mark.process
 def test_process_whose_parent_is_gone_leaves_at_once() -> None:
     code = (
         "from pdserve.process.parent_death import die_with_parent; "

@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pdserve.plugin.stats import COUNTERS
 from pdserve.plugin.transfer_metrics import _HELP, _SECONDS
+
+pytestmark = pytest.mark.process
 
 PROGRAM = """
 from pdserve.plugin.stats import TransferStats

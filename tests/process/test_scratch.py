@@ -12,6 +12,8 @@ import pytest
 
 from pdserve.process import scratch
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

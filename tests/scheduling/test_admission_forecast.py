@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pdserve.scheduling.kv_growth import GROWTH_Z, SPREAD, KvGrowth
 from pdserve.types import RequestShape
+from tests.support.examples import n_examples
 from tests.support.virtual_admission import Asked, Desk, shape
 
 # -- the sum -----------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def test_with_an_exact_predictor_nothing_is_retracted() -> None:
     assert decode_all(requests, predicts=False).retracted > 10
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=n_examples(15))
 @given(
     st.lists(
         st.tuples(st.integers(1, 4000), st.sampled_from([1, 40, 700, 2500, 8000])), min_size=1, max_size=40
@@ -237,7 +238,7 @@ def test_whatever_the_lengths_an_exact_predictor_keeps_all_in_the_pool(
 # -- bookkeeping ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=n_examples(60))
 @given(
     st.lists(
         st.tuples(

@@ -22,6 +22,7 @@ from pdserve.scheduling.lengths import (
     UselessLengths,
 )
 from pdserve.types import RequestShape
+from tests.support.examples import n_examples
 
 SHAPE = RequestShape(prompt_tokens=1000, max_new_tokens=4096, route="/v1/chat/completions")
 
@@ -181,7 +182,7 @@ def test_answers_that_all_reach_the_limit_are_forecast_at_the_limit() -> None:
 # -- bounds ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=n_examples(80))
 @given(
     st.lists(
         st.tuples(

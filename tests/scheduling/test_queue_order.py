@@ -13,6 +13,7 @@ from pdserve.scheduling.admission import MAX_OVERTAKEN
 from pdserve.scheduling.queue import AGING, QueueOrder
 from pdserve.scheduling.regime import Regime
 from pdserve.scheduling.slo import MIN_QUEUE_S, ORDERED_QUEUE_S, QUEUE_SHARE
+from tests.support.examples import n_examples
 from tests.support.virtual_admission import Asked, Desk, shape
 
 PATIENCE_S = 60.0
@@ -73,7 +74,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=n_examples(80))
 @given(arrivals)
 def test_nobody_is_overtaken_by_those_that_come_later_than_its_aging_allows(
     rows: list[tuple[float, int, int]],
@@ -94,7 +95,7 @@ def test_nobody_is_overtaken_by_those_that_come_later_than_its_aging_allows(
                 assert came[earlier] - came[name] <= bound_s + 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=n_examples(60))
 @given(arrivals, st.floats(0.5, 3.0))
 def test_the_wait_is_bounded_by_what_came_before_and_what_may_overtake(
     rows: list[tuple[float, int, int]], speed: float

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pdserve.scheduling.policy.view import WorkerView
 from pdserve.scheduling.regime import HIGH, LOW, MIN_STAY_S, NUM_CHANGES, Regime, RegimeChange, RegimeMonitor
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
+from tests.support.examples import n_examples
 
 POLL_S = 0.25
 
@@ -172,7 +173,7 @@ def test_the_state_document_tells_what_changed() -> None:
     assert change["ago_s"] == told["lasted_s"] > 20
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=n_examples(60))
 @given(st.lists(st.tuples(st.floats(0, 20), st.floats(0, 1), st.integers(0, 200)), max_size=200))
 def test_states_last_and_changes_are_bounded(loads: list[tuple[float, float, int]]) -> None:
     fleet = Watched()

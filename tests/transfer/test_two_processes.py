@@ -10,6 +10,8 @@ import pytest
 from pdserve.transfer.plan import Path
 from pdserve.transfer.selftest.trial import Trial, TrialGeometry
 
+pytestmark = pytest.mark.process
+
 BASE = TrialGeometry(
     num_layers=3, num_pages=67, page_size=16, num_kv_heads=3, head_bytes=40, slab_bytes=1 << 18
 )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pdserve.balancer.api.worker_url import AllowedHosts, BadWorkerUrl, HostNotAllowed, parse_worker_url
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
+from tests.support.examples import n_examples
 
 CONFIG = BalancerConfig(
     prefill=(("http://Static-P:30001", 8998), ("10.1.1.1:30001", None)),
@@ -183,7 +184,7 @@ TEXTS = st.one_of(
 )
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=n_examples(2000))
 @given(TEXTS)
 @example("http://169.254.169.254:80")
 @example("http://127.0.0.1:80")

@@ -14,6 +14,7 @@ from pdserve.balancer.request.ids import RoomAllocator
 from pdserve.balancer.request.parse import parse_request
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused, Route
 from pdserve.balancer.request.rewrite import rewrite
+from tests.support.examples import n_examples
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=20),
@@ -61,7 +62,7 @@ def sent(request: ParsedRequest, port: int | None = 9) -> dict[str, Any]:
     space=st.sampled_from(["", " ", "\n\t", "\r\n  "]),
     indent=st.sampled_from([None, 1]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=n_examples(300))
 def test_a_spliced_body_is_the_clients_with_ours_added(
     data: st.DataObject, route: Route, more: dict[str, Any], space: str, indent: int | None
 ) -> None:

@@ -325,6 +325,7 @@ print('pdserve.balancer.tracing.trace' in sys.modules)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("endpoint", "told"), [("", "False []\nFalse"), ("http://[::1]:9", "True []\nTrue")])
 def test_opentelemetry_is_loaded_only_for_traces(endpoint: str, told: str) -> None:
     done = subprocess.run([sys.executable, "-c", OFF, endpoint], capture_output=True, text=True, check=True)

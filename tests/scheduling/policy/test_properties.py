@@ -12,6 +12,7 @@ from pdserve.scheduling.policy import Candidates, PairCost, PairView, WorkerView
 from pdserve.scheduling.policy.pair_search import PairSearch
 from pdserve.sim.baselines import SIMULATED_MAKERS
 from pdserve.types import Forecast, InstanceId, RequestShape, Role, WorkerId, WorkerInfo, WorkerLoad
+from tests.support.examples import n_examples
 
 COUNTS = st.integers(0, 10**6) | st.sampled_from([0, 1, 10**12])
 SECONDS = st.floats(0.0, 100.0)
@@ -75,7 +76,7 @@ def grids(draw: st.DrawFn) -> Candidates:
 
 
 @pytest.mark.parametrize("name", SIMULATED_MAKERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=n_examples(60))
 @given(candidates=grids(), requests=st.lists(shapes, min_size=1, max_size=4))
 def test_every_policy_picks_an_allowed_pair_and_the_same_one_again_under_its_seed(
     name: str, candidates: Candidates, requests: list[RequestShape]
@@ -100,7 +101,7 @@ def test_every_policy_picks_an_allowed_pair_and_the_same_one_again_under_its_see
 costs = st.lists(st.floats(0.0, 50.0), min_size=1, max_size=7)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=n_examples(300))
 @given(prefill_s=costs, decode_s=costs, data=st.data())
 def test_best_first_finds_what_looking_at_every_pair_finds(
     prefill_s: list[float], decode_s: list[float], data: st.DataObject
@@ -137,7 +138,7 @@ def lone(policy: PairCost, request: RequestShape, prefill: WorkerView, decode: W
     return policy.choose(request, Candidates(rows, columns)).pair.pair.label
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=n_examples(150))
 @given(
     request=shapes,
     prefill=views(Role.PREFILL, 0),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.scheduling.prefix.text import canonical_text
+from tests.support.examples import n_examples
 
 SYSTEM = {"role": "system", "content": 'Be "kind".\nAnd brief: é — 漢'}
 USER = {"role": "user", "content": "What is a tree?"}
@@ -108,7 +109,7 @@ messages = st.dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=n_examples(100))
 @given(st.lists(messages, min_size=1, max_size=4), st.lists(messages, max_size=2))
 def test_odd_messages_never_raise_and_never_spoil_the_prefix(
     first: list[dict[str, Any]], later: list[dict[str, Any]]
@@ -118,7 +119,7 @@ def test_odd_messages_never_raise_and_never_spoil_the_prefix(
     assert is_left_alone or late.startswith(early)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=n_examples(100))
 @given(st.binary(max_size=60))
 def test_bytes_of_any_kind_never_raise(rest: bytes) -> None:
     canonical_text(b"[{" + rest)

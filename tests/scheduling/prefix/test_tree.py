@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pdserve.scheduling.prefix.memory import FIRST_BYTES, SWEEP_BLOCKS
 from pdserve.scheduling.prefix.tree import Mark, PromptTree
 from pdserve.types import InstanceId
+from tests.support.examples import n_examples
 
 A, B, C = (InstanceId(name) for name in "abc")
 TTL_S = 100.0
@@ -228,7 +229,7 @@ def apply(tree: PromptTree, naive: Naive, step: tuple[str, object, object], now_
     return now_s
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=n_examples(150))
 @given(st.lists(steps, max_size=40), prompts, st.integers(4, 40))
 def test_tree_never_claims_an_absent_prefix_and_keeps_its_bounds(
     sequence: list[tuple[str, object, object]], asked: bytes, max_blocks: int
@@ -246,7 +247,7 @@ def test_tree_never_claims_an_absent_prefix_and_keeps_its_bounds(
             assert here <= there
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=n_examples(60))
 @given(st.lists(steps.filter(lambda step: step[0] in ("send", "arrive", "lose")), max_size=40), prompts)
 def test_without_bounds_the_tree_tells_all_that_is_there(
     sequence: list[tuple[str, object, object]], asked: bytes
@@ -263,7 +264,7 @@ def test_without_bounds_the_tree_tells_all_that_is_there(
         assert shares == pytest.approx(expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=n_examples(60))
 @given(st.lists(steps, max_size=40))
 def test_when_all_legs_ended_and_all_workers_are_gone_nothing_is_left(
     sequence: list[tuple[str, object, object]],
