@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from pdserve.scheduling.policy.view import WorkerView
-from pdserve.types import InstanceId, WorkerInfo, WorkerLoad
+from pdserve.scheduling.policy.pair_search import Extra
+from pdserve.scheduling.policy.view import Candidates, WorkerView
+from pdserve.types import InstanceId, RequestShape, WorkerInfo, WorkerLoad
 
 GIB = float(2**30)
 UNKNOWN_TOKEN_BYTES = 131_072
@@ -75,10 +76,40 @@ class LinkFit:
         self._sums = [old * keep + weight * value for old, value in zip(self._sums, added, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class LinkTimes:
+    """Transfer seconds of every pair: its decode worker's ``floor_s``, and what the pair takes beyond it.
+
+    ``extra`` is None if no pair takes more than the floor.
+    """
+
+    floor_s: Sequence[float]
+    extra: Extra | None = None
+
+    def seconds(self, prefill: int, decode: int) -> float:
+        """Transfer seconds of the pair at these indices."""
+        return self.floor_s[decode] + (self.extra(prefill, decode) if self.extra else 0.0)
+
+
 @dataclass(slots=True)
 class _Sender:
+    """What a prefill worker told last: its sample, and latency and speed of the transfer in it."""
+
+    sample: WorkerLoad | None = None
     last: tuple[float, float] = (0.0, 0.0)
     is_same_host: bool | None = None
+
+
+class _Row:
+    """Hosts and KV bytes per token of the workers in one row; made anew when the row changes."""
+
+    __slots__ = ("hosts", "present", "sizes", "views")
+
+    def __init__(self, views: Sequence[WorkerView], hosts: list[str]) -> None:
+        self.views = views
+        self.hosts = hosts
+        self.present = set(hosts)
+        self.sizes = [token_bytes(view) for view in views]
 
 
 class FittedLinks:
@@ -89,6 +120,45 @@ class FittedLinks:
         self.other_host = LinkFit(PRIOR_OTHER_HOST_GB_S)
         self._hosts: dict[str, str] = {}
         self._senders: dict[InstanceId, _Sender] = {}
+        self._prefills = self._decodes = _Row((), [])
+
+    def times(self, request: RequestShape, candidates: Candidates, held: Sequence[int]) -> LinkTimes:
+        """Transfer seconds of all pairs. ``held``: prompt tokens that each decode worker has; empty: none."""
+        prefills, decodes, told = candidates.prefills, candidates.decodes, candidates.link_s
+        if told is not None:
+            floor_s = [0.0] * len(decodes)
+            return LinkTimes(floor_s, lambda p, d: max(0.0, told(prefills[p], decodes[d], request)))
+        if self._prefills.views is not prefills:
+            self._prefills = _Row(prefills, self.hosts(prefills))
+        if self._decodes.views is not decodes:
+            self._decodes = _Row(decodes, self.hosts(decodes))
+        tokens, sizes = request.prompt_tokens, self._decodes.sizes
+        if held:
+            num_bytes = [(tokens - have) * size for size, have in zip(sizes, held, strict=True)]
+        else:
+            num_bytes = [tokens * size for size in sizes]
+        return self._fitted(num_bytes)
+
+    def _fitted(self, num_bytes: list[int]) -> LinkTimes:
+        here, present, there = self._prefills.hosts, self._prefills.present, self._decodes.hosts
+        same, other = self.same_host, self.other_host
+        if len(present) == 1 and present.issuperset(there):
+            if num_bytes.count(num_bytes[0]) == len(num_bytes):
+                return LinkTimes([same.seconds(num_bytes[0])] * len(num_bytes))
+            return LinkTimes([same.seconds(count) for count in num_bytes])
+        far_s = [other.seconds(count) for count in num_bytes]
+        if present.isdisjoint(there):
+            return LinkTimes(far_s)
+        near_s = [same.seconds(count) for count in num_bytes]
+        floor_s = [
+            min(near, far) if host in present else far
+            for near, far, host in zip(near_s, far_s, there, strict=True)
+        ]
+
+        def extra(p: int, d: int) -> float:
+            return (near_s[d] if here[p] == there[d] else far_s[d]) - floor_s[d]
+
+        return LinkTimes(floor_s, extra)
 
     def hosts(self, views: Sequence[WorkerView]) -> list[str]:
         """Where each worker runs."""
@@ -103,8 +173,15 @@ class FittedLinks:
             hosts.append(host)
         return hosts
 
+    def placed(self, prefill: WorkerView, decode: WorkerView) -> None:
+        """A request was placed on this pair."""
+        if prefill.load is not None:
+            self.learn(prefill.info.instance_id, prefill.load)
+        here, there = self.hosts((prefill, decode))
+        self.sent(prefill.info, is_same_host=here == there)
+
     def sent(self, prefill: WorkerInfo, *, is_same_host: bool) -> None:
-        """A request was placed on this pair class."""
+        """The prefill worker sends a request's KV over a link of this class."""
         sender = self._senders.setdefault(prefill.instance_id, _Sender())
         if sender.is_same_host is not is_same_host:
             # What is on its way may be either: the next measurement counts for nobody.
@@ -113,10 +190,13 @@ class FittedLinks:
 
     def learn(self, instance_id: InstanceId, load: WorkerLoad) -> None:
         """A sample of a prefill worker: one transfer, if it tells of another one than the last did."""
+        sender = self._senders.setdefault(instance_id, _Sender())
+        if load is sender.sample:
+            return
+        sender.sample = load
         latency_s = load.kv_transfer_latency_ms / 1e3
         speed = load.kv_transfer_speed_gb_s
-        sender = self._senders.get(instance_id)
-        if sender is None or latency_s <= 0 or speed < MIN_SPEED_GB_S:
+        if sender.is_same_host is None or latency_s <= 0 or speed < MIN_SPEED_GB_S:
             return
         before, sender.last = sender.last, (latency_s, speed)
         if before == sender.last or before[0] < 0:

@@ -14,7 +14,12 @@ second. Pure: times are given.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from pdserve.scheduling.policy.score import REQUEST_TOKENS
+from pdserve.scheduling.policy.view import WorkerView
+from pdserve.types import InstanceId, RequestShape
 
 ENDLESS_KNEE = float("inf")
 MIN_KNEE_TOKENS = 2048.0
@@ -31,6 +36,8 @@ MIN_SPREAD = 0.02
 """One minus the squared correlation of both terms. Prompts all of one length tell nothing of a curve."""
 MIX_TOKENS = 2.0e6
 """Tokens over which the mean work per token is taken: some 10 s of a fast worker."""
+BUSY_DECISIONS = 64
+"""Over so many decisions the share of busy prefill workers is taken: some seconds of a busy fleet."""
 CHUNK_S = 0.25
 """Progress that a worker may have made beyond the prompt at its head: prompts run in batches."""
 
@@ -158,3 +165,67 @@ class PrefillQueue:
     def _forget_group(self) -> None:
         self._new = self._cross = self._took_s = 0.0
         self._ended = 0
+
+
+class PrefillQueues:
+    """Our legs on all prefill workers, the curve learned from them, and how busy the workers are."""
+
+    def __init__(self) -> None:
+        self.curve = PrefillCurve()
+        self._queues: dict[InstanceId, PrefillQueue] = {}
+        self._busy = 0.0  # share of the time
+
+    def times_s(
+        self, request: RequestShape, views: Sequence[WorkerView], cached: Sequence[int], now_s: float
+    ) -> tuple[list[float], list[float]]:
+        """Seconds each worker is busy before this prompt, and with it.
+
+        ``cached``: prompt tokens that each worker need not compute; empty: none.
+        """
+        tokens, queues, curve = request.prompt_tokens, self._queues, self.curve
+        mix = curve.mix
+        whole = max(REQUEST_TOKENS, curve.work(tokens, 0.0) / mix)
+        waits_s, works_s = [], []
+        for index, view in enumerate(views):
+            rate = view.prefill_tokens_s * view.info.dp_size
+            queue = queues.get(view.info.instance_id)
+            if queue is None or view.num_reqs > view.inflight:
+                # Others than us use this worker, or nobody: it knows best.
+                wait_s = view.queued_tokens / rate
+                if queue is not None:
+                    wait_s = max(wait_s, queue.wait_s(now_s))
+            else:
+                wait_s = queue.wait_s(now_s)
+            waits_s.append(wait_s)
+            past = cached[index] if cached else 0
+            work = max(REQUEST_TOKENS, curve.work(tokens - past, past) / mix) if past else whole
+            works_s.append(work / rate)
+        return waits_s, works_s
+
+    def saved_s(self, tokens: int, past: int, view: WorkerView) -> float:
+        """Seconds of work that ``past`` cached tokens of a prompt save on this worker."""
+        curve = self.curve
+        saved = (curve.work(tokens, 0.0) - curve.work(tokens - past, past)) / curve.mix
+        return saved / (view.prefill_tokens_s * view.info.dp_size)
+
+    def watch(self, waits_s: Sequence[float]) -> None:
+        """A request came and found these queues. A worker that is not among them, without room, is busy."""
+        idle = sum(1 for wait_s in waits_s if wait_s <= 0.0)
+        self._busy += (1.0 - idle / max(len(waits_s), len(self._queues)) - self._busy) / BUSY_DECISIONS
+
+    def num_delayed(self, most: float) -> float:
+        """Requests that will stand behind one request's work, at most ``most``: of a queue that is busy for a
+        share r of the time, each second of work delays r / (1 - r) later ones until it is empty again."""
+        busy = self._busy
+        return min(most, busy / (1.0 - busy)) if busy < 1.0 else most
+
+    def of(self, instance_id: InstanceId) -> PrefillQueue:
+        """The worker's queue, new if it has none."""
+        queue = self._queues.get(instance_id)
+        if queue is None:
+            queue = self._queues[instance_id] = PrefillQueue(self.curve)
+        return queue
+
+    def forget(self, instance_id: InstanceId) -> None:
+        """The worker is gone."""
+        self._queues.pop(instance_id, None)
