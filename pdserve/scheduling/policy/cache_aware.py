@@ -1,23 +1,22 @@
 """sglang-router's ``cache_aware``: follow the prefix cache while load is even, else the shortest queue.
 
 Behaviour and parameters are those published for sglang-router 0.3.2, each leg
-for itself. Two things differ. A worker's tree is a set of chained block
-hashes (prefix/blocks.py). And a tree that outgrew ``max_tree_size`` is cut back with
-the insertion that made it too large, not every so many seconds: the
-bound always holds, no pause grows with the traffic, and no clock is read.
+for itself. Two things differ. What a worker was sent is kept in the balancer's prompt tree
+(prefix/tree.py). And what outgrew ``max_tree_size`` is cut back with the insertion that made it too
+large, not every so many seconds: the bound always holds, and no clock is read.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from pdserve.scheduling.policy.simple import LegByLeg
 from pdserve.scheduling.policy.view import Reason, WorkerView
-from pdserve.scheduling.prefix.blocks import PrefixForest
+from pdserve.scheduling.prefix.tree import PromptTree
 from pdserve.types import InstanceId, RequestShape, Role
-
-BLOCK_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +42,22 @@ class CacheAware(LegByLeg):
 
     def __init__(self, params: CacheParams | None = None) -> None:
         self._params = params or CacheParams()
-        self._forest = PrefixForest(BLOCK_BYTES, with_tail=True)
+        self._tree = PromptTree(sys.maxsize, inf, self._params.max_tree_size)
 
     def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
         """By load if uneven or if too little of the prompt is known, else by the longest match."""
-        hashes = self._forest.hashes(request.prompt)
-        index, why = self._decide(request.prompt, hashes, views)
-        if hashes:
-            chosen = views[index].info.instance_id
-            self._forest.remember(chosen, hashes, self._params.max_tree_size, _ids(views))
+        prefix = self._tree.read(request.prompt, with_tail=True)
+        ids = [view.info.instance_id for view in views]
+        index, why = self._decide(views, self._tree.match(prefix, ids, 0.0), len(request.prompt))
+        self._tree.hold(prefix, ids[index], 0.0)
         return index, why
 
     def forget(self, instance_id: InstanceId) -> None:
-        """Drop the worker's tree."""
-        self._forest.forget(instance_id)
+        """Drop the worker's prompts."""
+        self._tree.forget(instance_id)
 
     def _decide(
-        self, prompt: bytes, hashes: Sequence[int], views: Sequence[WorkerView]
+        self, views: Sequence[WorkerView], shares: Sequence[float], num_bytes: int
     ) -> tuple[int, Reason]:
         params = self._params
         counts = [view.inflight for view in views]
@@ -67,26 +65,13 @@ class CacheAware(LegByLeg):
         if high - low > params.balance_abs_threshold and high > low * params.balance_rel_threshold:
             shortest = min(range(len(views)), key=lambda i: (counts[i], views[i].last_turn))
             return shortest, Reason("shortest queue, {} of {}..{} in flight", counts[shortest], low, high)
-        best, blocks = self._longest_match(hashes, views)
-        share = self._forest.matched_bytes(blocks, prompt) / (len(prompt) or 1)
+        best = min(range(len(views)), key=lambda i: (-shares[i], counts[i]))
+        share = shares[best]
         if share > params.cache_threshold:
-            return best, Reason("has {:.0%} of the prompt's {} bytes", share, len(prompt))
-        size = self._forest.size_bytes
+            return best, Reason("has {:.0%} of the prompt's {} bytes", share, num_bytes)
+        size = self._tree.size_bytes
         least = min(
             range(len(views)),
             key=lambda i: (counts[i], size(views[i].info.instance_id), views[i].last_turn),
         )
         return least, Reason("least loaded, {} in flight; {:.0%} known at most", counts[least], share)
-
-    def _longest_match(self, hashes: Sequence[int], views: Sequence[WorkerView]) -> tuple[int, int]:
-        """(index, blocks); of workers that match alike, the one with fewest in flight."""
-        best, blocks = 0, 0
-        for index, view in enumerate(views):
-            matched = self._forest.match(view.info.instance_id, hashes, max(1, blocks))
-            if matched > blocks or (matched and view.inflight < views[best].inflight):
-                best, blocks = index, matched
-        return best, blocks
-
-
-def _ids(views: Sequence[WorkerView]) -> list[InstanceId]:
-    return [view.info.instance_id for view in views]

@@ -1,24 +1,21 @@
-"""The default: the pair that would finish the request's two legs soonest."""
+"""The pair that would finish the request's two legs soonest."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 from pdserve.scheduling.policy.score import decode_cost_s, most_cached, prefill_cost_s
 from pdserve.scheduling.policy.view import Candidates, Choice, PairView, Reason, WorkerView
-from pdserve.scheduling.prefix.blocks import PrefixForest
+from pdserve.scheduling.prefix.tree import Prefix, PromptTree
 from pdserve.types import InstanceId, RequestShape, Role
 
 TIE_SHARE = 0.05
 TIE_S = 0.001
 """Costs this close (5 % plus 1 ms) count as equal: fitted rates are no better than that, and an
 idle fleet of equal machines must take turns."""
-BLOCK_BYTES = 256
+MIN_PREFIX_BYTES = 256
 """Common prefixes shorter than this, some 64 tokens, are not worth a look."""
-BYTES_PER_TOKEN = 4
-"""Of English text, and near enough of a list of token ids: how much prompt a KV pool remembers."""
-UNKNOWN_POOL_BYTES = 2**22
-MAX_POOL_BYTES = 2**26
 
 _PLAIN = "least_load {} {:.3f}s ({:.0f} tokens ahead) {} {:.3f}s ({} reqs)"
 _FULL = _PLAIN + ", {} tokens cached, link {:.3f}s"
@@ -36,15 +33,13 @@ class LeastLoad:
     needs_ends = False
 
     def __init__(self) -> None:
-        self._forest = PrefixForest(BLOCK_BYTES, with_tail=False)
+        self._tree = PromptTree(ttl_s=inf)
+        self._turn = 0.0
 
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
         """O(P + D) on a whole grid while links count as alike, else O(pairs)."""
         prefills, decodes = candidates.prefills, candidates.decodes
-        hashes: Sequence[int] = ()
-        cached: Sequence[int] = ()
-        if len(request.prompt) >= BLOCK_BYTES and len(prefills) > 1:
-            hashes, cached = self._look_up(request, prefills)
+        prefix, cached = self._look_up(request, prefills)
         prefill_s = _prefill_costs(request, prefills, cached)
         decode_s = [decode_cost_s(view, request) for view in decodes]
         link_s = 0.0
@@ -65,8 +60,7 @@ class LeastLoad:
             num_cached,
             link_s,
         )
-        if hashes:
-            self._remember(hashes, prefill, prefills)
+        self._remember(prefix, prefill)
         return Choice(PairView(prefill, decode, link_s), why, num_cached)
 
     def pick(self, role: Role, request: RequestShape, views: Sequence[WorkerView]) -> tuple[int, Reason]:
@@ -75,11 +69,10 @@ class LeastLoad:
             costs = [decode_cost_s(view, request) for view in views]
             best = _least(costs, views)
             return best, Reason("{:.3f}s ({} reqs)", costs[best], views[best].num_reqs)
-        hashes, cached = self._look_up(request, views)
+        prefix, cached = self._look_up(request, views)
         costs = _prefill_costs(request, views, cached)
         best = _least(costs, views)
-        if hashes:
-            self._remember(hashes, views[best], views)
+        self._remember(prefix, views[best])
         return best, Reason("{:.3f}s ({:.0f} tokens ahead)", costs[best], views[best].queued_tokens)
 
     def leg_ended(self, choice: Choice, role: Role, *, is_whole: bool, now_s: float) -> None:
@@ -91,24 +84,25 @@ class LeastLoad:
 
     def forget(self, instance_id: InstanceId) -> None:
         """Drop what is remembered of the worker's prompts."""
-        self._forest.forget(instance_id)
+        self._tree.forget(instance_id)
 
     def _look_up(
         self, request: RequestShape, prefills: Sequence[WorkerView]
-    ) -> tuple[Sequence[int], Sequence[int]]:
-        """The prompt's blocks and how many of its tokens each worker should have; both may be empty."""
-        prompt, forest = request.prompt, self._forest
-        hashes = forest.hashes(prompt)
-        matches = [forest.match(view.info.instance_id, hashes) for view in prefills]
-        if not any(matches):
-            return hashes, ()
-        shares = (forest.matched_bytes(blocks, prompt) / len(prompt) for blocks in matches)
-        return hashes, [most_cached(request, share) for share in shares]
+    ) -> tuple[Prefix | None, Sequence[int]]:
+        """The prompt's blocks, and how many of its tokens each worker should have; neither if it is too short
+        or there is no choice."""
+        if len(request.prompt) < MIN_PREFIX_BYTES or len(prefills) < 2:
+            return None, ()
+        prefix = self._tree.read(request.prompt)
+        shares = self._tree.match(prefix, [view.info.instance_id for view in prefills], self._turn)
+        return prefix, [most_cached(request, share) for share in shares] if any(shares) else ()
 
-    def _remember(self, hashes: Sequence[int], chosen: WorkerView, prefills: Sequence[WorkerView]) -> None:
-        pool_bytes = min(MAX_POOL_BYTES, chosen.kv_capacity * BYTES_PER_TOKEN) or UNKNOWN_POOL_BYTES
-        present = [view.info.instance_id for view in prefills]
-        self._forest.remember(chosen.info.instance_id, hashes, pool_bytes, present)
+    def _remember(self, prefix: Prefix | None, chosen: WorkerView) -> None:
+        if prefix is None:
+            return
+        self._turn += 1.0
+        self._tree.resize(chosen.info.instance_id, chosen.kv_capacity)
+        self._tree.hold(prefix, chosen.info.instance_id, self._turn)
 
 
 def _prefill_costs(

@@ -204,7 +204,7 @@ class Policy(Protocol):
         ...
 
     def forget(self, instance_id: InstanceId) -> None:
-        """This worker is gone for good. Optional: what is remembered of gone workers is bounded."""
+        """Drop what is remembered of a worker that is gone for good."""
         ...
 
 

@@ -51,13 +51,13 @@ class Holder:
 
     __slots__ = ("bit", "coming", "instance_id", "is_gone", "kv_tokens", "max_bytes", "size_bytes", "stamps")
 
-    def __init__(self, instance_id: InstanceId, bit: int) -> None:
+    def __init__(self, instance_id: InstanceId, bit: int, max_bytes: int) -> None:
         self.instance_id = instance_id
         self.bit = bit
         self.stamps: dict[int, float] = {}
         self.coming: dict[int, int] = {}
         self.size_bytes = 0
-        self.max_bytes = UNSIZED_BYTES
+        self.max_bytes = max_bytes
         self.kv_tokens = 0
         self.is_gone = False
 
@@ -72,7 +72,7 @@ class BlockMemory:
         """True while something that has outlived its TTL may be left."""
         self._max_facts = max_facts
         self._ttl_s = ttl_s
-        self._sweep_s = -inf
+        self._sweep_s = inf if ttl_s == inf else -inf
 
     def expect(
         self, holder: Holder, hashes: Sequence[int], now_s: float, holders: Iterable[Holder]

@@ -40,22 +40,18 @@ _DECODER = msgspec.json.Decoder(list[_Message])
 _SORTED = msgspec.json.Encoder(order="sorted")
 
 
-def canonical_text(prompt: bytes, head: bytes = b"") -> bytes:
+def canonical_text(prompt: bytes) -> bytes:
     """The text whose prefixes are the prompt's prefixes. Never raises.
 
-    Args:
-        prompt: the prompt's JSON: a string, token ids, or a conversation.
-        head: JSON of what comes before the prompt and stands elsewhere in the request (tools, system), or
-            else parts its cache from others' (adapter, cache_salt). Its content counts, not its dress.
+    ``prompt`` is JSON: a string, token ids, or a conversation.
     """
     start = prompt[:64].lstrip()
-    first = _head(head) if head else b""
     if start[:1] == b"[" and start[1:].lstrip()[:1] == b"{":
         try:
-            return first + _conversation(prompt).encode()
+            return _conversation(prompt).encode()
         except _ODD:
             pass
-    return first + prompt if head else prompt
+    return prompt
 
 
 def _conversation(prompt: bytes) -> str:
@@ -107,10 +103,3 @@ def _is_text(value: Any) -> bool:
 
 def _json(value: Any) -> str:
     return _SORTED.encode(value).decode()
-
-
-def _head(head: bytes) -> bytes:
-    try:
-        return _SORTED.encode(msgspec.json.decode(head)) + b"\0"
-    except _ODD:
-        return head + b"\0"

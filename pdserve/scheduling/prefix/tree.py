@@ -26,6 +26,8 @@ from pdserve.types import InstanceId
 
 MAX_BLOCKS = 2**20
 """Facts (this worker holds this block) in all: some 200 MB when no two workers hold the same."""
+BYTES_PER_TOKEN = 4
+"""Of English text, and near enough of a list of token ids: how much prompt a KV pool remembers."""
 MAX_ROWS = 64
 
 _Look = Callable[[int], int]
@@ -40,10 +42,9 @@ class Prefix:
         self.hashes = hashes
         self.num_bytes = num_bytes
 
-    @property
-    def ends(self) -> Sequence[int]:
-        """Where its blocks end, in bytes of its canonical text."""
-        return ENDS[: len(self.hashes)]
+    def share(self, num_blocks: int) -> float:
+        """Share (0..1) of the text in so many leading blocks."""
+        return min(ENDS[num_blocks - 1], self.num_bytes) / self.num_bytes if num_blocks else 0.0
 
 
 class Mark:
@@ -63,15 +64,15 @@ class PromptTree:
 
     Args:
         max_blocks: facts remembered of all workers together; the least recently used go first.
-        ttl_s: how long a prefix known only from dispatches is believed in after its last use.
-        bytes_per_token: of the canonical text, to turn KV pools' sizes into text.
+        ttl_s: how long a prefix is believed in after its last use; inf: no clock is needed.
+        max_worker_bytes: text remembered of a worker until ``resize`` tells its KV pool.
     """
 
     def __init__(
-        self, max_blocks: int = MAX_BLOCKS, ttl_s: float = 600.0, bytes_per_token: float = 4.0
+        self, max_blocks: int = MAX_BLOCKS, ttl_s: float = 600.0, max_worker_bytes: int = UNSIZED_BYTES
     ) -> None:
         self.ttl_s = ttl_s
-        self.bytes_per_token = bytes_per_token
+        self._max_worker_bytes = max_worker_bytes
         self._memory = BlockMemory(max_blocks, ttl_s)
         self._holders: dict[InstanceId, Holder] = {}
         self._slots: list[Holder | None] = []
@@ -81,10 +82,6 @@ class PromptTree:
         """Facts remembered: blocks held and blocks on their way, of all workers; never above the bound."""
         return self._memory.num_facts
 
-    def __contains__(self, instance_id: object) -> bool:
-        """True if something may be known of this worker."""
-        return instance_id in self._holders
-
     def size_bytes(self, instance_id: InstanceId) -> int:
         """Text that this worker is believed to hold by our own dispatches."""
         holder = self._holders.get(instance_id)
@@ -92,10 +89,13 @@ class PromptTree:
 
     # -- questions -------------------------------------------------------------------------------
 
-    def read(self, prompt: bytes, head: bytes = b"") -> Prefix:
-        """Cut a prompt, as it stands in the request's JSON, into blocks; ``head``: see ``canonical_text``."""
-        text = canonical_text(prompt, head)
-        return Prefix(prefix_hashes(text, ENDS, with_tail=False), len(text))
+    def read(self, prompt: bytes, *, with_tail: bool = False) -> Prefix:
+        """Cut a prompt, as it stands in the request's JSON, into blocks.
+
+        ``with_tail``: what is left behind the last whole block is one more, which equal prompts share.
+        """
+        text = canonical_text(prompt)
+        return Prefix(prefix_hashes(text, ENDS, with_tail=with_tail), len(text))
 
     def match(self, prefix: Prefix, instance_ids: Sequence[InstanceId], now_s: float) -> list[float]:
         """Share (0..1) of the prompt that has arrived at each of these (distinct) workers."""
@@ -115,14 +115,14 @@ class PromptTree:
         self._memory.sweep(now_s, self._holders.values())
         asked, places = self._row(instance_ids)
         for depth, mask in self._groups(hashes, asked, is_coming):
-            share = ENDS[depth - 1] / prefix.num_bytes
+            share = prefix.share(depth)
             while mask:
                 low = mask & -mask
                 mask ^= low
                 slot = low.bit_length() - 1
                 if self._memory.is_behind:
                     fresh = self._fresh_depth(slot, hashes, depth, now_s - self.ttl_s)
-                    share = ENDS[fresh - 1] / prefix.num_bytes if fresh else 0.0
+                    share = prefix.share(fresh)
                 shares[places[slot]] = share
         return shares
 
@@ -187,6 +187,10 @@ class PromptTree:
         self._memory.settle(mark.holder, mark.counted, is_kept=is_kept)
         return True
 
+    def hold(self, prefix: Prefix, instance_id: InstanceId, now_s: float) -> None:
+        """Take a worker to hold this prompt from now on: for policies that do not hear of the legs' ends."""
+        self._memory.hold(self._holder(instance_id), prefix.hashes, now_s, self._holders.values())
+
     # -- what workers are and tell -----------------------------------------------------------------
 
     def forget(self, instance_id: InstanceId) -> None:
@@ -208,14 +212,14 @@ class PromptTree:
         holder = self._holder(instance_id)
         if kv_tokens != holder.kv_tokens:
             holder.kv_tokens = kv_tokens
-            holder.max_bytes = int(kv_tokens * self.bytes_per_token) if kv_tokens > 0 else UNSIZED_BYTES
+            holder.max_bytes = kv_tokens * BYTES_PER_TOKEN if kv_tokens > 0 else self._max_worker_bytes
             self._memory.fit(holder, holder.max_bytes)
 
     def _holder(self, instance_id: InstanceId) -> Holder:
         holder = self._holders.get(instance_id)
         if holder is None:
             slot = self._slots.index(None) if None in self._slots else len(self._slots)
-            holder = self._holders[instance_id] = Holder(instance_id, 1 << slot)
+            holder = self._holders[instance_id] = Holder(instance_id, 1 << slot, self._max_worker_bytes)
             self._slots[slot : slot + 1] = [holder]
             self._rows.clear()
         return holder

@@ -1,27 +1,15 @@
-"""cache_aware and the prefix memory under it: published behaviour, bounds, forgetting."""
+"""cache_aware: published behaviour, bounds, forgetting."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pdserve.scheduling.policy import CacheParams, Candidates, PolicyParams, make_policy
-from pdserve.scheduling.policy.cache_aware import BLOCK_BYTES, CacheAware
-from pdserve.scheduling.prefix.blocks import (
-    MIN_CHARGE_BYTES,
-    SPARE_TREES,
-    PrefixForest,
-    PrefixMemory,
-    block_ends,
-    prefix_hashes,
-)
+from pdserve.scheduling.policy.cache_aware import CacheAware
 from pdserve.types import InstanceId, RequestShape
 from tests.scheduling.policy.test_policy import decode, prefill
-
-ENDS = block_ends(BLOCK_BYTES)
 
 
 def text(seed: int, nbytes: int) -> bytes:
@@ -121,59 +109,9 @@ def test_make_policy_passes_the_parameters_on() -> None:
     )
 
 
-# -- the memory --------------------------------------------------------------------------------
-
-
-@given(st.binary(max_size=20_000), st.binary(max_size=20_000), st.integers(0, 20_000))
-def test_match_is_the_common_prefix_in_whole_blocks(a: bytes, b: bytes, keep: int) -> None:
-    b = a[:keep] + b
-    memory = PrefixMemory()
-    memory.add(prefix_hashes(a, ENDS, with_tail=True), ENDS, 2**30)
-    matched = memory.match(prefix_hashes(b, ENDS, with_tail=True))
-    if a == b:
-        assert matched == len(prefix_hashes(a, ENDS, with_tail=True))
-    else:
-        common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        assert matched == sum(end <= common for end in ENDS)
-
-
-@pytest.mark.parametrize("nbytes", [2_000, 100_000, 1_000_000])
-def test_a_match_is_told_to_within_a_few_percent_of_the_length(nbytes: int) -> None:
-    forest = PrefixForest(BLOCK_BYTES, with_tail=False)
-    prompt = text(1, nbytes)
-    blocks = len(forest.hashes(prompt))
-    assert forest.matched_bytes(blocks, prompt) >= nbytes * 0.96
-    assert blocks < 340
-
-
-@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 40)), max_size=60), st.integers(1000, 20_000))
-def test_memory_is_bounded_and_stays_a_prefix_tree(prompts: list[tuple[int, int]], max_bytes: int) -> None:
-    memory = PrefixMemory()
-    for seed, blocks in prompts:
-        hashes = prefix_hashes(text(seed % 4, 300) + text(seed, blocks * 100), ENDS, with_tail=False)
-        memory.add(hashes, ENDS, max_bytes)
-        assert memory.size_bytes <= max_bytes
-        assert memory.size_bytes >= len(memory) * MIN_CHARGE_BYTES
-        known = memory.match(hashes)
-        singles = [block for block in hashes if memory.match([block])]
-        assert singles == hashes[:known], "no block is known whose predecessors are not"
-
-
-def test_the_longest_unused_prefix_is_evicted_first() -> None:
-    memory = PrefixMemory()
-    old, kept, new = (prefix_hashes(text(seed, 1024), ENDS, with_tail=False) for seed in (1, 2, 3))
-    room = 2 * len(old) * MIN_CHARGE_BYTES + 64
-    for hashes in (old, kept, old, kept, new):
-        memory.add(hashes, ENDS, room)
-    assert memory.match(new) == len(new)
-    assert memory.match(kept) > memory.match(old)
-
-
-def test_trees_of_workers_that_nobody_forgot_are_bounded() -> None:
-    forest = PrefixForest(BLOCK_BYTES, with_tail=True)
-    present = [prefill(0), prefill(1)]
-    hashes = forest.hashes(text(1, 500))
-    for index in range(100):
-        forest.remember(InstanceId(f"gone{index}"), hashes, 2**20, [p.info.instance_id for p in present])
-    assert len(forest) <= SPARE_TREES + len(present) + 1
-    assert forest.match(InstanceId("gone99"), hashes)
+def test_no_more_of_a_worker_is_remembered_than_max_tree_size() -> None:
+    policy = CacheAware(CacheParams(max_tree_size=10_000))
+    for seed in range(5):
+        assert picked(policy, text(seed, 4000), 0, 1) == "prefill-0"
+    assert picked(policy, text(4, 4000), 1, 0) == "prefill-0", "the last one is known"
+    assert picked(policy, text(0, 4000), 1, 0) == "prefill-1", "the first one is not any more"

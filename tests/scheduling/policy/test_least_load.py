@@ -6,8 +6,9 @@ import random
 
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.policy import Candidates, Choice, LinkCost, PairView, WorkerView, make_policy
-from pdserve.scheduling.policy.least_load import BYTES_PER_TOKEN, LeastLoad
+from pdserve.scheduling.policy.least_load import LeastLoad
 from pdserve.scheduling.policy.score import REQUEST_TOKENS
+from pdserve.scheduling.prefix.tree import BYTES_PER_TOKEN
 from pdserve.types import InstanceId, RequestShape
 from tests.scheduling.policy.test_policy import decode, prefill
 

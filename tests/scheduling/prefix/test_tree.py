@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from math import inf
 
 import pytest
 from hypothesis import given, settings
@@ -116,7 +117,7 @@ def test_memory_of_what_has_outlived_its_ttl_is_taken_back() -> None:
 
 
 def test_least_recently_used_leaves_go_first_within_the_kv_pool() -> None:
-    tree = PromptTree(bytes_per_token=4.0)
+    tree = PromptTree()
     tree.resize(A, 10 * FIRST_BYTES // 4)
     shared = text(1, 4)
     old, new = shared + text(2, 4), shared + text(3, 4)
@@ -128,7 +129,7 @@ def test_least_recently_used_leaves_go_first_within_the_kv_pool() -> None:
 
 
 def test_pool_that_shrinks_keeps_the_most_recent() -> None:
-    tree, prompt = PromptTree(bytes_per_token=4.0), text(1, 10)
+    tree, prompt = PromptTree(), text(1, 10)
     tree.arrive(tree.send(tree.read(prompt), A, 0.0), 0.0)
     tree.resize(A, 5 * FIRST_BYTES // 4)
     assert tree.match(tree.read(prompt), [A], 0.0)[0] == pytest.approx(0.5, abs=0.01)
@@ -142,7 +143,6 @@ def test_forgetting_a_worker_keeps_the_others_and_voids_its_marks() -> None:
     tree.forget(A)
     tree.arrive(mark, 0.0)
     assert tree.match(prefix, [A, B], 0.0) == [0.0, pytest.approx(1.0, abs=0.01)]
-    assert A not in tree
     tree.arrive(tree.send(prefix, C, 1.0), 1.0)
     assert tree.match(prefix, [C, B, A], 1.0)[2] == 0.0
 
@@ -156,6 +156,32 @@ def test_flushed_worker_holds_nothing_but_what_is_still_coming() -> None:
     assert tree.match(prefix, [A], 0.0) == tree.match_coming(prefix, [A], 0.0) == [0.0]
     assert tree.match(prefix, [B], 0.0)[0] > 0.9
     assert tree.match_coming(coming, [A], 0.0)[0] > 0.9
+
+
+def test_with_its_tail_a_prompt_is_known_to_its_last_byte() -> None:
+    tree, prompt = PromptTree(), text(1, 4)[:-7]
+    for known in (prompt, b'"hi"'):
+        tree.hold(tree.read(known, with_tail=True), A, 0.0)
+        assert tree.match(tree.read(known, with_tail=True), [A], 0.0) == [1.0]
+    assert tree.match(tree.read(b'"ho"', with_tail=True), [A], 0.0) == [0.0]
+    longer = tree.match(tree.read(prompt + text(2, 4), with_tail=True), [A], 0.0)[0]
+    assert longer * len(prompt + text(2, 4)) == pytest.approx(3 * FIRST_BYTES)
+
+
+def test_a_worker_of_unknown_pool_is_held_to_the_default() -> None:
+    tree = PromptTree(max_worker_bytes=10 * FIRST_BYTES, ttl_s=inf)
+    for turn in range(9):
+        tree.hold(tree.read(text(turn, 4)), A, 0.0)
+        assert 4 * FIRST_BYTES <= tree.size_bytes(A) <= 10 * FIRST_BYTES
+    assert tree.match(tree.read(text(8, 4)), [A], 0.0)[0] > 0.9
+    assert tree.match(tree.read(text(2, 4)), [A], 0.0) == [0.0]
+
+
+@pytest.mark.parametrize("num_bytes", [2_000, 100_000, 1_000_000])
+def test_a_match_is_told_to_within_a_few_percent_of_the_length(num_bytes: int) -> None:
+    prefix = PromptTree().read(b"x" * num_bytes)
+    assert prefix.share(len(prefix.hashes)) >= 0.93
+    assert len(prefix.hashes) < 340
 
 
 def test_prompt_too_short_for_a_block_is_held_by_nobody() -> None:
