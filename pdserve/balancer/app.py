@@ -24,6 +24,7 @@ from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.balancer.proxy.dispatcher import PairDispatcher
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
+from pdserve.http import sockets
 from pdserve.http.client import HttpClient
 from pdserve.http.limits import ServerLimits
 from pdserve.http.server import HttpServer
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048
 SPARE_FILES = 256
 """Open files kept back from clients: listening, logs, idle connections to workers."""
 FILES_PER_REQUEST = 3
@@ -151,29 +151,19 @@ async def _serve(config: BalancerConfig) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound TCP socket, so that a taken port is known before anything else starts.
+    """Return a bound TCP socket, so that a taken port is known before anything else starts.
 
     Raises:
         ConfigError: if the address cannot be had.
     """
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, proto)
-    except OSError as exc:
+        return sockets.bind(host, port)
+    except socket.gaierror as exc:
         raise ConfigError(f"balancer cannot listen on {host!r}: {exc.strerror}; check --host") from exc
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
     except OSError as exc:
-        listener.close()
         raise ConfigError(
             f"balancer cannot listen on {host}:{port} ({exc.strerror}); choose another with --port"
         ) from exc
-    listener.setblocking(False)
-    return listener
 
 
 def tls_context(cert_path: str, key_path: str) -> ssl.SSLContext | None:

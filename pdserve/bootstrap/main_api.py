@@ -2,101 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from math import isfinite
-from typing import TYPE_CHECKING
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-
+from pdserve.bootstrap.membership import FleetMembership
 from pdserve.bootstrap.messages import Deregister, Heartbeat, RankRoute, Register
 from pdserve.bootstrap.prefill_api import RoomRank, take_dp_rank
 from pdserve.bootstrap.registry import Refused
-from pdserve.bootstrap.web import json_answer, json_errors, read_json
+from pdserve.bootstrap.web import Handler, JsonApi, Rejection, error_answer, query_of, read_json
+from pdserve.http.answer import Answer, json_answer
+from pdserve.http.incoming import IncomingRequest
 from pdserve.types import InstanceId
-
-if TYPE_CHECKING:
-    from pdserve.bootstrap.service import BootstrapService
 
 MAX_WAIT_S = 30.0
 
 
-def fleet_app(service: BootstrapService) -> Starlette:
-    """ASGI app of the service's main port."""
-    api = _FleetApi(service)
-    return Starlette(
-        routes=[
-            Route("/fleet/register", _refusing(api.register), methods=["POST"]),
-            Route("/fleet/heartbeat", _refusing(api.heartbeat), methods=["POST"]),
-            Route("/fleet/deregister", api.deregister, methods=["POST"]),
-            Route("/fleet/instances/{instance_id}/ranks", _refusing(api.report_rank), methods=["PUT"]),
-            Route("/fleet/instances/{instance_id}/dp_rank", _refusing(api.report_dp_rank), methods=["POST"]),
-            Route("/fleet/view", api.view, methods=["GET"]),
-            Route("/health", api.health, methods=["GET"]),
-        ],
-        exception_handlers=json_errors(),
+def main_api(membership: FleetMembership) -> JsonApi:
+    """Return the API of the service's main port."""
+    api = _MainApi(membership)
+    return JsonApi(
+        {
+            "/fleet/register": {"POST": _refusing(api.register)},
+            "/fleet/heartbeat": {"POST": _refusing(api.heartbeat)},
+            "/fleet/deregister": {"POST": api.deregister},
+            "/fleet/instances/{}/ranks": {"PUT": _refusing(api.report_rank)},
+            "/fleet/instances/{}/dp_rank": {"POST": _refusing(api.report_dp_rank)},
+            "/fleet/view": {"GET": api.view},
+            "/health": {"GET": api.health},
+        }
     )
 
 
-class _FleetApi:
-    def __init__(self, service: BootstrapService) -> None:
-        self._service = service
+class _MainApi:
+    def __init__(self, membership: FleetMembership) -> None:
+        self._membership = membership
 
-    async def register(self, request: Request) -> Response:
-        message = await read_json(request, Register)
-        return json_answer(await self._service.register(message, _reached_at(request)))
+    async def register(self, client: IncomingRequest) -> Answer:
+        message = read_json(client, Register)
+        reached_at = client.local_host.removeprefix("::ffff:")  # an IPv4 address on a dual-stack socket
+        return json_answer(await self._membership.register(message, reached_at))
 
-    async def heartbeat(self, request: Request) -> Response:
-        message = await read_json(request, Heartbeat)
-        return json_answer(self._service.fleet.heartbeat(message.instance_id, self._service.now()))
+    async def heartbeat(self, client: IncomingRequest) -> Answer:
+        message = read_json(client, Heartbeat)
+        return json_answer(self._membership.fleet.heartbeat(message.instance_id, self._membership.now()))
 
-    async def deregister(self, request: Request) -> Response:
-        message = await read_json(request, Deregister)
-        return json_answer({"known": self._service.deregister(message.instance_id, message.reason)})
+    async def deregister(self, client: IncomingRequest) -> Answer:
+        message = read_json(client, Deregister)
+        return json_answer({"known": self._membership.deregister(message.instance_id, message.reason)})
 
-    async def report_rank(self, request: Request) -> Response:
-        report = await read_json(request, RankRoute)
-        instance_id = InstanceId(request.path_params["instance_id"])
-        instance = self._service.fleet.report_rank(instance_id, report, self._service.now())
+    async def report_rank(self, client: IncomingRequest) -> Answer:
+        report = read_json(client, RankRoute)
+        instance = self._membership.fleet.report_rank(_instance_id(client), report, self._membership.now())
         return json_answer({"ranks": len(instance.ranks)})
 
-    async def report_dp_rank(self, request: Request) -> Response:
-        table = self._service.table(InstanceId(request.path_params["instance_id"]))
+    async def report_dp_rank(self, client: IncomingRequest) -> Answer:
+        table = self._membership.table(_instance_id(client))
         if table is None:
             raise Refused("unknown_instance", "this instance is not registered as a prefill server")
-        take_dp_rank(table, await read_json(request, RoomRank, strict=False))
+        take_dp_rank(table, read_json(client, RoomRank, strict=False))
         return json_answer({"ok": True})
 
-    async def view(self, request: Request) -> Response:
-        query = request.query_params
+    async def view(self, client: IncomingRequest) -> Answer:
+        query = query_of(client)
         try:
             after, wait_s = int(query.get("after", "-1")), float(query.get("wait_s", "0"))
         except ValueError as exc:
-            raise HTTPException(400, "after must be an integer and wait_s a number of seconds") from exc
+            message = "after must be an integer and wait_s a number of seconds"
+            raise Rejection(error_answer(400, message)) from exc
         wait_s = min(max(wait_s, 0.0), MAX_WAIT_S) if isfinite(wait_s) else 0.0
-        return json_answer(await self._service.wait_view(query.get("epoch", ""), after, wait_s))
+        return json_answer(await self._membership.wait_view(query.get("epoch", ""), after, wait_s))
 
-    async def health(self, _: Request) -> Response:
-        fleet = self._service.fleet
+    async def health(self, client: IncomingRequest) -> Answer:
+        fleet = self._membership.fleet
         return json_answer({"status": "ok", "epoch": fleet.epoch, "workers": len(fleet.members())})
 
 
-def _reached_at(request: Request) -> str:
-    """Our own address as this client reached it; an IPv4 one also on a dual-stack socket."""
-    host = (request.scope.get("server") or ("", None))[0]
-    return str(host).removeprefix("::ffff:")
+def _instance_id(client: IncomingRequest) -> InstanceId:
+    """The third part of ``/fleet/instances/{}/…``."""
+    return InstanceId(client.path.split("/")[3])
 
 
-def _refusing(
-    handler: Callable[[Request], Awaitable[Response]],
-) -> Callable[[Request], Awaitable[Response]]:
-    async def call(request: Request) -> Response:
+def _refusing(handler: Handler) -> Handler:
+    async def call(client: IncomingRequest) -> Answer:
         try:
-            return await handler(request)
+            return await handler(client)
         except Refused as exc:
-            return json_answer(exc.refusal, exc.status)
+            raise Rejection(json_answer(exc.refusal, exc.status)) from exc
 
     return call

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 
 from pdserve.bootstrap.route_table import RouteError, RouteTable
-from pdserve.bootstrap.web import json_answer, json_errors, read_json
+from pdserve.bootstrap.web import OK, Handler, JsonApi, Rejection, query_of, read_json
+from pdserve.http.answer import Answer, json_answer
+from pdserve.http.incoming import IncomingRequest
 
 _INDICES = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
 
@@ -31,66 +29,63 @@ class RoomQuery(msgspec.Struct, frozen=True):
     bootstrap_rooms: list[int]
 
 
-def prefill_app(table: RouteTable, is_live: Callable[[], bool]) -> Starlette:
-    """ASGI app over ``table``; ``/health`` answers 200 only while ``is_live()`` and the table is complete."""
+def prefill_api(table: RouteTable, is_live: Callable[[], bool]) -> JsonApi:
+    """Return the API over ``table``; ``/health`` is 200 while ``is_live()`` and the table is complete."""
 
-    async def route(request: Request) -> Response:
-        if request.method == "PUT":
-            table.put(await read_json(request, dict[str, Any]))
-            return PlainTextResponse("OK")
-        indices = _indices(request)
-        answer = table.topology() if all(i == -1 for i in indices) else table.rank(*indices)
-        return JSONResponse(answer)
+    async def get_route(client: IncomingRequest) -> Answer:
+        indices = _indices(query_of(client))
+        return json_answer(table.topology() if all(i == -1 for i in indices) else table.rank(*indices))
 
-    async def register_dp_rank(request: Request) -> Response:
-        take_dp_rank(table, await read_json(request, RoomRank, strict=False))
-        return PlainTextResponse("OK")
+    async def put_route(client: IncomingRequest) -> Answer:
+        table.put(read_json(client, dict[str, Any]))
+        return OK
 
-    async def query_dp_ranks(request: Request) -> Response:
-        query = await read_json(request, RoomQuery, strict=False)
-        return JSONResponse(table.query_dp_ranks(query.bootstrap_rooms, time.monotonic()))
+    async def register_dp_rank(client: IncomingRequest) -> Answer:
+        take_dp_rank(table, read_json(client, RoomRank, strict=False))
+        return OK
 
-    async def health(_: Request) -> Response:
+    async def query_dp_ranks(client: IncomingRequest) -> Answer:
+        query = read_json(client, RoomQuery, strict=False)
+        return json_answer(table.query_dp_ranks(query.bootstrap_rooms, time.monotonic()))
+
+    async def health(client: IncomingRequest) -> Answer:
         if not is_live():
             reason = {"code": "lease_ended", "message": "this prefill server has no live lease"}
         elif not table.is_complete:
             reason = {"code": "ranks_pending", "message": table.describe_missing()}
         else:
-            return PlainTextResponse("OK")
+            return OK
         return json_answer(reason, 503)
 
-    return Starlette(
-        routes=[
-            Route("/route", _translated(route), methods=["GET", "PUT"]),
-            Route("/register_dp_rank", register_dp_rank, methods=["POST"]),
-            Route("/query_dp_ranks", query_dp_ranks, methods=["POST"]),
-            Route("/health", health, methods=["GET"]),
-        ],
-        exception_handlers=json_errors(),
+    return JsonApi(
+        {
+            "/route": {"GET": _translated(get_route), "PUT": _translated(put_route)},
+            "/register_dp_rank": {"POST": register_dp_rank},
+            "/query_dp_ranks": {"POST": query_dp_ranks},
+            "/health": {"GET": health},
+        }
     )
 
 
 def take_dp_rank(table: RouteTable, message: RoomRank) -> None:
-    """A prefill rank says which DP rank serves a room."""
+    """Take a prefill rank's report of which DP rank serves a room."""
     table.register_dp_rank(message.bootstrap_room, message.dp_rank, time.monotonic())
 
 
-def _indices(request: Request) -> tuple[int, int, int, int]:
+def _indices(query: dict[str, str]) -> tuple[int, int, int, int]:
     try:
-        dp, cp, tp, pp = (int(request.query_params[name]) for name in _INDICES)
+        dp, cp, tp, pp = (int(query[name]) for name in _INDICES)
     except (KeyError, ValueError) as exc:
         raise RouteError(400, f"expected the query parameters {', '.join(_INDICES)} as numbers") from exc
     return dp, cp, tp, pp
 
 
-def _translated(
-    handler: Callable[[Request], Awaitable[Response]],
-) -> Callable[[Request], Awaitable[Response]]:
-    async def call(request: Request) -> Response:
+def _translated(handler: Handler) -> Handler:
+    async def call(client: IncomingRequest) -> Answer:
         try:
-            return await handler(request)
+            return await handler(client)
         except RouteError as exc:
             # SGLang logs the text of a refusal; keep it readable there.
-            return PlainTextResponse(str(exc), exc.status)
+            raise Rejection(Answer(exc.status, str(exc).encode(), OK.headers)) from exc
 
     return call

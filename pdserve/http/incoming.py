@@ -127,6 +127,13 @@ class IncomingRequest:
         self._is_chunked = not is_http_1_0
         self._writer = writer
 
+    @property
+    def local_host(self) -> str:
+        """This machine's address as the client reached it; empty if the client has left."""
+        transport = self._writer.transport
+        name = transport.get_extra_info("sockname") if transport is not None else None
+        return str(name[0]) if name else ""
+
     def identify(self, rid: str) -> None:
         """Name the request in its answer, unless its client did; the last attempt's name stays."""
         if not self.request_id:

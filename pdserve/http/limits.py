@@ -11,7 +11,11 @@ NEVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """Sizes in bytes, times in seconds; named as in BalancerConfig."""
+    """Sizes in bytes, times in seconds.
+
+    ``header_s``: for a request's head. ``body_s``: of silence within its body. ``write_s``: of a client that
+    reads nothing. ``request_s``: for head and body together.
+    """
 
     max_body_bytes: int
     max_header_bytes: int
@@ -19,3 +23,4 @@ class ServerLimits:
     body_s: float
     write_s: float
     max_connections: int
+    request_s: float = NEVER

@@ -15,10 +15,10 @@ from email.utils import formatdate
 from pdserve.http.incoming import IncomingRequest
 from pdserve.http.limits import ServerLimits
 from pdserve.http.server_connection import Application, ServerConnection, ServerState
+from pdserve.http.sockets import BACKLOG
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048
 INTERNAL = "internal error of the server; its log has the details"
 SWEEP_S = 1.0
 """Granularity of every time limit on clients."""
@@ -66,6 +66,14 @@ class HttpServer:
             self._server.close()
         for connection in list(self._connections):
             connection.wind_up()
+
+    def close_at_once(self) -> None:
+        """Close the port and every connection; what was written still leaves."""
+        self.stop_accepting()
+        for connection in list(self._connections):
+            connection.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
 
     async def close(self, grace_s: float) -> None:
         """Stop accepting, let answers reach their clients for ``grace_s``, break the rest."""

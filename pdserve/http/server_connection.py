@@ -80,6 +80,7 @@ class ServerConnection(asyncio.Protocol):
         self._reading: IncomingRequest | None = None
         self._body: list[bytes] = []
         self._body_bytes = 0
+        self._due_s = NEVER
         self._serving: IncomingRequest | None = None
         self._pipeline: deque[IncomingRequest] = deque()
         self._is_deaf = False
@@ -178,7 +179,7 @@ class ServerConnection(asyncio.Protocol):
         elif self._is_head_open:
             self.deadline_s = now_s + limits.header_s
         elif self._reading is not None:
-            self.deadline_s = now_s + limits.body_s
+            self.deadline_s = min(now_s + limits.body_s, self._due_s)
         elif not self._is_lingering:
             self.deadline_s = now_s + KEEP_ALIVE_S
 
@@ -205,8 +206,10 @@ class ServerConnection(asyncio.Protocol):
         """Called by the parser."""
         self._url, self._headers = b"", {}
         self._head_bytes, self._has_begun = 0, True
+        now_s = self._server.now()
+        self._due_s = now_s + self._limits.request_s
         if self.is_idle:
-            self.deadline_s = self._server.now() + self._limits.header_s
+            self.deadline_s = now_s + self._limits.header_s
         self._is_head_open = True
 
     def on_url(self, url: bytes) -> None:
@@ -252,7 +255,7 @@ class ServerConnection(asyncio.Protocol):
             return
         self._body.append(data)
         self._body_bytes += len(data)
-        self.deadline_s = self._server.now() + self._limits.body_s
+        self.deadline_s = min(self._server.now() + self._limits.body_s, self._due_s)
         if self._body_bytes > self._limits.max_body_bytes:
             self._refuse_request(self._reading, self._limit_answer("more"))
 

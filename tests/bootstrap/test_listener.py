@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from pdserve.bootstrap import listener as listener_module
-from pdserve.bootstrap.listener import MAX_HEAD_BYTES
+from pdserve.bootstrap import web
 from pdserve.bootstrap.service import BootstrapService
+from pdserve.bootstrap.web import MAX_HEAD_BYTES
 from tests.support.bootstrap_parts import TIMEOUT_S, service
 
 
 @pytest.fixture
 async def impatient(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[BootstrapService]:
-    monkeypatch.setattr(listener_module, "REQUEST_S", 0.2)
+    monkeypatch.setattr(web, "REQUEST_S", 0.2)
     async with service() as running:
         yield running
 
@@ -35,21 +35,33 @@ async def send(port: int, *pieces: bytes) -> tuple[int, Any]:
     return int(head.split(b" ")[1]), json.loads(body)
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [
-        b"",
+async def test_clients_that_do_not_finish_their_request_are_let_go(impatient: BootstrapService) -> None:
+    pieces = (
         b"GET /hea",
         b"GET /health HTTP/1.1\r\nHo",
         b"POST /fleet/heartbeat HTTP/1.1\r\nContent-Length: 9\r\n\r\n{",
-    ],
-    ids=["nothing", "half a line", "half a head", "half a body"],
-)
-async def test_client_that_does_not_finish_its_request_is_let_go(
-    impatient: BootstrapService, piece: bytes
-) -> None:
-    status, answer = await send(impatient.port, piece)
-    assert (status, answer["code"]) == (408, "request_timeout")
+    )
+    for status, answer in await asyncio.gather(*[send(impatient.port, piece) for piece in pieces]):
+        assert (status, answer["code"]) == (408, "request_timeout")
+
+
+async def test_a_client_that_says_nothing_is_closed_without_an_answer(impatient: BootstrapService) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", impatient.port)
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_body_that_trickles_in_is_late_as_a_whole(impatient: BootstrapService) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", impatient.port)
+    writer.write(b"POST /fleet/heartbeat HTTP/1.1\r\nContent-Length: 999999\r\n\r\n")
+    answer = asyncio.create_task(reader.read())
+    async with asyncio.timeout(TIMEOUT_S):
+        while not answer.done():
+            writer.write(b" ")  # never silent for REQUEST_S
+            await asyncio.sleep(0.02)
+    assert b" 408 " in await answer
+    writer.close()
 
 
 async def test_long_poll_and_idle_keep_alive_are_not_slow_clients(impatient: BootstrapService) -> None:

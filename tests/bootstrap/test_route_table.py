@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.bootstrap.listener import RouteListener
 from pdserve.bootstrap.ports import QUARANTINE_S, PortPlan
-from pdserve.bootstrap.prefill_api import prefill_app
+from pdserve.bootstrap.prefill_api import prefill_api
 from pdserve.bootstrap.route_table import DP_RANK_TTL_S, RouteError, RouteTable
+from pdserve.bootstrap.web import RouteListener
 from pdserve.errors import ConfigError
 from tests.support.bootstrap_parts import call, row, until_listening
 
@@ -140,7 +140,7 @@ def test_table_is_complete_with_the_last_rank_in_any_order(
 
 async def test_health_names_the_reason_why_it_is_not_200() -> None:
     table, live = RouteTable(), [True]
-    listener = RouteListener(prefill_app(table, lambda: live[0]), "127.0.0.1", 0)
+    listener = RouteListener(prefill_api(table, lambda: live[0]), "127.0.0.1", 0)
     await listener.start()
     try:
         status, answer = await call(listener.port, "GET", "/health")
@@ -182,7 +182,7 @@ async def test_answers_equal_those_of_sglangs_own_server() -> None:
         stock_port = free.getsockname()[1]
     stock = conn.CommonKVBootstrapServer("127.0.0.1", stock_port)
     table = RouteTable()
-    listener = RouteListener(prefill_app(table, lambda: True), "127.0.0.1", 0)
+    listener = RouteListener(prefill_api(table, lambda: True), "127.0.0.1", 0)
     await listener.start()
     try:
         await until_listening(stock_port)

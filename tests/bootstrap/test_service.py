@@ -265,7 +265,7 @@ async def test_stop_ends_long_polls_with_the_view_and_no_complaint(caplog: pytes
     await join(running, "decode-0", "d", Role.DECODE)
     path = f"/fleet/view?epoch={running.fleet.epoch}&after={running.fleet.version}&wait_s=30"
     waiting = asyncio.create_task(call(running.port, "GET", path))
-    await until(lambda: bool(running._listener._state.tasks), "the poll did not arrive")
+    await until(lambda: bool(running.listener.num_serving), "the poll did not arrive")
     async with asyncio.timeout(TIMEOUT_S):
         await running.stop()
         status, view = await waiting

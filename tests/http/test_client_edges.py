@@ -18,7 +18,7 @@ from tests.support.sglang_server import FakeSGLang, until
 
 @pytest.fixture
 async def pool() -> AsyncIterator[HttpClient]:
-    client = HttpClient()
+    client = HttpClient(connect_s=30.0)
     yield client
     await client.close()
 

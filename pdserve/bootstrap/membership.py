@@ -1,0 +1,180 @@
+"""Members of the fleet and the port of each prefill instance: joining, leaving, what watchers see."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from pdserve.bootstrap.messages import FleetView, Lease, Register
+from pdserve.bootstrap.ports import PortPlan
+from pdserve.bootstrap.prefill_api import prefill_api
+from pdserve.bootstrap.registry import Instance, MemberRegistry, Refused
+from pdserve.bootstrap.route_table import RouteError, RouteTable
+from pdserve.bootstrap.web import RouteListener
+from pdserve.config.launch import BootstrapConfig
+from pdserve.errors import ConfigError
+from pdserve.types import InstanceId, Role
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    table: RouteTable
+    listener: RouteListener
+
+
+class FleetMembership:
+    """The registry, and a listener per registered prefill instance. One per event loop."""
+
+    def __init__(self, config: BootstrapConfig) -> None:
+        if config.lease_s <= 0:
+            raise ConfigError(f"lease_s must be above 0, got {config.lease_s:g}")
+        self.config = config
+        self.fleet = MemberRegistry(on_gone=self._close_endpoint)
+        self._ports = PortPlan(config.port_range)
+        self._endpoints: dict[InstanceId, _Endpoint] = {}
+        self._joining = asyncio.Lock()  # one at a time: a client that retries must not get two ports
+        self._changed = asyncio.Event()
+        self._is_stopping = False
+        self._started_s = time.monotonic()
+
+    def now(self) -> float:
+        """Seconds on the service's clock."""
+        return time.monotonic()
+
+    def begin(self) -> None:
+        """Count the service's uptime from now on."""
+        self._started_s = self.now()
+
+    def end_polls(self) -> None:
+        """End long polls with the view as it is, those to come too."""
+        self._is_stopping = True
+        self._notify()
+
+    def close_ports(self) -> None:
+        """Close the port of every prefill instance."""
+        for instance_id in list(self._endpoints):
+            self._close_endpoint(instance_id)
+
+    def expire(self, late_s: float = 0.0) -> None:
+        """Drop members whose lease has run out, after extending every lease by ``late_s``."""
+        if late_s:
+            self.fleet.forgive(late_s)
+        if self.fleet.expire(self.now()):
+            self._notify()
+
+    async def register(self, request: Register, reached_at: str = "") -> Lease:
+        """Admit the worker; a prefill instance becomes a member together with a port of its own.
+
+        Args:
+            request: what the worker says.
+            reached_at: address of this machine over which it said so.
+        Raises:
+            Refused: with what to answer.
+        """
+        request = msgspec.structs.replace(request, lease_s=min(request.lease_s, self.config.lease_s))
+        async with self._joining:
+            instance = self.fleet.admit(request, self.now())
+            if request.worker.role is Role.DECODE:
+                lease = self.fleet.register(request, self.now())
+            else:
+                endpoint = await self._endpoint(instance, request)
+                host = self._public_host(reached_at)
+                try:
+                    lease = self.fleet.register(request, self.now(), host, endpoint.listener.port)
+                except Refused:  # the fleet changed while the port was being opened
+                    self._close_endpoint(instance.instance_id)
+                    raise
+        self._notify()
+        return lease
+
+    def deregister(self, instance_id: InstanceId, reason: str) -> bool:
+        """Forget the instance now; True if it was known."""
+        known = self.fleet.deregister(instance_id, reason)
+        self._notify()
+        return known
+
+    def table(self, instance_id: InstanceId) -> RouteTable | None:
+        """Route table of a registered prefill instance."""
+        endpoint = self._endpoints.get(instance_id)
+        return None if endpoint is None else endpoint.table
+
+    async def wait_view(self, epoch: str, after: int, wait_s: float) -> FleetView:
+        """The view: at once if it is news after version ``after`` of ``epoch``, else within ``wait_s``."""
+        deadline = self.now() + wait_s
+        while epoch == self.fleet.epoch and after >= self.fleet.version and not self._is_stopping:
+            left = deadline - self.now()
+            if left <= 0:
+                break
+            changed = self._changed
+            try:
+                async with asyncio.timeout(left):
+                    await changed.wait()
+            except TimeoutError:
+                break
+        return self.fleet.view(self.now() - self._started_s)
+
+    async def _endpoint(self, instance: Instance, request: Register) -> _Endpoint:
+        """The instance's port, open and up to date with its ranks."""
+        endpoint = self._endpoints.get(instance.instance_id)
+        table = RouteTable() if endpoint is None else endpoint.table
+        try:
+            table.replace(rank.route for rank in instance.ranks.values() if rank.route is not None)
+        except RouteError as exc:
+            raise Refused("bad_request", str(exc)) from exc
+        if endpoint is not None:
+            return endpoint
+        listener = await self._open_port(instance.instance_id, table, request)
+        if listener is None and self.fleet.supersede(request.worker):  # take over the predecessor's port
+            listener = await self._open_port(instance.instance_id, table, request)
+        if listener is None:
+            raise Refused("no_port", f"no free port left in {self._ports} for {request.worker.worker_id}")
+        self._endpoints[instance.instance_id] = _Endpoint(table, listener)
+        return self._endpoints[instance.instance_id]
+
+    async def _open_port(
+        self, instance_id: InstanceId, table: RouteTable, request: Register
+    ) -> RouteListener | None:
+        """Listen on the best free port. The predecessor's is still open, so it cannot be that one."""
+        name, former = request.worker.worker_id, request.worker.bootstrap_port
+        api = prefill_api(table, lambda: self.fleet.get(instance_id) is not None)
+        for port in self._ports.candidates(former, self.now()):
+            listener = RouteListener(api, self.config.host, port)
+            try:
+                await listener.start()
+            except OSError:
+                continue
+            if former and listener.port != former:
+                logger.warning(
+                    "worker=%s: former bootstrap port %d is taken, now %d; requests in hand over it may fail",
+                    name, former, listener.port,
+                )  # fmt: skip
+            elif not former and self._ports.is_recent(listener.port, self.now()):
+                logger.warning(
+                    "worker=%s: no fresh port in %s, reusing %d; decode servers may fail requests until they "
+                    "notice. Give --port-range a few more ports than prefill servers",
+                    name, self._ports, listener.port,
+                )  # fmt: skip
+            return listener
+        return None
+
+    def _public_host(self, reached_at: str) -> str:
+        if self.config.advertise_host:
+            return self.config.advertise_host
+        is_wildcard = self.config.host in ("0.0.0.0", "::", "")
+        return (reached_at or "127.0.0.1") if is_wildcard else self.config.host
+
+    def _close_endpoint(self, instance_id: InstanceId) -> None:
+        endpoint = self._endpoints.pop(instance_id, None)
+        if endpoint is not None:
+            endpoint.listener.stop()
+            self._ports.released(endpoint.listener.port, self.now())
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
