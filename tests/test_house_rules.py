@@ -25,7 +25,7 @@ MIN_LINES = 100
 """A module with one importer has as many, or it belongs into its importer."""
 MAX_GLOSSARY = 40
 
-VOCABULARY = {"types", "errors", "config", "telemetry", "workload", "process"}
+VOCABULARY = {"types", "errors", "config", "telemetry", "workload", "process", "state"}
 """Packages that most others may import; they import only each other."""
 
 ALLOWED = {
@@ -37,7 +37,7 @@ ALLOWED = {
     "kv": VOCABULARY | {"kv"},
     "transfer": VOCABULARY | {"transfer", "kv"},
     "plugin": VOCABULARY | {"plugin", "kv", "transfer", "bootstrap"},
-    "monitor": {"types", "errors", "telemetry", "monitor"},
+    "monitor": {"types", "errors", "telemetry", "state", "monitor"},
     "model": {"errors", "config", "model"},
     "sim": VOCABULARY | {"sim", "scheduling", "balancer", "http"},
     "loadgen": VOCABULARY | {"loadgen", "http"},

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
+
 from pdserve.cluster.spec import ProcessKind
 from pdserve.cluster.supervise import State, Supervised
 from pdserve.config.worker_env import keys_from_environment
+from pdserve.state.document import StateDocument
+from pdserve.state.workers import PairEntry, WorkerEntry
 from pdserve.types import Role
+
+logger = logging.getLogger(__name__)
 
 GET_S = 2.0
 READY = "ready"
@@ -60,53 +67,63 @@ class LogStage:
                 self.stage = stage
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class FleetState:
-    """The parts of the balancer's state document that a start depends on; empty if it does not answer."""
+    """What the balancer's state document says of a start; ``document`` is None if it does not answer."""
 
-    is_reached: bool = False
-    is_connected: bool = False
-    model: str = ""
-    workers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By worker id; an older instance of the same worker is overwritten by a later entry."""
-    pairs: list[Mapping[str, Any]] = field(default_factory=list)
+    document: StateDocument | None = None
 
     @classmethod
     def parse(cls, document: Mapping[str, Any] | None) -> FleetState:
-        """From the decoded JSON; None is an unreachable balancer."""
-        if document is None:
+        """From the decoded JSON; None, or one that cannot be read, is an unreachable balancer."""
+        try:
+            return cls(None if document is None else msgspec.convert(document, StateDocument))
+        except msgspec.ValidationError as exc:
+            logger.warning("the balancer's state document cannot be read: %s", exc)
             return cls()
-        return cls(
-            is_reached=True,
-            is_connected=bool(document.get("bootstrap", {}).get("connected", True)),
-            model=str(document.get("model", "")),
-            workers={str(w["worker_id"]): w for w in document.get("workers", [])},
-            pairs=list(document.get("pairs", [])),
-        )
+
+    @property
+    def is_reached(self) -> bool:
+        """True if the balancer answers."""
+        return self.document is not None
+
+    @property
+    def model(self) -> str:
+        """The name the fleet serves under."""
+        return "" if self.document is None else self.document.model
+
+    @property
+    def pairs(self) -> list[PairEntry]:
+        """Every pair that the balancer knows."""
+        return [] if self.document is None else self.document.pairs
 
     def is_ready(self, num_pairs: int) -> bool:
         """True when ``num_pairs`` different pairs take traffic."""
-        ready = {(p["prefill"], p["decode"]) for p in self.pairs if p["state"] == READY}
-        return len(ready) >= num_pairs
+        return len({pair.label for pair in self.pairs if pair.state == READY}) >= num_pairs
 
-    def has_joined(self, process: Supervised) -> bool:
-        """True if the balancer knows this very run of the worker."""
-        worker = self.workers.get(process.name)
-        return worker is not None and worker.get("instance_id") == process.instance_id
+    def worker(self, process: Supervised) -> WorkerEntry | None:
+        """The balancer's entry of this very run of the worker; None if it has not joined."""
+        workers = [] if self.document is None else self.document.workers
+        own = (w for w in workers if (w.worker_id, w.instance_id) == (process.name, process.instance_id))
+        return next(own, None)
 
     def serves(self, process: Supervised) -> bool:
         """True if this very run of the process can do its work."""
-        if process.spec.kind is ProcessKind.BALANCER:
+        if self.document is None or process.spec.kind is ProcessKind.BALANCER:
             return self.is_reached
         if process.spec.kind is ProcessKind.BOOTSTRAP:
-            return self.is_connected
-        return self.has_joined(process) and self.workers[process.name].get("state") == READY
+            return self.document.bootstrap is None or self.document.bootstrap.connected
+        worker = self.worker(process)
+        return worker is not None and worker.state == READY
 
     def pair_trouble(self, process: Supervised) -> str:
         """Why a pair of this worker is not ready, if its last test failed."""
-        side = "prefill" if process.spec.role is Role.PREFILL else "decode"
-        failed = (p for p in self.pairs if p[side] == process.name and p["state"] == "failed")
-        return next((f"{p['prefill']}>{p['decode']}: {p.get('error') or 'failed'}" for p in failed), "")
+        is_prefill = process.spec.role is Role.PREFILL
+        for pair in self.pairs:
+            name = pair.prefill if is_prefill else pair.decode
+            if name == process.name and pair.state == "failed":
+                return f"{pair.label}: {pair.error or 'failed'}"
+        return ""
 
 
 async def get_json(url: str, timeout_s: float = GET_S) -> Mapping[str, Any] | None:
@@ -145,7 +162,7 @@ def stage_of(process: Supervised, state: FleetState, log: LogStage) -> str:
         return "connecting" if state.is_reached else "starting"
     if process.state is State.STARTING:
         return "waiting for the forkserver"
-    if not state.has_joined(process):
+    if state.worker(process) is None:
         return log.stage or "starting"
     trouble = state.pair_trouble(process)
     return f"pair test failed, {trouble}" if trouble else "joined, testing pairs"
@@ -154,8 +171,8 @@ def stage_of(process: Supervised, state: FleetState, log: LogStage) -> str:
 def describe_missing(stages: Mapping[str, str], state: FleetState, workers: Sequence[Supervised]) -> str:
     """What keeps the fleet from being ready: ``prefill-0 (loading weights); pair … (untested)``."""
     missing = [f"{name} ({stage})" for name, stage in stages.items() if stage != READY]
-    waiting = (p for p in state.pairs if p["state"] != READY)
-    missing += [f"pair {p['prefill']}>{p['decode']} ({p.get('error') or p['state']})" for p in waiting]
+    waiting = (pair for pair in state.pairs if pair.state != READY)
+    missing += [f"pair {pair.label} ({pair.error or pair.state})" for pair in waiting]
     if not missing:
         missing = [f"pairs of {worker.name}" for worker in workers]
     return "; ".join(missing)

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 from pdserve.errors import ConfigError, PdserveError, WorkerError
-from pdserve.monitor.document import clean
-from pdserve.monitor.feed import StateClient
 from pdserve.monitor.screen import Watch
 from pdserve.monitor.view import render
 from pdserve.monitor.view_state import ViewState
+from pdserve.state.client import StateClient
+from pdserve.state.reading import clean
 
 ONCE_SIZE = (100, 50)
 """Columns and rows of a frame that goes to no terminal, unless COLUMNS and LINES say otherwise."""
@@ -75,7 +75,7 @@ def _guarded(client: StateClient, show: Callable[[StateClient], None]) -> int:
 
 def _print_json(client: StateClient) -> None:
     # Escaped to ASCII: a worker's text could hold control characters that JSON allows.
-    print(json.dumps(client.fetch(), indent=2, ensure_ascii=True))
+    print(json.dumps(client.fetch_json(), indent=2, ensure_ascii=True))
 
 
 def _print_frame(client: StateClient) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pdserve.monitor.document import mapping, number, text
 from pdserve.monitor.figures import (
     bar,
     format_age,
@@ -20,8 +19,10 @@ from pdserve.monitor.figures import (
 from pdserve.monitor.keys import HELP
 from pdserve.monitor.lines import Line, fit, wrapped
 from pdserve.monitor.panels import BAD, DIM, GOOD, WARN
-from pdserve.monitor.snapshot import EventRow, PairRow, RequestRow, Snapshot, WorkerRow
+from pdserve.monitor.snapshot import EventRow, Snapshot, key_of
 from pdserve.monitor.view_state import ViewState, detailed_row
+from pdserve.state.document import RequestEntry
+from pdserve.state.workers import KVSentFigures, PairEntry, WorkerEntry
 
 LABEL = 18
 Fact = tuple[str, str]
@@ -69,11 +70,11 @@ def details_page(snapshot: Snapshot, view: ViewState, width: int) -> list[Line]:
     """The page of the row whose details are open."""
     row, is_listed = detailed_row(snapshot, view)
     match row:
-        case WorkerRow():
+        case WorkerEntry():
             page = _worker_page(row, snapshot, width)
-        case PairRow():
+        case PairEntry():
             page = _pair_page(row, snapshot, width)
-        case RequestRow():
+        case RequestEntry():
             page = _request_page(row, width)
         case EventRow():
             page = _event_page(row, width)
@@ -87,115 +88,105 @@ def details_page(snapshot: Snapshot, view: ViewState, width: int) -> list[Line]:
 # -- pages -------------------------------------------------------------------------------------
 
 
-def _worker_page(row: WorkerRow, snapshot: Snapshot, width: int) -> list[Line]:
-    lines = [Line(f"worker {row.name}", "bold").add(f" ({row.role or '?'})").add(f"  {row.state}", "bold")]
+def _worker_page(row: WorkerEntry, snapshot: Snapshot, width: int) -> list[Line]:
+    state = "leaving" if row.leaving else row.state
+    lines = [Line(f"worker {row.worker_id}", "bold").add(f" ({row.role or '?'})").add(f"  {state}", "bold")]
     lines += _facts(_worker_facts(row), width)
     lines += _paragraph("last error", row.last_error, width, BAD)
-    pairs = [pair for pair in snapshot.pairs if row.name in (pair.prefill, pair.decode)]
+    pairs = [pair for pair in snapshot.state.pairs if row.worker_id in (pair.prefill, pair.decode)]
     lines += _section(f"its pairs ({len(pairs)})", [_pair_line(pair) for pair in pairs[:16]])
-    ours = [r for r in snapshot.requests if row.name in r.pair.split(">")]
+    ours = [r for r in snapshot.requests if row.worker_id in r.pair.split(">")]
     lines += _section(f"its requests among the last ({len(ours)})", [_request_line(r) for r in ours[:8]])
-    events = [event for event in snapshot.events if event.worker == row.name]
+    events = [event for event in snapshot.events if event.worker == row.worker_id]
     return lines + _section(f"its events ({len(events)})", [_event_line(event) for event in events[:8]])
 
 
-def _worker_facts(row: WorkerRow) -> list[Fact]:
-    source, load = row.source, mapping(row.source.get("load"))
-    promised, fitted = mapping(source.get("admission")), mapping(source.get("fitted"))
-    step_s, slope_s = number(fitted.get("step_base_s")), number(fitted.get("step_slope_s"))
+def _worker_facts(row: WorkerEntry) -> list[Fact]:
+    queues, load, promised, fitted = row.queues, row.load, row.admission, row.fitted
+    lengths: list[Fact] = [("running", "-")]
+    if queues is not None:
+        lengths = [
+            ("bootstrap queue" if row.role != "decode" else "", format_count(queues.bootstrap)),
+            ("prealloc queue" if row.role != "prefill" else "", format_count(queues.prealloc)),
+            ("waiting", format_count(queues.waiting)),
+            ("in KV transfer", format_count(queues.inflight_or_transfer)),
+            ("running", _of(queues.running, promised.max_reqs)),
+            ("retracted", format_count(queues.retracted)),
+        ]
+    step_s, slope_s = format_seconds(fitted.step_base_s), format_seconds(fitted.step_slope_s)
+    port = "" if row.bootstrap_port is None else row.bootstrap_port
     return [
-        ("url", text(source.get("url"), 120)),
-        ("instance", text(source.get("instance_id"), 64)),
+        ("url", row.url),
+        ("instance", row.instance_id),
         ("age", format_age(row.age_s)),
         ("breaker, errors", f"{row.breaker or '-'}, {format_count(row.errors)}"),
         ("in flight", format_count(row.inflight)),
-        ("bootstrap queue", format_count(row.bootstrap)),
-        ("prealloc queue", format_count(row.prealloc)),
-        ("waiting", format_count(row.waiting)),
-        ("in KV transfer", format_count(row.transfer)),
-        ("running", _of(row.running, promised.get("max_reqs"))),
-        ("retracted", format_count(row.retracted)),
+        *lengths,
         ("KV used", f"{bar(row.kv_usage, 10)} {format_percent(row.kv_usage)}"),
-        ("KV tokens", _of(number(load.get("num_used_tokens")), load.get("max_total_num_tokens"))),
-        ("promised tokens", _of(number(promised.get("promised_tokens")), promised.get("capacity_tokens"))),
+        ("KV tokens", _of(load.num_used_tokens, load.max_total_num_tokens) if load else "-"),
+        ("promised tokens", _of(promised.promised_tokens, promised.capacity_tokens)),
         ("tok/s, last 10 s", format_rate(row.tokens_s)),
-        *_data_plane(source.get("kv_sent")),
-        ("fitted prefill", f"{format_rate(number(fitted.get('prefill_tokens_s')))} tok/s"),
-        ("fitted step", f"{format_seconds(step_s)} + {format_seconds(slope_s)} a request"),
-        ("load sample", f"{format_age(number(source.get('load_age_s')))} old"),
-        ("no progress for", format_age(number(mapping(source.get("wedge")).get("stalled_s")))),
-        (
-            "bootstrap at",
-            f"{text(source.get('bootstrap_host'), 64)}:{text(source.get('bootstrap_port'), 8)}".strip(":"),
-        ),
-        ("overloaded, held", f"{text(promised.get('overloaded'))}, {text(promised.get('held'))}"),
+        *(_data_plane(row.kv_sent) if row.kv_sent else ()),
+        ("fitted prefill", f"{format_rate(fitted.prefill_tokens_s)} tok/s"),
+        ("fitted step", f"{step_s} + {slope_s} a request"),
+        ("load sample", f"{format_age(row.load_age_s)} old"),
+        ("no progress for", format_age(row.wedge.stalled_s)),
+        ("bootstrap at", f"{row.bootstrap_host}:{port}".strip(":")),
+        ("overloaded, held", f"{_yes(promised.overloaded)}, {_yes(promised.held)}"),
     ]
 
 
-def _data_plane(kv_sent: object) -> list[Fact]:
-    """What the worker's own data plane counts; nothing for a stock SGLang server."""
-    sent = mapping(kv_sent)
-    if not sent:
-        return []
-    transfers, failures = (format_count(number(sent.get(name))) for name in ("transfers", "failures"))
+def _data_plane(sent: KVSentFigures) -> list[Fact]:
+    """What the worker's own data plane counts."""
     return [
-        ("data plane sends", format_bytes(number(sent.get("bytes_s")), "B/s")),
-        ("its path", text(sent.get("path"), 16) or "-"),
-        ("its mean transfer", format_seconds(number(sent.get("transfer_s")))),
-        ("its transfers", f"{transfers}, {failures} failed"),
+        ("data plane sends", format_bytes(sent.bytes_s, "B/s")),
+        ("its path", sent.path or "-"),
+        ("its mean transfer", format_seconds(sent.transfer_s)),
+        ("its transfers", f"{format_count(sent.transfers)}, {format_count(sent.failures)} failed"),
     ]
 
 
-def _pair_page(row: PairRow, snapshot: Snapshot, width: int) -> list[Line]:
-    lines = [Line(f"pair {row.key}", "bold").add(f"  {row.state}", "bold")]
+def _pair_page(row: PairEntry, snapshot: Snapshot, width: int) -> list[Line]:
+    lines = [Line(f"pair {row.label}", "bold").add(f"  {row.state}", "bold")]
     facts = [
-        ("KV rate, last min", format_bytes(row.bytes_s, "B/s")),
-        ("KV sent", format_bytes(row.total_bytes)),
-        ("prompt tokens", format_count(number(row.source.get("prompt_tokens")))),
-        ("path", row.path or "-"),
-        ("median transfer", format_seconds(row.transfer_s)),
+        ("KV rate, last min", format_bytes(row.kv_bytes_s, "B/s")),
+        ("KV sent", format_bytes(row.kv_bytes)),
+        ("prompt tokens", format_count(row.prompt_tokens)),
+        ("path", row.kv_path or "-"),
+        ("median transfer", format_seconds(row.transfer_p50_s)),
         ("requests", format_count(row.requests)),
-        ("probes", format_count(number(row.source.get("probes")))),
-        ("last probe took", format_seconds(number(row.source.get("probe_s")))),
+        ("probes", format_count(row.probes)),
+        ("last probe took", format_seconds(row.probe_s)),
     ]
     lines += _facts(facts, width)
     lines += _paragraph("error", row.error, width, BAD)
-    ours = [r for r in snapshot.requests if r.pair == row.key]
+    ours = [r for r in snapshot.requests if r.pair == row.label]
     return lines + _section(
         f"its requests among the last ({len(ours)})", [_request_line(r) for r in ours[:20]]
     )
 
 
-def _request_page(row: RequestRow, width: int) -> list[Line]:
-    source = row.source
-    lines = [
-        Line(f"request {row.rid or row.key}", "bold").add(
-            f"  {row.finish or '-'}", "" if row.is_good else BAD
-        )
-    ]
+def _request_page(row: RequestEntry, width: int) -> list[Line]:
+    style = "" if row.is_good else BAD
+    lines = [Line(f"request {key_of(row)}", "bold").add(f"  {row.finish or '-'}", style)]
     facts = [
-        ("client's id", text(source.get("request_id"), 80)),
+        ("client's id", row.request_id),
         ("pair", row.pair or "none"),
-        ("route", text(source.get("route"), 60)),
-        ("stream", text(source.get("stream"))),
-        ("status", "-" if row.status is None else str(row.status)),
-        (
-            "room",
-            text(source.get("room"), 24)
-            if not isinstance(source.get("room"), int)
-            else str(source["room"])[:20],
-        ),
+        ("route", row.route),
+        ("stream", _yes(row.stream)),
+        ("status", str(row.status or "-")),
+        ("room", str(row.room or "-")),
         ("prompt tokens", format_count(row.prompt_tokens)),
         ("output tokens", format_count(row.completion_tokens)),
         ("TPOT", format_seconds(row.tpot_s)),
     ]
     lines += _facts(facts, width)
     lines += _section("stages", _stage_bars(row, width))
-    lines += _paragraph("why this pair", text(source.get("reason")), width, "")
+    lines += _paragraph("why this pair", row.reason, width, "")
     return lines + _paragraph("error", row.error, width, BAD)
 
 
-def _stage_bars(row: RequestRow, width: int) -> list[Line]:
+def _stage_bars(row: RequestEntry, width: int) -> list[Line]:
     """Each stage as a bar on the request's own time line, with its length and its end since arrival."""
     stages = [("queued", row.queued_s), ("prefill", row.prefill_s), ("transfer", row.transfer_s)]
     known = sum(value or 0.0 for _, value in stages)
@@ -233,7 +224,7 @@ def _event_page(row: EventRow, width: int) -> list[Line]:
 
 def _facts(facts: Sequence[Fact], width: int) -> list[Line]:
     """Labels and values in as many columns as fit, read downwards."""
-    shown = [(label, value) for label, value in facts if value]
+    shown = [(label, value) for label, value in facts if label and value]
     num_columns = max(1, min(3, width // 48))
     height = -(-len(shown) // num_columns)
     column_width = width // num_columns
@@ -254,13 +245,14 @@ def _section(title: str, body: Sequence[Line]) -> list[Line]:
     return [Line(), Line(title, "bold"), *body] if body else []
 
 
-def _pair_line(pair: PairRow) -> Line:
-    line = Line(f"  {fit(pair.key, 28)} {fit(pair.state, 9)}").add(f" {format_bytes(pair.bytes_s, 'B/s'):>9}")
-    line.add(f" {pair.path or '-':<7} {format_seconds(pair.transfer_s):>7}")
+def _pair_line(pair: PairEntry) -> Line:
+    line = Line(f"  {fit(pair.label, 28)} {fit(pair.state, 9)}")
+    line.add(f" {format_bytes(pair.kv_bytes_s, 'B/s'):>9}")
+    line.add(f" {pair.kv_path or '-':<7} {format_seconds(pair.transfer_p50_s):>7}")
     return line.add(f"  {pair.error}", BAD)
 
 
-def _request_line(row: RequestRow) -> Line:
+def _request_line(row: RequestEntry) -> Line:
     line = Line(f"  {fit(row.rid[-8:], 9)}{fit(row.pair, 24)} queued {format_seconds(row.queued_s):>7}")
     line.add(f" prefill {format_seconds(row.prefill_s):>7} transfer {format_seconds(row.transfer_s):>7}")
     return line.add(f" done {format_seconds(row.done_s):>7} {row.finish}", "" if row.is_good else BAD)
@@ -271,7 +263,10 @@ def _event_line(row: EventRow) -> Line:
     return Line(f"  {ago:>9}  {fit(row.event, 12)} {row.detail}")
 
 
-def _of(value: float | None, limit: object) -> str:
+def _of(value: float, limit: float) -> str:
     """``3 of 48``; a limit of 0 is not known."""
-    most = number(limit)
-    return format_count(value) + (f" of {format_count(most)}" if most else "")
+    return format_count(value) + (f" of {format_count(limit)}" if limit else "")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 UNKNOWN = "-"
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -100,7 +102,7 @@ def bar(fraction: float | None, width: int) -> str:
     return "█" * filled + "░" * (width - filled)
 
 
-def sparkline(values: list[float | None], width: int) -> str:
+def sparkline(values: Sequence[float | None], width: int) -> str:
     """The newest values in ``width`` cells, oldest first, from 0 to their maximum; blank where unknown.
 
     Neighbours that share a cell show their maximum, so no peak is lost.
@@ -109,7 +111,7 @@ def sparkline(values: list[float | None], width: int) -> str:
         return " " * max(width, 0)
     per_cell = -(-len(values) // width)
     lead = -len(values) % per_cell
-    padded = [None] * lead + values
+    padded = [None] * lead + list(values)
     cells = [_highest(padded[i : i + per_cell]) for i in range(0, len(padded), per_cell)]
     top = max((cell for cell in cells if cell is not None), default=0.0)
     line = "".join(" " if cell is None else _block(cell, top) for cell in cells)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pdserve.monitor.snapshot import Snapshot
+from pdserve.monitor.snapshot import Snapshot, key_of
 from pdserve.monitor.view_state import ORDERS, ROLES, Pane, ViewState, listed, selected_index, selected_row
 
 ESCAPE = 0x1B
@@ -24,7 +24,7 @@ HELP = (
     ("esc", "back"),
     ("s S", "sort the list by the next or the previous column"),
     ("r", "workers of all roles, prefill only, decode only"),
-    ("Ctrl-L", "draw everything anew"),
+    ("Ctrl-L", "draw everything again"),
     ("p space", "pause and go on; nothing is asked of the balancer meanwhile"),
 )
 
@@ -128,4 +128,4 @@ def _select(view: ViewState, snapshot: Snapshot, step: int) -> ViewState:
     if not rows:
         return view
     index = max(0, min(len(rows) - 1, selected_index(rows, view, view.pane) + step))
-    return view.with_selection(rows[index].key, index)
+    return view.with_selection(key_of(rows[index]), index)

@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from pdserve.monitor.document import clean
 from pdserve.monitor.screen import Watch
+from pdserve.state.reading import clean
 
 JOIN_S = 2.0
 MAX_HELD = 64

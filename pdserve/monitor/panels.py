@@ -6,33 +6,32 @@ Every block is a list of lines for a given width; the window of each figure stan
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from pdserve.monitor.document import count, first_number, mapping, number, numbers, text
+from msgspec import structs
+
 from pdserve.monitor.figures import (
     format_age,
     format_count,
-    format_percent,
     format_rate,
     format_seconds,
     sparkline,
 )
 from pdserve.monitor.lines import Line, beside, fit
 from pdserve.monitor.snapshot import Snapshot
-from pdserve.monitor.view_state import ROLES, ViewState
+from pdserve.monitor.view_state import ViewState
+from pdserve.state.document import Latencies, Latency, Series, StateDocument
+from pdserve.state.problems import find_problems
+from pdserve.state.reading import clean
 
 GOOD, WARN, BAD, DIM = "cyan", "bold yellow", "bold magenta", "dim"
 """Blue and yellow keep apart for every kind of colour blindness; words and symbols say it too."""
-KV_FULL = 0.9
-STALLED_S = 10.0
 _REGIMES = {
     "normal": "normal",
     "prefill_short": "short of prefill",
     "decode_short": "short of decode",
     "overload": "overload",
 }
-_LATENCIES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"))
-_STAGES = (("queue", "queue_s"), ("prefill", "prefill_s"), ("KV transfer", "transfer_s"), ("whole", "e2e_s"))
 Part = tuple[str, str, int]
 """Text, style, rank: of parts that do not fit together the highest rank goes first."""
 
@@ -55,13 +54,12 @@ def title(snapshot: Snapshot, view: ViewState, width: int) -> Line:
     """Whose fleet it is, how long it has been up, and whether what is shown is current."""
     state = snapshot.state
     status, style = _status(view)
-    version, uptime_s = text(state.get("version"), 24), number(state.get("uptime_s"))
     parts: list[Part] = [
         ("pdserve monitor", "bold", 4),
-        (snapshot.model or "no model yet", "bold", 0),
-        (text(view.url, 120), "", 3),
-        (f"v{version}" if version else "", "", 2),
-        ("" if uptime_s is None else f"up {format_age(uptime_s)}", "", 1),
+        (state.model[:80] or "no model yet", "bold", 0),
+        (clean(view.url, 120), "", 3),
+        (f"v{state.version[:24]}" if state.version else "", "", 2),
+        (f"up {format_age(state.uptime_s)}" if state.version else "", "", 1),
     ]
     room = max(0, width - len(status) - 2)
     return joined(parts, room).fitted(room).add("  ").add(status, style)
@@ -77,66 +75,57 @@ def _status(view: ViewState) -> tuple[str, str]:
 
 def condition(snapshot: Snapshot, width: int) -> Line:
     """Regime, queue, what was shed, what is in flight, policy, membership."""
-    queue, requests = snapshot.section("queue"), snapshot.section("requests")
-    length = first_number(queue.get("length"), snapshot.state.get("waiting"))
-    oldest_s, size = number(queue.get("oldest_wait_s")), count(queue.get("size"))
-    waiting = f"queue {format_count(length)}" + (f"/{format_count(size)}" if size is not None else "")
-    if length and oldest_s is not None:
-        waiting += f", oldest {format_seconds(oldest_s)}"
-    parts: list[Part] = [(*_regime(snapshot), 0), (waiting, WARN if length else "", 0), *_shed(snapshot)]
-    parts.append((f"in flight {format_count(number(requests.get('inflight')))}", "", 1))
-    scores = snapshot.section("regime", "scores")
-    told = ", ".join(
-        f"{role} {score:.2f}" for role in ROLES[1:] if (score := number(scores.get(role))) is not None
-    )
-    parts.append((f"load scores {told}" if told else "", "", 4))
-    policy = text(snapshot.state.get("policy"), 40)
-    parts.append((f"policy {policy}" if policy else "", "", 3))
-    limit = number(queue.get("max_dispatched"))
-    if limit:
-        parts.append(
-            (f"dispatched {format_count(number(queue.get('dispatched')))} of {format_count(limit)}", "", 4)
-        )
-    parts.append((f"retried {format_count(number(requests.get('retried')))}", "", 4))
-    return joined([*parts, _membership(snapshot)], width)
+    state = snapshot.state
+    queue, requests, regime = state.queue, state.requests, state.regime
+    parts: list[Part] = [(*_regime(state), 0)]
+    if queue is not None:
+        waiting = f"queue {format_count(queue.length)}/{format_count(queue.size)}"
+        if queue.length:
+            waiting += f", oldest {format_seconds(queue.oldest_wait_s)}"
+        shed = ", ".join(f"{why[:24]} {format_count(n)}" for why, n in list(queue.shed.items())[:3])
+        total = requests.shed if requests is not None else sum(queue.shed.values())
+        style = WARN if total else ""
+        parts += [(waiting, WARN if queue.length else "", 0), (f"shed {format_count(total)}", style, 0)]
+        parts.append((f"by {shed}" if shed else "", style, 2))
+    if requests is not None:
+        parts.append((f"in flight {format_count(requests.inflight)}", "", 1))
+    if regime is not None:
+        told = ", ".join(f"{role[:24]} {score:.2f}" for role, score in list(regime.scores.items())[:2])
+        parts.append((f"load scores {told}" if told else "", "", 4))
+    parts.append((f"policy {state.policy[:40]}" if state.policy else "", "", 3))
+    if queue is not None and queue.max_dispatched:
+        limit = format_count(queue.max_dispatched)
+        parts.append((f"dispatched {format_count(queue.dispatched)} of {limit}", "", 4))
+    if requests is not None:
+        parts.append((f"retried {format_count(requests.retried)}", "", 4))
+    return joined([*parts, _membership(state)], width)
 
 
-def _shed(snapshot: Snapshot) -> list[Part]:
-    reasons = snapshot.section("queue", "shed")
-    counted = sum(number(n) or 0 for n in reasons.values())
-    total = first_number(snapshot.section("requests").get("shed"), counted)
-    named = ", ".join(f"{text(why, 24)} {format_count(number(n))}" for why, n in list(reasons.items())[:3])
-    style = WARN if total else ""
-    return [(f"shed {format_count(total)}", style, 0), (f"by {named}" if named else "", style, 2)]
-
-
-def _membership(snapshot: Snapshot) -> Part:
-    bootstrap = snapshot.section("bootstrap")
-    if not bootstrap.get("url"):
+def _membership(state: StateDocument) -> Part:
+    if state.bootstrap is None or not state.bootstrap.url:
         return "workers named by hand", "", 5
-    if bootstrap.get("connected") is False:
+    if not state.bootstrap.connected:
         return "× bootstrap lost", BAD, 1
     return "bootstrap connected", "", 5
 
 
-def _regime(snapshot: Snapshot) -> tuple[str, str]:
+def _regime(state: StateDocument) -> tuple[str, str]:
     """Which role is short, and for how long it has been so."""
-    regime = snapshot.section("regime")
-    name = text(regime.get("state") or regime.get("regime"), 24)
-    if not name:
+    regime = state.regime
+    if regime is None or not regime.state:
         return "regime -", ""
-    lasted_s = first_number(regime.get("lasted_s"))
-    lasted = "" if lasted_s is None else f" {format_age(lasted_s)}"
-    return f"regime {_REGIMES.get(name, name)}{lasted}", "" if name == "normal" else WARN
+    name = regime.state[:24]
+    style = "" if name == "normal" else WARN
+    return f"regime {_REGIMES.get(name, name)} {format_age(regime.lasted_s)}", style
 
 
 def attention(snapshot: Snapshot, view: ViewState, width: int, num_lines: int = 1) -> list[Line]:
     """What an operator should look at first, the worst first: one to ``num_lines`` lines."""
     if view.lost is not None:
         return [_loss(view, width)]
-    if view.received_s is None and not snapshot.state:
+    if view.received_s is None:
         return [Line("○ no answer of the balancer yet", DIM)]
-    if not snapshot.workers:
+    if not snapshot.state.workers:
         return [
             Line("○ no workers: start some with pdserve launch, or pdserve prefill and decode --join", WARN)
         ]
@@ -156,7 +145,7 @@ def _loss(view: ViewState, width: int) -> Line:
     assert view.lost is not None
     since_s = view.lost.since_s
     at = time.strftime("%H:%M:%S", time.localtime(max(0.0, min(since_s, 4e9))))
-    what = f"× no answer since {at} ({format_age(view.now_s - since_s)}): {text(view.lost.reason, 300)}"
+    what = f"× no answer since {at} ({format_age(view.now_s - since_s)}): {clean(view.lost.reason, 300)}"
     parts: list[Part] = [
         (what, BAD, 0),
         (f"next try in {format_age(view.lost.retry_s)}", BAD, 2),
@@ -166,72 +155,30 @@ def _loss(view: ViewState, width: int) -> Line:
 
 
 def _problems(snapshot: Snapshot) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for worker in snapshot.workers:
-        if worker.is_troubled:
-            why = f": {worker.last_error[:100]}" if worker.last_error else ""
-            what = worker.state if worker.state in ("suspect", "gone") else f"breaker {worker.breaker}"
-            found.append((f"▲ {worker.name} {what}{why}", BAD))
-    for role in ("prefill", "decode"):
-        if not any(worker.role == role for worker in snapshot.workers):
-            found.append((f"▲ no {role} worker", BAD))
-    bootstrap = snapshot.section("bootstrap")
-    if bootstrap.get("url") and bootstrap.get("connected") is False:
-        found.append(("× bootstrap service lost: nobody can join", BAD))
-    failed = [pair for pair in snapshot.pairs if pair.state == "failed"]
-    if failed:
-        others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        found.append((f"× pair {failed[0].key}{others} failed: {failed[0].error[:80]}", BAD))
-    for worker in snapshot.workers:
-        stalled_s = number(mapping(worker.source.get("wedge")).get("stalled_s"))
-        if stalled_s is not None and stalled_s >= STALLED_S:
-            found.append((f"▲ {worker.name} makes no progress for {format_age(stalled_s)}", BAD))
-    found += _pressure(snapshot)
-    return found
-
-
-def _pressure(snapshot: Snapshot) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    length = number(snapshot.section("queue").get("length"))
-    if length:
-        found.append((f"▲ {format_count(length)} requests wait for a pair", WARN))
-    failed_s = number(snapshot.section("rates").get("failed_s"))
-    if failed_s:
-        found.append((f"▲ {format_rate(failed_s)} requests/s fail", WARN))
-    full = [worker for worker in snapshot.workers if (worker.kv_usage or 0.0) >= KV_FULL]
-    if full:
-        most = max(full, key=lambda worker: worker.kv_usage or 0.0)
-        others = f" and {len(full) - 1} more" if len(full) > 1 else ""
-        found.append((f"▲ {most.name}{others}: KV pool {format_percent(most.kv_usage)} used", WARN))
-    return found
+    return [
+        (f"▲ {problem.subject} {problem.what[:160]}", BAD if problem.is_error else WARN)
+        for problem in find_problems(snapshot.state)
+    ]
 
 
 def traffic(snapshot: Snapshot, width: int) -> Line:
     """Totals since the start and rates over their window, one line."""
-    requests, rates = snapshot.section("requests"), snapshot.section("rates")
-    window = _window(number(rates.get("window_s")))
-    ended = ", ".join(
-        f"{format_count(number(requests.get(name)))} {name}"
-        for name in ("completed", "failed", "aborted", "shed")
-        if number(requests.get(name)) or name in ("completed", "failed")
-    )
-    per_s = [
-        (f"{title} {format_rate(number(rates.get(name)))}/s")
-        for title, name in (
-            ("done", "completed_s"),
-            ("failed", "failed_s"),
-            ("prompt tok", "prompt_tokens_s"),
-            ("output tok", "output_tokens_s"),
-        )
-    ]
-    parts: list[Part] = [
-        (f"last {window}: arrived {format_rate(number(rates.get('requests_s')))}/s", "", 0),
-        (per_s[0], "", 3),
-        (per_s[1], WARN if number(rates.get("failed_s")) else "", 2),
-        (per_s[2], "", 1),
-        (per_s[3], "", 0),
-        (f"since start: {format_count(number(requests.get('total')))} requests ({ended})", "", 4),
-    ]
+    requests, rates = snapshot.state.requests, snapshot.state.rates
+    parts: list[Part] = []
+    if rates is not None:
+        failed_style = WARN if rates.failed_s else ""
+        parts = [
+            (f"last {_window(rates.window_s)}: arrived {format_rate(rates.requests_s)}/s", "", 0),
+            (f"done {format_rate(rates.completed_s)}/s", "", 3),
+            (f"failed {format_rate(rates.failed_s)}/s", failed_style, 2),
+            (f"prompt tok {format_rate(rates.prompt_tokens_s)}/s", "", 1),
+            (f"output tok {format_rate(rates.output_tokens_s)}/s", "", 0),
+        ]
+    if requests is not None:
+        counts = [("completed", requests.completed), ("failed", requests.failed)]
+        counts += [(name, n) for name, n in (("aborted", requests.aborted), ("shed", requests.shed)) if n]
+        ended = ", ".join(f"{format_count(n)} {name}" for name, n in counts)
+        parts.append((f"since start: {format_count(requests.total)} requests ({ended})", "", 4))
     return joined(parts, width)
 
 
@@ -250,92 +197,97 @@ def latencies(snapshot: Snapshot, width: int) -> list[Line]:
 
 def latency_line(snapshot: Snapshot, width: int) -> Line:
     """The same in one line, for a low screen."""
+    latency = snapshot.state.latency or Latencies()
     found: list[Part] = []
-    for rank, (title, name) in enumerate(_LATENCIES):
-        row = snapshot.section("latency", f"{name}_s")
-        p50, p95 = format_seconds(number(row.get("p50"))), format_seconds(number(row.get("p95")))
-        found.append((f"{title} p50 {p50} p95 {p95} p99 {format_seconds(number(row.get('p99')))}", "", rank))
-    window = _window(number(snapshot.section("latency").get("window_s")))
-    return joined([*found, (f"over {window}", DIM, 4)], width)
+    rows = (("TTFT", latency.ttft_s), ("TPOT", latency.tpot_s), ("ITL", latency.itl_s))
+    for rank, (name, row) in enumerate(rows):
+        p50, p95, p99 = map(format_seconds, (row.p50, row.p95, row.p99))
+        found.append((f"{name} p50 {p50} p95 {p95} p99 {p99}", "", rank))
+    return joined([*found, (f"over {_window(latency.window_s)}", DIM, 4)], width)
 
 
-def _window(window_s: float | None) -> str:
-    if window_s is None:
+def _window(window_s: float) -> str:
+    if not window_s:
         return "minutes"
     return f"{window_s / 60:.0f} min" if window_s >= 120 and window_s % 60 == 0 else f"{window_s:.0f} s"
 
 
-def _span(snapshot: Snapshot) -> str:
+def _num_steps(series: Series) -> int:
+    return max(len(value) for value in structs.astuple(series) if isinstance(value, list))
+
+
+def _span(series: Series) -> str:
     """What the sparklines span."""
-    series = snapshot.section("series")
-    step_s = number(series.get("step_s"))
-    lengths = [len(value) for value in series.values() if isinstance(value, list)]
-    return f"last {_window(step_s * max(lengths))}" if step_s and lengths else "recent"
+    num = _num_steps(series)
+    return f"last {_window(series.step_s * num)}" if series.step_s and num else "recent"
 
 
-def _figures(row: object, names: Sequence[str]) -> Line:
+def _figures(row: Latency) -> Line:
     line = Line()
-    for name in names:
-        line.add(
-            fit(format_seconds(number(row.get(name)) if hasattr(row, "get") else None), 7, is_right=True)
-        )
+    for value in (row.p50, row.p95, row.p99):
+        line.add(fit(format_seconds(value), 7, is_right=True))
     return line
 
 
 def _latency_block(snapshot: Snapshot, width: int) -> list[Line]:
-    latency, series = snapshot.section("latency"), snapshot.section("series")
+    state = snapshot.state
+    latency, series, rates = state.latency or Latencies(), state.series or Series(), state.rates
     spark_width = _spark_cells(series, width - 28 - 14)
-    counted = format_count(number(snapshot.section("latency", "ttft_s").get("count")))
     heading = Line(f"{'':5}{'p50':>7}{'p95':>7}{'p99':>7}  ", "bold")
-    heading.add(fit(f"p50, {_span(snapshot)}, oldest left", spark_width), DIM)
-    heading.add(f"  {counted} in {_window(number(latency.get('window_s')))}", DIM)
+    heading.add(fit(f"p50, {_span(series)}, oldest left", spark_width), DIM)
+    heading.add(f"  {format_count(latency.ttft_s.count)} in {_window(latency.window_s)}", DIM)
     lines = [heading]
-    for title, name in _LATENCIES:
-        values = numbers(series.get(f"{name}_p50_s"))
-        line = Line(fit(title, 5), "bold")
-        line.extend(_figures(snapshot.section("latency", f"{name}_s"), ("p50", "p95", "p99")))
+    for name, row, values in (
+        ("TTFT", latency.ttft_s, series.ttft_p50_s),
+        ("TPOT", latency.tpot_s, series.tpot_p50_s),
+        ("ITL", latency.itl_s, series.itl_p50_s),
+    ):
+        line = Line(fit(name, 5), "bold").extend(_figures(row))
         lines.append(_with_spark(line, values, spark_width, format_seconds))
-    rates = snapshot.section("rates")
-    line = Line(fit("req/s", 5), "bold").add(
-        fit(format_rate(number(rates.get("requests_s"))), 7, is_right=True)
-    )
-    line.add(fit(f" over {_window(number(rates.get('window_s')))}", 14), DIM)
-    return [*lines, _with_spark(line, numbers(series.get("requests_s")), spark_width, format_rate)]
+    rate = format_rate(rates.requests_s if rates else None)
+    line = Line("req/s", "bold").add(fit(rate, 7, is_right=True))
+    line.add(fit(f" over {_window(rates.window_s if rates else 0.0)}", 14), DIM)
+    return [*lines, _with_spark(line, series.requests_s, spark_width, format_rate)]
 
 
-def _spark_cells(series: Mapping[str, object], room: int) -> int:
+def _spark_cells(series: Series, room: int) -> int:
     """Cells for sparklines of these series: each stands for the same whole number of steps."""
-    num_steps = max((len(value) for value in series.values() if isinstance(value, list)), default=60) or 60
+    num_steps = _num_steps(series) or 60
     room = max(1, min(room, num_steps, 120))
     return -(-num_steps // -(-num_steps // room))
 
 
-def _with_spark(line: Line, values: list[float | None], width: int, figure: Callable[[float], str]) -> Line:
+def _with_spark(
+    line: Line, values: Sequence[float | None], width: int, figure: Callable[[float], str]
+) -> Line:
     known = [value for value in values if value is not None]
     line.add("  ").add(sparkline(values, width), GOOD)
     return line.add(f"  max {figure(max(known))}", DIM) if known else line
 
 
 def _stage_block(snapshot: Snapshot) -> list[Line]:
+    latency = snapshot.state.latency or Latencies()
     lines = [Line(f"{'stage':<13}{'p50':>7}{'p95':>7}{'p99':>7}", "bold")]
-    for title, name in _STAGES:
-        lines.append(
-            Line(fit(title, 13)).extend(_figures(snapshot.section("latency", name), ("p50", "p95", "p99")))
-        )
+    for name, row in (
+        ("queue", latency.queue_s),
+        ("prefill", latency.prefill_s),
+        ("KV transfer", latency.transfer_s),
+        ("whole", latency.e2e_s),
+    ):
+        lines.append(Line(fit(name, 13)).extend(_figures(row)))
     return lines
 
 
 def _trend_block(snapshot: Snapshot, width: int) -> list[Line]:
     """Output tokens and the queue over the last minutes; tails of TTFT."""
-    series = snapshot.section("series")
+    series = snapshot.state.series or Series()
     spark_width = _spark_cells(series, width - 14 - 14)
-    lines = [Line(fit(f"{'':14}{_span(snapshot)}", width), DIM)]
-    for title, name, figure in (
-        ("TTFT p99", "ttft_p99_s", format_seconds),
-        ("output tok/s", "output_tokens_s", format_rate),
-        ("queue length", "waiting", format_count),
-    ):
-        lines.append(
-            _with_spark(Line(fit(title, 12), "bold"), numbers(series.get(name)), spark_width, figure)
-        )
+    lines = [Line(fit(f"{'':14}{_span(series)}", width), DIM)]
+    trends: tuple[tuple[str, Sequence[float | None], Callable[[float], str]], ...] = (
+        ("TTFT p99", series.ttft_p99_s, format_seconds),
+        ("output tok/s", series.output_tokens_s, format_rate),
+        ("queue length", series.waiting, format_count),
+    )
+    for name, values, figure in trends:
+        lines.append(_with_spark(Line(fit(name, 12), "bold"), values, spark_width, figure))
     return lines

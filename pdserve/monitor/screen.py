@@ -24,12 +24,13 @@ from typing import Any
 
 from rich.console import Console
 
-from pdserve.monitor.feed import Feed, StateClient
+from pdserve.monitor.feed import Feed
 from pdserve.monitor.keys import KeyReader, press
 from pdserve.monitor.snapshot import Snapshot
 from pdserve.monitor.terminal import Terminal
 from pdserve.monitor.view import render
 from pdserve.monitor.view_state import ViewState
+from pdserve.state.client import StateClient
 
 REDRAW_S = 1.0
 """Ages on the screen grow even when no document comes."""

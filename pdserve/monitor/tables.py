@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pdserve.monitor.document import clean
 from pdserve.monitor.figures import format_age, format_bytes, format_seconds, format_short
 from pdserve.monitor.lines import Cell, Column, Line, Table, choose_columns, longest
 from pdserve.monitor.listing import Area, Shown, body
 from pdserve.monitor.pair_table import FULL_CELL, matrix_cell, pair_lines, short_pair
 from pdserve.monitor.panels import BAD, DIM, WARN, Part, joined
-from pdserve.monitor.snapshot import EventRow, RequestRow, Snapshot
+from pdserve.monitor.snapshot import EventRow, Snapshot
 from pdserve.monitor.view_state import Pane, ViewState, listed, order_of, selected_index
 from pdserve.monitor.worker_table import worker_lines
+from pdserve.state.document import RequestEntry
+from pdserve.state.reading import clean
 
 _BAD_EVENTS = {"suspect", "gone", "pair_failed", "wedged"}
 
@@ -74,8 +75,8 @@ def _about(area: Area) -> list[str]:
 
 
 def _about_pairs(area: Area) -> list[str]:
-    pairs = area.snapshot.pairs
-    total = sum(pair.bytes_s or 0.0 for pair in pairs)
+    pairs = area.snapshot.state.pairs
+    total = sum(pair.kv_bytes_s or 0.0 for pair in pairs)
     ready = sum(pair.state == "ready" for pair in pairs)
     told = f"{ready} ready" + (f", KV {format_bytes(total, 'B/s')} in all" if total else "")
     cell = matrix_cell(area.snapshot, area.view, area.width)
@@ -84,14 +85,14 @@ def _about_pairs(area: Area) -> list[str]:
     legend = "KV rate over 1 min, path, median transfer"
     if cell or not total:
         return [told, legend]
-    busiest = max(pairs, key=lambda pair: pair.bytes_s or 0.0)
-    return [told, f"busiest {short_pair(busiest.key)} {format_bytes(busiest.bytes_s, 'B/s')}", legend]
+    busiest = max(pairs, key=lambda pair: pair.kv_bytes_s or 0.0)
+    return [told, f"busiest {short_pair(busiest.label)} {format_bytes(busiest.kv_bytes_s, 'B/s')}", legend]
 
 
 def _roles(snapshot: Snapshot) -> str:
     told = []
     for role in ("prefill", "decode"):
-        workers = [worker for worker in snapshot.workers if worker.role == role]
+        workers = [worker for worker in snapshot.state.workers if worker.role == role]
         ready = sum(worker.state == "ready" for worker in workers)
         told.append(f"{ready}/{len(workers)} {role} ready" if ready < len(workers) else f"{ready} {role}")
     return ", ".join(told)
@@ -100,18 +101,18 @@ def _roles(snapshot: Snapshot) -> str:
 # -- requests and events -----------------------------------------------------------------------
 
 
-def _ended_cell(row: RequestRow) -> tuple[str, str]:
-    word = row.finish or ("-" if row.status is None else str(row.status))
+def _ended_cell(row: RequestEntry) -> tuple[str, str]:
+    word = row.finish or (str(row.status) if row.status else "-")
     if row.is_good:
         return word, ""
     return f"× {row.status or ''} {word}".replace("  ", " "), BAD
 
 
-def _requests(rows: Sequence[RequestRow], area: Area) -> Shown:
+def _requests(rows: Sequence[RequestEntry], area: Area) -> Shown:
     label = str if area.is_wide else short_pair
     pair_width = longest((label(row.pair) for row in rows), 24)
     ended_width = longest((_ended_cell(row)[0] for row in rows), 14)
-    columns: list[Column[RequestRow]] = [
+    columns: list[Column[RequestEntry]] = [
         Column("request", 8, lambda r: r.rid[-8:] or "-", is_right=False),
         Column("pair", 8, lambda r: label(r.pair) or "-", is_right=False, most=pair_width),
         Column("in", 5, lambda r: format_short(r.prompt_tokens), rank=2),

@@ -11,7 +11,6 @@ screen and each is exactly as wide: nothing wraps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pdserve.monitor.details import details_page, help_page
 from pdserve.monitor.figures import format_age
@@ -20,6 +19,7 @@ from pdserve.monitor.panels import DIM, attention, condition, latencies, latency
 from pdserve.monitor.snapshot import Snapshot
 from pdserve.monitor.tables import pane_lines, wanted_rows
 from pdserve.monitor.view_state import Pane, ViewState
+from pdserve.state.document import StateDocument
 
 MIN_COLUMNS = 40
 """A narrower screen shows the left part of a frame of so many columns."""
@@ -40,12 +40,8 @@ _KEYS = (
 )
 
 
-def render(state: Mapping[str, Any], view: ViewState, size: tuple[int, int]) -> Frame:
-    """The state document as one screen of at most ``size`` = (columns, rows) cells.
-
-    Anything may be missing from ``state``, and its texts may be anything: no control
-    character and no markup of theirs reaches the terminal.
-    """
+def render(state: StateDocument, view: ViewState, size: tuple[int, int]) -> Frame:
+    """The state document as one screen of at most ``size`` = (columns, rows) cells."""
     columns, rows = max(1, size[0]), max(1, size[1])
     width = max(columns, MIN_COLUMNS)
     snapshot = Snapshot(state, view.now_s)

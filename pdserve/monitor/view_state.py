@@ -13,9 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from pdserve.monitor.snapshot import EventRow, PairRow, RequestRow, Snapshot, WorkerRow
-
-AnyRow = WorkerRow | PairRow | RequestRow | EventRow
+from pdserve.monitor.snapshot import AnyRow, Snapshot, key_of
+from pdserve.state.workers import WorkerEntry, WorkerQueues
 
 
 class Pane(enum.StrEnum):
@@ -100,8 +99,8 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def _by_name(row: WorkerRow) -> Any:
-    return (row.role != "prefill", _natural(row.name))
+def _by_name(row: WorkerEntry) -> Any:
+    return (row.role != "prefill", _natural(row.worker_id))
 
 
 def _most(figure: Callable[[Any], float | None]) -> Callable[[Any], float]:
@@ -114,6 +113,14 @@ def _most(figure: Callable[[Any], float | None]) -> Callable[[Any], float]:
     return key
 
 
+def _queued(queues: WorkerQueues | None) -> int:
+    """Requests that hold a place in a queue but do not run."""
+    if queues is None:
+        return 0
+    waiting = queues.bootstrap + queues.prealloc + queues.waiting
+    return waiting + queues.inflight_or_transfer + queues.retracted
+
+
 def _as_listed(row: object) -> int:
     return 0
 
@@ -121,21 +128,19 @@ def _as_listed(row: object) -> int:
 ORDERS: dict[Pane, tuple[Order, ...]] = {
     Pane.WORKERS: (
         Order("name", "worker", _by_name),
-        Order(
-            "trouble", "state", lambda row: (not row.is_troubled, row.state == "ready", -(row.errors or 0))
-        ),
+        Order("trouble", "state", lambda row: (not row.is_troubled, row.state == "ready", -row.errors)),
         Order("KV use", "KV used", _most(lambda row: row.kv_usage)),
         Order("tok/s", "tok/s", _most(lambda row: row.tokens_s)),
-        Order("queued", "wait", _most(lambda row: row.queued)),
-        Order("running", "run", _most(lambda row: row.running)),
+        Order("queued", "wait", _most(lambda row: _queued(row.queues))),
+        Order("running", "run", _most(lambda row: row.queues.running if row.queues else None)),
         Order("in flight", "infl", _most(lambda row: row.inflight)),
         Order("errors", "err", _most(lambda row: row.errors)),
         Order("youngest", "age", lambda row: float("inf") if row.age_s is None else row.age_s),
     ),
     Pane.PAIRS: (
         Order("name", "pair", lambda row: (_natural(row.prefill), _natural(row.decode))),
-        Order("KV rate", "KV rate", _most(lambda row: row.bytes_s)),
-        Order("transfer", "transfer", _most(lambda row: row.transfer_s)),
+        Order("KV rate", "KV rate", _most(lambda row: row.kv_bytes_s)),
+        Order("transfer", "transfer", _most(lambda row: row.transfer_p50_s)),
         Order("requests", "reqs", _most(lambda row: row.requests)),
     ),
     Pane.REQUESTS: (
@@ -170,12 +175,12 @@ def listed(snapshot: Snapshot, view: ViewState, pane: Pane) -> list[Any]:
 def _passed(snapshot: Snapshot, role: str, pane: Pane) -> Sequence[AnyRow]:
     match pane:
         case Pane.WORKERS:
-            return [row for row in snapshot.workers if role in ("", row.role)]
+            return [row for row in snapshot.state.workers if role in ("", row.role)]
         case Pane.PAIRS:
-            return snapshot.pairs
+            return snapshot.state.pairs
         case Pane.REQUESTS:
             return snapshot.requests
-    names = {row.name for row in snapshot.workers if row.role == role}
+    names = {row.worker_id for row in snapshot.state.workers if row.role == role}
     return [row for row in snapshot.events if not role or row.worker in names or row.worker.startswith(role)]
 
 
@@ -184,7 +189,7 @@ def selected_index(rows: Sequence[AnyRow], view: ViewState, pane: Pane) -> int:
     selection = view.selection(pane)
     if selection.key:
         for index, row in enumerate(rows):
-            if row.key == selection.key:
+            if key_of(row) == selection.key:
                 return index
     return max(0, min(selection.index, len(rows) - 1))
 
@@ -198,12 +203,13 @@ def selected_row(snapshot: Snapshot, view: ViewState, pane: Pane) -> AnyRow | No
 def detailed_row(snapshot: Snapshot, view: ViewState) -> tuple[AnyRow | None, bool]:
     """The row whose details are open, and whether it is still in the document."""
     rows: Mapping[Pane, Sequence[AnyRow]] = {
-        Pane.WORKERS: snapshot.workers,
-        Pane.PAIRS: snapshot.pairs,
+        Pane.WORKERS: snapshot.state.workers,
+        Pane.PAIRS: snapshot.state.pairs,
         Pane.REQUESTS: snapshot.requests,
         Pane.EVENTS: snapshot.events,
     }
     if view.pinned is None:
         return selected_row(snapshot, view, view.pane), True
-    found = next((row for row in rows[view.pane] if row.key == view.pinned.key), None)
+    key = key_of(view.pinned)
+    found = next((row for row in rows[view.pane] if key_of(row) == key), None)
     return (view.pinned, False) if found is None else (found, True)

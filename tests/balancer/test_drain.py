@@ -48,8 +48,8 @@ async def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> 
             reservation.release(prefill_ok=True, decode_ok=True)
         assert events_of(fleet, "decode-0")[-2:] == ["draining", "drained"]
         document = render_state(fleet, WorkerMetrics(), RequestLedger())
-        row = next(row for row in document["workers"] if row["worker_id"] == "decode-0")  # type: ignore[attr-defined]
-        assert (row["state"], row["draining"], row["inflight"]) == ("draining", True, 0)
+        row = next(row for row in document.workers if row.worker_id == "decode-0")
+        assert (row.state, row.draining, row.inflight) == ("draining", True, 0)
 
 
 async def test_an_idle_worker_is_drained_at_once_and_draining_twice_changes_nothing() -> None:

@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from msgspec import structs
+
 from pdserve.balancer.app import Balancer
 from pdserve.bootstrap.messages import FleetView
 from pdserve.config.balancer import BalancerConfig
@@ -101,9 +103,7 @@ class Site:
     @property
     def counts(self) -> dict[str, int]:
         """``requests`` of the state document."""
-        counts = self.balancer.dispatcher.ledger.snapshot()["requests"]
-        assert isinstance(counts, dict)
-        return counts
+        return structs.asdict(self.balancer.dispatcher.ledger.request_counts())
 
     def hold(self, role: Role, point: Point) -> Hold:
         """Stop the next request that comes to ``point`` on a worker of that role."""

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from pdserve.monitor.document import clean, number
 from pdserve.monitor.figures import (
     bar,
     format_age,
@@ -21,6 +20,7 @@ from pdserve.monitor.figures import (
 )
 from pdserve.monitor.keys import KeyReader
 from pdserve.monitor.lines import Column, choose_columns, fit, to_ascii, wrapped
+from pdserve.state.reading import clean
 
 FIGURES = st.floats(min_value=0, max_value=1e14, allow_nan=False)
 
@@ -72,9 +72,9 @@ def test_figures_fit_their_columns(value: float) -> None:
     assert len(format_bytes(value, "B/s")) <= 9
 
 
-@given(st.one_of(st.none(), st.floats()), st.integers(0, 20))
+@given(st.none() | st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 20))
 def test_bars_have_their_width(value: float | None, width: int) -> None:
-    assert len(bar(number(value), width)) == width
+    assert len(bar(value, width)) == width
 
 
 def test_a_bar_shows_the_least_use() -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from msgspec import structs
+
 from pdserve.balancer.app import Balancer
 from pdserve.config.balancer import BalancerConfig
 from pdserve.types import Role
@@ -132,16 +134,12 @@ class Site:
     @property
     def counts(self) -> dict[str, int]:
         """``requests`` of the state document."""
-        counts = self.balancer.dispatcher.ledger.snapshot()["requests"]
-        assert isinstance(counts, dict)
-        return counts
+        return structs.asdict(self.balancer.dispatcher.ledger.request_counts())
 
     @property
     def last(self) -> dict[str, Any]:
         """The newest row of ``recent``."""
-        rows = self.balancer.dispatcher.ledger.snapshot()["recent"]
-        assert isinstance(rows, list)
-        return dict(rows[-1])
+        return structs.asdict(self.balancer.dispatcher.ledger.recent[-1].render())
 
 
 @asynccontextmanager

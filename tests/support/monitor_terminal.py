@@ -214,7 +214,7 @@ class Session:
             stdout=self.slave,
             stderr=self.slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_own_terminal,
             env={**_clean_environment(), "TERM": "xterm-256color", **environment},
         )
 
@@ -276,6 +276,12 @@ class Session:
         self.process.wait()
         for descriptor in (self.master, self.slave):
             os.close(descriptor)
+
+
+def _own_terminal() -> None:
+    """In the child: take the terminal, and SIGINT's default action, which a parent under nohup ignores."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def _clean_environment() -> dict[str, str]:

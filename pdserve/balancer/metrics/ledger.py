@@ -1,4 +1,4 @@
-"""The books of the data plane: how many requests went how, how long they took, the last 64 of them. Pure.
+"""Counts, latencies and the last 64 of all requests. Pure.
 
 Every request opened is closed once, so total = inflight + completed + failed + aborted + shed.
 Latencies are taken at the close: stages of every request that reached them, but time per token and
@@ -18,6 +18,7 @@ from pdserve.balancer.metrics.pairs import PairTraffic
 from pdserve.balancer.metrics.record import Outcome, RequestRecord
 from pdserve.balancer.metrics.windows import Amounts, LatencyWindow, RollingWindow
 from pdserve.balancer.request.request import Route
+from pdserve.state.document import RequestCounts
 from pdserve.telemetry import RequestTimeline
 
 NUM_RECENT = 64
@@ -26,7 +27,7 @@ _OBSERVED = ("ttft_s", "tpot_s", "e2e_s", "queue_s", "prefill_s", "transfer_s")
 
 
 class StreamMeter(msgspec.Struct, eq=False):
-    """What passes by of one request's streams goes into the rolling figures at once."""
+    """Counts the events of one request's streams into the rolling figures while they are relayed."""
 
     rolling: RollingWindow
     gaps: LatencyWindow
@@ -132,22 +133,17 @@ class RequestLedger:
             step.output_tokens += tokens - seen
 
     def ended(self, outcome: Outcome) -> int:
-        """How many ended so."""
+        """How many ended with that outcome."""
         return sum(number for (_, how, _), number in self.counts.items() if how == outcome._value_)
 
-    def snapshot(self) -> dict[str, object]:
-        """What the state document tells of requests; ``recent`` is oldest first."""
-        now_s = self.clock()
-        self.advance(now_s)
-        return {
-            "requests": {
-                "total": self.total,
-                "inflight": self.inflight,
-                **{str(outcome): self.ended(outcome) for outcome in Outcome},
-                "retried": self.retried,
-            },
-            "recent": [record.render() for record in self.recent],
-            "rates": self.rolling.rates(now_s),
-            "latency": self.rolling.latency(now_s),
-            "series": self.rolling.series(now_s),
-        }
+    def request_counts(self) -> RequestCounts:
+        """Counts since the start."""
+        return RequestCounts(
+            total=self.total,
+            inflight=self.inflight,
+            completed=self.ended(Outcome.COMPLETED),
+            failed=self.ended(Outcome.FAILED),
+            aborted=self.ended(Outcome.ABORTED),
+            shed=self.ended(Outcome.SHED),
+            retried=self.retried,
+        )

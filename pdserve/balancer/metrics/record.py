@@ -6,8 +6,10 @@ import enum
 import json
 
 import msgspec
+from msgspec import structs
 
 from pdserve.balancer.request.request import Route
+from pdserve.state.document import RequestEntry
 from pdserve.telemetry import RequestTimeline
 from pdserve.types import Pair
 
@@ -41,43 +43,43 @@ class RequestRecord(msgspec.Struct, eq=False):
     finish: str = ""
     error: str = ""
     request_id: str = ""
-    _row: dict[str, object] | None = None
+    _row: RequestEntry | None = None
 
-    def render(self) -> dict[str, object]:
-        """The row of the state document; do not change it."""
+    def render(self) -> RequestEntry:
+        """The row of the state document."""
         row, timeline = self._row, self.timeline
-        # What may still come after the end: its client leaves with the last bytes unread.
-        if row is not None and row["status"] == self.status and row["error"] == self.error:
+        # Status and error may change after the end: the client leaves with the last bytes unread.
+        if row is not None and row.status == self.status and row.error == self.error:
             return row
-        row = {
-            "rid": self.rid,
-            "request_id": self.request_id,
-            "pair": self.pair.label if self.pair else "",
-            "room": self.room,
-            "route": str(self.route),
-            "stream": self.is_stream,
-            "status": self.status,
-            "reason": str(self.reason),
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": timeline.completion_tokens,
-            "queued_s": timeline.queued_s,
-            "prefill_s": timeline.prefill_s,
-            "transfer_s": timeline.transfer_s,
-            "first_token_s": timeline.ttft_s,
-            "done_s": timeline.e2e_s,
-            "ttft_s": timeline.ttft_s,
-            "e2e_s": timeline.e2e_s,
-            "tpot_s": timeline.tpot_s,
-            "finish": self.finish,
-            "error": self.error,
-        }
+        row = RequestEntry(
+            rid=self.rid,
+            request_id=self.request_id,
+            pair=self.pair.label if self.pair else "",
+            room=self.room,
+            route=str(self.route),
+            stream=self.is_stream,
+            status=self.status,
+            reason=str(self.reason),
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=timeline.completion_tokens,
+            queued_s=timeline.queued_s,
+            prefill_s=timeline.prefill_s,
+            transfer_s=timeline.transfer_s,
+            first_token_s=timeline.ttft_s,
+            done_s=timeline.e2e_s,
+            ttft_s=timeline.ttft_s,
+            e2e_s=timeline.e2e_s,
+            tpot_s=timeline.tpot_s,
+            finish=self.finish,
+            error=self.error,
+        )
         self._row = row if timeline.finished_s is not None else None
         return row
 
     def log_fields(self) -> dict[str, object]:
-        """What the access log tells; stages that did not happen are left out."""
-        fields = {"event": "request", **self.render()}
-        for name in ("first_token_s", "done_s"):  # said by ttft_s and e2e_s
+        """Fields of the access log; stages that did not happen are left out."""
+        fields = {"event": "request", **structs.asdict(self.render())}
+        for name in ("first_token_s", "done_s"):  # the same as ttft_s and e2e_s
             del fields[name]
         fields |= {name: round(value, 6) for name, value in fields.items() if isinstance(value, float)}
         return {name: value for name, value in fields.items() if value not in ("", None)}

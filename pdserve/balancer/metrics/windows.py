@@ -1,4 +1,4 @@
-"""One latency over time: exact counts since the start, percentiles of the last five minutes. Pure.
+"""Latencies and rates over time: exact counts since the start, percentiles of five minutes. Pure.
 
     observe ─► live step (5 s) ─ close ─► last 60 steps ─► window
                                    └────► totals since the start (Prometheus)
@@ -13,11 +13,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import add
 
 import msgspec
+
+from pdserve.state.document import Latencies, Latency, Rates, Series
 
 STEP_S = 5.0
 NUM_STEPS = 60
@@ -47,17 +49,6 @@ NUM_BUCKETS = len(BOUNDS) + 1
 _ZEROS = [0.0] * (NUM_BUCKETS + 1)
 _Step = tuple[tuple[tuple[int, float], ...], float]
 """A closed step: its buckets that are not empty, and the sum of its seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Figures of a window; all but ``count`` None where nothing was observed."""
-
-    count: int = 0
-    p50: float | None = None
-    p95: float | None = None
-    p99: float | None = None
-    mean: float | None = None
 
 
 class LatencyWindow:
@@ -124,7 +115,8 @@ def _latency(counts: Sequence[float]) -> Latency:
     if not number:
         return Latency()
     p50, p95, p99 = (_quantile(up_to, share * number) for share in (0.5, 0.95, 0.99))
-    return Latency(number, p50, p95, p99, max(0.0, counts[-1] / number))
+    mean = max(0.0, counts[-1] / number)
+    return Latency(count=number, p50=p50, p95=p95, p99=p99, mean=mean)
 
 
 def _quantile(up_to: Sequence[float], rank: float) -> float:
@@ -189,7 +181,7 @@ class RollingWindow:
             self._close(closing)
         self._number, self.end_s = number, (number + 1) * STEP_S
 
-    def rates(self, now_s: float) -> dict[str, float]:
+    def rates(self, now_s: float) -> Rates:
         """Per second, over the last minute or the time since the start if that is shorter."""
         self.advance(now_s)
         oldest = self._number - RATE_STEPS + 1
@@ -198,28 +190,28 @@ class RollingWindow:
         span_s = max(now_s - max(oldest * STEP_S, self._started_s), 1e-9)
         names = Amounts.__struct_fields__
         rates = {f"{name}_s": sum(getattr(row, name) for row in rows) / span_s for name in names}
-        return {"window_s": RATE_STEPS * STEP_S, **rates}
+        return Rates(window_s=RATE_STEPS * STEP_S, **rates)
 
-    def latency(self, now_s: float) -> dict[str, object]:
-        """``latency`` of the state document."""
+    def latency(self, now_s: float) -> Latencies:
+        """Percentiles of the last five minutes."""
         self.advance(now_s)
-        figures = {name: asdict(window.recent()) for name, window in self.latencies.items()}
-        return {"window_s": NUM_STEPS * STEP_S, **figures}
+        figures = {name: window.recent() for name, window in self.latencies.items()}
+        return msgspec.structs.replace(Latencies(window_s=NUM_STEPS * STEP_S), **figures)
 
-    def series(self, now_s: float) -> dict[str, object]:
-        """``series`` of the state document: closed steps, oldest first; None where nothing happened."""
+    def series(self, now_s: float) -> Series:
+        """Closed steps, oldest first; None where nothing happened."""
         self.advance(now_s)
         by_number = {step.number: step for step in self._steps}
         rows = [by_number.get(number) for number in step_numbers(now_s)]
-        return {
-            "step_s": STEP_S,
-            "requests_s": [None if row is None else row.amounts.requests / STEP_S for row in rows],
-            "output_tokens_s": [None if row is None else row.amounts.output_tokens / STEP_S for row in rows],
-            "ttft_p50_s": [None if row is None else row.ttft.p50 for row in rows],
-            "ttft_p99_s": [None if row is None else row.ttft.p99 for row in rows],
-            "tpot_p50_s": [None if row is None else row.tpot.p50 for row in rows],
-            "itl_p50_s": [None if row is None else row.itl.p50 for row in rows],
-        }
+        return Series(
+            step_s=STEP_S,
+            requests_s=[None if row is None else row.amounts.requests / STEP_S for row in rows],
+            output_tokens_s=[None if row is None else row.amounts.output_tokens / STEP_S for row in rows],
+            ttft_p50_s=[None if row is None else row.ttft.p50 for row in rows],
+            ttft_p99_s=[None if row is None else row.ttft.p99 for row in rows],
+            tpot_p50_s=[None if row is None else row.tpot.p50 for row in rows],
+            itl_p50_s=[None if row is None else row.itl.p50 for row in rows],
+        )
 
     def _close(self, number: int) -> None:
         closed = {name: window.close_step() for name, window in self.latencies.items()}

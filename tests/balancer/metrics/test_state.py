@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
+import msgspec
 import pytest
 
+from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.state import fleet_model, render_state
 from pdserve.balancer.metrics.workers import WorkerMetrics
@@ -28,9 +31,14 @@ from tests.support.fleet_network import (
 )
 
 
+def rendered(fleet: WorkerFleet) -> Any:
+    """The document as its readers decode it."""
+    return json.loads(msgspec.json.encode(render_state(fleet, WorkerMetrics(), RequestLedger())))
+
+
 async def test_a_fresh_fleet_renders_an_empty_document() -> None:
     async with running_fleet(Network()) as fleet:
-        document = render_state(fleet, WorkerMetrics(), RequestLedger())
+        document = rendered(fleet)
     assert document["workers"] == document["pairs"] == document["events"] == []
     assert document["model"] == ""
     assert document["bootstrap"] == {"url": "", "connected": False, "epoch": ""}
@@ -45,7 +53,7 @@ async def test_workers_and_pairs_carry_the_contract_fields() -> None:
         await all_ready(fleet)
         await until(lambda: fleet.table.load(D0.instance_id))
         await fleet.reserve(SHAPE, timeout_s=1)
-        document = json.loads(json.dumps(render_state(fleet, WorkerMetrics(), RequestLedger())))
+        document = rendered(fleet)
         assert fleet_model(fleet) == "tiny"
     prefill, decode = document["workers"]
     assert (prefill["worker_id"], prefill["role"], prefill["state"]) == ("prefill-0", "prefill", "ready")
@@ -86,7 +94,7 @@ async def test_the_queue_and_what_is_promised_are_shown() -> None:
         await until(lambda: fleet.num_waiting == 1)
         with pytest.raises(NoWorkerError):
             await fleet.reserve(SHAPE, timeout_s=5)
-        document = json.loads(json.dumps(render_state(fleet, WorkerMetrics(), RequestLedger())))
+        document = rendered(fleet)
         waiting.cancel()
     queue, decode = document["queue"], document["workers"][1]
     assert (document["waiting"], queue["length"], queue["size"]) == (1, 1, 1)
@@ -112,7 +120,7 @@ async def test_no_secret_is_shown() -> None:
     async with running_fleet(Network(), SilentMembership(), **settings) as fleet:
         fleet.apply([P0, D0])
         await all_ready(fleet)
-        text = json.dumps(render_state(fleet, WorkerMetrics(), RequestLedger()))
+        text = json.dumps(rendered(fleet))
     assert "http://127.0.0.1:9" in text
     assert "s3cret" not in text
 

@@ -13,6 +13,7 @@ from msgspec import structs
 
 from pdserve.balancer.fleet.transfer_poll import TransferCounters
 from pdserve.balancer.metrics.workers import WorkerMetrics
+from pdserve.state.document import state_schema
 from pdserve.types import KVLayoutDescriptor
 from tests.support.balancer_client import Site, running_site
 
@@ -131,40 +132,34 @@ async def test_an_unknown_key_is_a_fault() -> None:
 # -- the schema itself -------------------------------------------------------------------------
 
 
-def _nodes(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    yield path, node
-    for name, child in node.get("properties", {}).items():
-        yield from _nodes(child, f"{path}/{name}")
-    if isinstance(items := node.get("items"), dict):
-        yield from _nodes(items, f"{path}[]")
-    for name, child in node.get("$defs", {}).items():
-        yield from _nodes(child, f"{path}/$defs/{name}")
+def _nodes() -> Iterator[tuple[str, dict[str, Any]]]:
+    for part in (SCHEMA, *SCHEMA["$defs"].values()):
+        yield part["title"], part
+        for name, child in part["properties"].items():
+            yield f"{part['title']}/{name}", child
 
 
-def test_the_schema_is_one() -> None:
+def test_the_schema_is_that_of_the_structs() -> None:
+    """If it is not: ``python -m pdserve.state.document > docs/state.schema.json``."""
+    assert state_schema() == SCHEMA
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
 
-def test_every_key_has_a_description_and_every_number_a_unit() -> None:
-    for path, node in _nodes(SCHEMA):
-        if path.endswith("[]") and "properties" not in node:
-            continue  # described by its array
-        assert node.get("description"), path
-        types = node.get("type", [])
-        types = [types] if isinstance(types, str) else types
-        is_table = "object" in types and isinstance(node.get("additionalProperties"), dict)
-        if {"number", "integer"} & set(types) or is_table:
-            assert node.get("unit"), path
-        if "object" in types and not is_table:
-            assert node["additionalProperties"] is False, path
-
-
-def test_units_and_names_agree() -> None:
-    for path, node in _nodes(SCHEMA):
+def test_every_key_has_a_description_and_every_number_a_unit_that_its_name_agrees_with() -> None:
+    faults = []
+    for path, node in _nodes():
+        types = {node.get("type")} | {each.get("type") for each in node.get("anyOf", ())}
+        is_table = "additionalProperties" in node and node["additionalProperties"] is not False
         name, unit = path.rpartition("/")[2], node.get("unit", "")
-        if name.endswith("_ms"):
-            assert unit == "ms", path
-        elif name.endswith("_us"):
-            assert unit == "us", path
-        elif name.endswith("_s") and unit:
-            assert unit == "s" or unit.endswith("/s"), path
+        if not node.get("description"):
+            faults.append(f"{path}: no description")
+        if (types & {"number", "integer"} or is_table) and not unit:
+            faults.append(f"{path}: no unit")
+        if "properties" in node and node["additionalProperties"] is not False:
+            faults.append(f"{path}: other keys are allowed")
+        for ending, wanted in (("_ms", "ms"), ("_us", "us")):
+            if name.endswith(ending) and unit != wanted:
+                faults.append(f"{path}: {unit}")
+        if name.endswith("_s") and unit and unit != "s" and not unit.endswith("/s"):
+            faults.append(f"{path}: {unit}")
+    assert not faults

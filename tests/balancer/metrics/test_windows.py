@@ -7,6 +7,7 @@ import statistics
 from bisect import bisect_right
 
 import pytest
+from msgspec import structs
 
 from pdserve.balancer.metrics.catalog import LATENCIES, METRICS
 from pdserve.balancer.metrics.windows import (
@@ -15,10 +16,10 @@ from pdserve.balancer.metrics.windows import (
     NUM_STEPS,
     SECONDS,
     STEP_S,
-    Latency,
     LatencyWindow,
     RollingWindow,
 )
+from pdserve.state.document import Latency
 
 ERROR = GROWTH - 1
 
@@ -101,17 +102,17 @@ def test_rates_are_of_the_last_minute() -> None:
         figures.live.output_tokens += 100 if second >= 60 else 0
     now_s = 1119.999
     rates = figures.rates(now_s)
-    assert rates["window_s"] == 60
-    assert rates["requests_s"] == pytest.approx(3, rel=0.01)
-    assert rates["output_tokens_s"] == pytest.approx(100, rel=0.01)
-    assert rates["failed_s"] == 0
-    assert figures.rates(now_s + 61)["requests_s"] == 0
+    assert rates.window_s == 60
+    assert rates.requests_s == pytest.approx(3, rel=0.01)
+    assert rates.output_tokens_s == pytest.approx(100, rel=0.01)
+    assert rates.failed_s == 0
+    assert figures.rates(now_s + 61).requests_s == 0
 
 
 def test_rates_of_a_young_balancer_are_over_its_life() -> None:
     figures = RollingWindow(1002.0)
     figures.live.requests += 20
-    assert figures.rates(1012.0)["requests_s"] == pytest.approx(2.0)
+    assert figures.rates(1012.0).requests_s == pytest.approx(2.0)
 
 
 def test_series_have_a_place_for_each_step_and_null_where_nothing_was() -> None:
@@ -120,12 +121,11 @@ def test_series_have_a_place_for_each_step_and_null_where_nothing_was() -> None:
     figures.latencies["ttft_s"].observe(0.5)
     figures.advance(1005.0)
     series = figures.series(1020.0)
-    assert series["step_s"] == STEP_S
-    for name, values in series.items():
-        assert name == "step_s" or len(values) == NUM_STEPS, name  # type: ignore[arg-type]
-    assert series["requests_s"] == [None] * 56 + [2.0, 0.0, 0.0, 0.0]
-    ttft = series["ttft_p50_s"]
-    assert isinstance(ttft, list)
+    assert series.step_s == STEP_S
+    for name, values in structs.asdict(series).items():
+        assert name in ("step_s", "waiting") or len(values) == NUM_STEPS, name
+    assert series.requests_s == [None] * 56 + [2.0, 0.0, 0.0, 0.0]
+    ttft = series.ttft_p50_s
     assert ttft[56] == pytest.approx(0.5, rel=ERROR)
     assert ttft[:56] + ttft[57:] == [None] * 59
 
@@ -135,13 +135,7 @@ def test_an_idle_hour_leaves_nothing_and_costs_five_minutes_of_steps() -> None:
     figures.live.requests += 1
     figures.latencies["e2e_s"].observe(1.0)
     figures.advance(3600.0)
-    assert figures.rates(3600.0)["requests_s"] == 0
-    assert figures.latency(3600.0)["e2e_s"] == {
-        "count": 0,
-        "p50": None,
-        "p95": None,
-        "p99": None,
-        "mean": None,
-    }
+    assert figures.rates(3600.0).requests_s == 0
+    assert figures.latency(3600.0).e2e_s == Latency()
     assert len(figures._steps) == NUM_STEPS
     assert figures.latencies["e2e_s"].totals((1,)) == ([1, 1], 1.0)
