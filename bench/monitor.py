@@ -27,7 +27,7 @@ from statistics import median
 import psutil
 from common import describe_setup, print_result, print_setup
 
-from pdserve.monitor.feed import StateClient
+from pdserve.state.client import StateClient
 from pdserve.types import Role
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +105,7 @@ def main() -> None:
         prefills = args.workers // 2
         wait_ready(url, prefills * (args.workers - prefills))
         process, client = psutil.Process(balancer.pid), StateClient(url, "")
-        size = len(json.dumps(client.fetch()))
+        size = len(json.dumps(client.fetch_json()))
         rows = [
             (share(process, args.seconds, None), share(process, args.seconds, client))
             for _ in range(args.rounds)

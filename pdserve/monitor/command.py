@@ -18,8 +18,7 @@ from pdserve.errors import ConfigError, PdserveError, WorkerError
 from pdserve.monitor.screen import Watch
 from pdserve.monitor.view import render
 from pdserve.monitor.view_state import ViewState
-from pdserve.state.client import StateClient
-from pdserve.state.reading import clean
+from pdserve.state.client import StateClient, clean
 
 ONCE_SIZE = (100, 50)
 """Columns and rows of a frame that goes to no terminal, unless COLUMNS and LINES say otherwise."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pdserve.monitor.screen import Watch
-from pdserve.state.reading import clean
+from pdserve.state.client import clean
 
 JOIN_S = 2.0
 MAX_HELD = 64

@@ -72,7 +72,7 @@ class Line:
         self.add(text, style)
 
     def add(self, text: str, style: str = "") -> Self:
-        """Append ``text`` in a rich style; it must be one clean line (state/reading.py)."""
+        """Append ``text`` in a rich style; it must be one clean line (state/client.py)."""
         if text:
             self.pieces.append((text, style))
             self.width += cell_len(text)

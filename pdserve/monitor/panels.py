@@ -20,9 +20,9 @@ from pdserve.monitor.figures import (
 from pdserve.monitor.lines import Line, beside, fit
 from pdserve.monitor.snapshot import Snapshot
 from pdserve.monitor.view_state import ViewState
+from pdserve.state.client import clean
 from pdserve.state.document import Latencies, Latency, Series, StateDocument
 from pdserve.state.problems import find_problems
-from pdserve.state.reading import clean
 
 GOOD, WARN, BAD, DIM = "cyan", "bold yellow", "bold magenta", "dim"
 """Blue and yellow keep apart for every kind of colour blindness; words and symbols say it too."""

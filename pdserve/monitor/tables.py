@@ -16,8 +16,8 @@ from pdserve.monitor.panels import BAD, DIM, WARN, Part, joined
 from pdserve.monitor.snapshot import EventRow, Snapshot
 from pdserve.monitor.view_state import Pane, ViewState, listed, order_of, selected_index
 from pdserve.monitor.worker_table import worker_lines
+from pdserve.state.client import clean
 from pdserve.state.document import RequestEntry
-from pdserve.state.reading import clean
 
 _BAD_EVENTS = {"suspect", "gone", "pair_failed", "wedged"}
 

@@ -1,8 +1,12 @@
-"""Asks a balancer for its state document over HTTP; blocking, one connection that is kept open."""
+"""Asks a balancer for its state document over HTTP (blocking, one connection that is kept open) and reads it.
+
+Texts of the result consist of visible characters: no worker's name or error can steer a terminal.
+"""
 
 from __future__ import annotations
 
 import socket
+import unicodedata
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -11,12 +15,14 @@ import msgspec
 
 from pdserve.errors import ConfigError, WorkerError, WorkerTimeout, WorkerUnreachable
 from pdserve.state.document import StateDocument
-from pdserve.state.reading import clean, read_state
 
+MAX_TEXT = 2000
+"""Characters kept of one text."""
+_PLACEHOLDER = "·"
+_STACKING = {"Mn", "Me"}
+"""Combining marks: they pile up on the character before them and take no cell of their own."""
 STATE_PATH = "/pdserve/state"
 TIMEOUT_S = 5.0
-MAX_WAIT_S = 5.0
-"""Longest wait between two tries of a balancer that is away."""
 MAX_DOCUMENT_BYTES = 64 * 2**20
 """A document of 64 workers and 1024 pairs has 0.5 MB."""
 
@@ -134,3 +140,43 @@ def _refusal(status: int, reason: str) -> str:
     if status == 404:
         return f"404: {STATE_PATH} is not there; is this a pdserve balancer?"
     return f"{STATE_PATH} answered {status} {clean(reason, 60)}"
+
+
+# -- reading: texts may come from anyone, so each is made one clean line --------------------------
+
+
+def clean(text: str, limit: int = MAX_TEXT) -> str:
+    """``text`` on one line: no control or format characters, no marks that stack, single spaces."""
+    head = text[:limit]
+    if head.isascii() and head.isprintable():
+        return head
+    visible = []
+    for character in head:
+        if character.isprintable():
+            if unicodedata.category(character) not in _STACKING:
+                visible.append(character)
+        else:
+            visible.append(" " if character.isspace() else _PLACEHOLDER)
+    return " ".join("".join(visible).split())
+
+
+def read_state(document: object) -> StateDocument:
+    """The struct of a decoded document.
+
+    Raises:
+        msgspec.ValidationError: if a field has a wrong type, or a number is out of range.
+    """
+    return msgspec.convert(_cleaned(document), StateDocument)
+
+
+def _cleaned(value: Any) -> Any:
+    match value:
+        case str():
+            return clean(value)
+        case dict():
+            return {clean(name): _cleaned(item) for name, item in value.items()}
+        case list():
+            return [_cleaned(item) for item in value]
+        case int() if not -(2**63) <= value < 2**63:
+            raise msgspec.ValidationError("a number is out of range")
+    return value

@@ -20,7 +20,7 @@ from pdserve.monitor.figures import (
 )
 from pdserve.monitor.keys import KeyReader
 from pdserve.monitor.lines import Column, choose_columns, fit, to_ascii, wrapped
-from pdserve.state.reading import clean
+from pdserve.state.client import clean
 
 FIGURES = st.floats(min_value=0, max_value=1e14, allow_nan=False)
 

@@ -20,8 +20,8 @@ from pdserve.monitor.keys import HELP, press
 from pdserve.monitor.snapshot import Snapshot
 from pdserve.monitor.view import allot, render
 from pdserve.monitor.view_state import ORDERS, Lost, Pane, ViewState
+from pdserve.state.client import read_state
 from pdserve.state.document import state_schema
-from pdserve.state.reading import read_state
 from tests.support.examples import n_examples
 from tests.support.monitor_terminal import large_fleet, recorded
 
