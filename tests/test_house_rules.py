@@ -30,12 +30,12 @@ VOCABULARY = {"types", "errors", "config", "telemetry", "workload", "process", "
 
 ALLOWED = {
     "http": {"errors", "http"},
-    "scheduling": {"types", "errors", "config", "scheduling"},
+    "scheduling": {"types", "errors", "config", "linear_fit", "scheduling"},
     "bootstrap": VOCABULARY | {"bootstrap", "http"},
     "balancer": VOCABULARY | {"balancer", "bootstrap", "http", "scheduling"},
     "cluster": VOCABULARY | {"cluster", "bootstrap"},
     "kv": VOCABULARY | {"kv"},
-    "transfer": VOCABULARY | {"transfer", "kv"},
+    "transfer": VOCABULARY | {"transfer", "kv", "linear_fit"},
     "plugin": VOCABULARY | {"plugin", "kv", "transfer", "bootstrap"},
     "monitor": {"types", "errors", "telemetry", "state", "monitor"},
     "model": {"errors", "config", "model"},
@@ -95,7 +95,7 @@ PENDING = {
     "protocols": {
         "health.DataPlane", "routes.Dispatcher", "probe.PairVerdicts", "probe.WorkerPool", "TransferListener",
         "worker_monitor.Verdicts", "spec.Ports", "client_connection.Home", "client_response.Connection",
-        "incoming.Line", "pair_cost.PrefixIndex", "queue.Grant", "reservation.Holder", "telemetry.LogFields",
+        "incoming.Line", "queue.Grant", "reservation.Holder",
         "engine.TransferEngine",
     },
 }  # fmt: skip

@@ -24,6 +24,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from pdserve.linear_fit import LinearFit
 from pdserve.types import WorkerLoad
 
 HALF_LIFE_S = 20.0
@@ -244,12 +245,10 @@ def fit_decode(sums: Sequence[float]) -> DecodeFit | None:
     steps, batch, time_us, batch_sq, cross = sums
     if steps < MIN_STEPS or time_us <= 0:
         return None
-    mean_batch, mean_s = batch / steps, time_us / steps / 1e6
-    variance = batch_sq / steps - mean_batch * mean_batch
-    if variance >= MIN_BATCH_VARIANCE:
-        slope_s = (cross / steps / 1e6 - mean_batch * mean_s) / variance
-        base_s = mean_s - slope_s * mean_batch
+    mean_batch = batch / steps
+    if batch_sq / steps - mean_batch * mean_batch >= MIN_BATCH_VARIANCE:
+        base_s, slope_s = LinearFit(steps, batch, batch_sq, time_us / 1e6, cross / 1e6).solve()
         if slope_s >= 0:
             return DecodeFit(base_s, slope_s) if base_s >= 0 else DecodeFit(0.0, cross / batch_sq / 1e6)
-    base_s = mean_s / (1 + ASSUMED_SLOPE * mean_batch)
+    base_s = time_us / steps / 1e6 / (1 + ASSUMED_SLOPE * mean_batch)
     return DecodeFit(base_s, base_s * ASSUMED_SLOPE)

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass, field
 
 from pdserve.kv.coalesce import Piece
+from pdserve.linear_fit import LinearFit
 
 FORGET = 0.93
 """Weight a sample keeps after each newer one: about 14 samples back matter."""
@@ -48,8 +49,7 @@ class LinearCost:
         self.per_byte_s = per_byte_s
         self._prior = (per_item_s, per_byte_s * 1e6)
         self.num_samples = 0
-        # Normal equations of (items, megabytes) -> seconds; megabytes keep the matrix well scaled.
-        self._sums = [0.0] * 5
+        self._terms = LinearFit()  # of items and megabytes, which keep the matrix well scaled
         for items, megabytes in ((100.0, 0.1), (1.0, 10.0)):
             self._add(items, megabytes, per_item_s * items + per_byte_s * megabytes * 1e6, self.PRIOR_WEIGHT)
 
@@ -66,32 +66,27 @@ class LinearCost:
         # long and must not decide; a link that stays slow still does, sample by sample.
         usual_s = OUTLIER * self.predict_s(items, nbytes)
         weight = 1.0 if seconds <= usual_s else max(0.02, usual_s / seconds) ** 2
-        self._sums = [value * FORGET for value in self._sums]
+        self._terms.fade(FORGET)
         self._add(float(items), nbytes / 1e6, seconds, weight)
         self._solve()
 
     def _add(self, items: float, megabytes: float, seconds: float, weight: float) -> None:
-        scaled = weight / max(1e-9, self._prior[0] * items + self._prior[1] * megabytes) ** 2
-        sums = self._sums
-        sums[0] += scaled * items * items
-        sums[1] += scaled * items * megabytes
-        sums[2] += scaled * megabytes * megabytes
-        sums[3] += scaled * items * seconds
-        sums[4] += scaled * megabytes * seconds
+        usual_s = max(1e-9, self._prior[0] * items + self._prior[1] * megabytes)
+        self._terms.add(items, megabytes, seconds, weight / usual_s**2)
 
     def _solve(self) -> None:
-        ii, ib, bb, it, bt = self._sums
-        determinant = ii * bb - ib * ib
-        if determinant > 1e-9 * ii * bb:
-            per_item, per_megabyte = (it * bb - bt * ib) / determinant, (bt * ii - it * ib) / determinant
+        terms = self._terms
+        if terms.spread > 1e-9:
+            per_item, per_megabyte = terms.solve()
         else:
             per_item, per_megabyte = self.per_item_s, self.per_byte_s * 1e6
-            scale = (it + bt) / max(1e-30, per_item * (ii + ib) + per_megabyte * (ib + bb))
+            expected = per_item * (terms.uu + terms.uv) + per_megabyte * (terms.uv + terms.vv)
+            scale = (terms.uy + terms.vy) / max(1e-30, expected)
             per_item, per_megabyte = per_item * scale, per_megabyte * scale
         if per_item < 0:
-            per_item, per_megabyte = 0.0, bt / bb
+            per_item, per_megabyte = 0.0, terms.vy / terms.vv
         elif per_megabyte < 0:
-            per_item, per_megabyte = it / ii, 0.0
+            per_item, per_megabyte = terms.uy / terms.uu, 0.0
         self.per_item_s, self.per_byte_s = per_item, per_megabyte / 1e6
 
 

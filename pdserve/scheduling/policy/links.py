@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from pdserve.linear_fit import LinearFit
 from pdserve.scheduling.policy.pair_search import Extra
 from pdserve.scheduling.policy.view import Candidates, WorkerView
 from pdserve.types import InstanceId, RequestShape, WorkerInfo, WorkerLoad
@@ -46,7 +47,7 @@ class LinkFit:
     alpha_s: float = PRIOR_ALPHA_S
     beta_s: float = field(init=False)
     """Seconds per byte."""
-    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    _line: LinearFit = field(default_factory=LinearFit)
 
     def __post_init__(self) -> None:
         self.beta_s = 1.0 / (self.prior_gb_s * GIB)
@@ -62,18 +63,16 @@ class LinkFit:
         if num_bytes <= 0 or took_s <= 0:
             return
         self._add(num_bytes, took_s, 1.0)
-        weight, size, square, time_s, cross = self._sums
-        mean, mean_s = size / weight, time_s / weight
-        variance = square / weight - mean * mean
-        slope = (cross / weight - mean * mean_s) / variance if variance > 0 else 0.0
-        slope = min(max(slope, 0.0), mean_s / mean)  # neither term below zero
-        self.beta_s, self.alpha_s = slope, max(0.0, mean_s - slope * mean)
+        line = self._line
+        slope = line.solve()[1] if line.spread > 0.0 else 0.0
+        slope = min(max(slope, 0.0), line.uy / line.uv)  # neither term below zero
+        self.beta_s, self.alpha_s = slope, max(0.0, (line.uy - slope * line.uv) / line.uu)
 
     def _add(self, num_bytes: float, took_s: float, count: float) -> None:
         weight = count / (PRIOR_ALPHA_S + num_bytes / (self.prior_gb_s * GIB)) ** 2
-        keep = 1.0 if self._sums[0] <= 0 else MAX_WEIGHT / (MAX_WEIGHT + count)
-        added = (1.0, num_bytes, num_bytes * num_bytes, took_s, took_s * num_bytes)
-        self._sums = [old * keep + weight * value for old, value in zip(self._sums, added, strict=True)]
+        if self._line.uu > 0.0:
+            self._line.fade(MAX_WEIGHT / (MAX_WEIGHT + count))
+        self._line.add(1.0, num_bytes, took_s, weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pdserve.linear_fit import LinearFit
 from pdserve.scheduling.policy.score import REQUEST_TOKENS
 from pdserve.scheduling.policy.view import WorkerView
 from pdserve.types import InstanceId, RequestShape
@@ -51,7 +52,7 @@ class PrefillCurve:
 
     knee_tokens: float = ENDLESS_KNEE
     _groups: float = 0.0
-    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    _terms: LinearFit = field(default_factory=LinearFit)
     _mix_tokens: float = 0.0
     _mix_cross: float = 0.0
 
@@ -78,19 +79,18 @@ class PrefillCurve:
         """A few prompts, one after the other: ``new`` tokens, the sum of new * (past + new / 2), seconds."""
         if new <= 0.0 or took_s <= 0.0:
             return
-        weight = 1.0 / new  # errors grow with the size of what was measured
         keep = min(1.0, MAX_GROUPS / (self._groups + 1.0))
-        added = (new * new, new * cross, cross * cross, new * took_s, cross * took_s)
-        self._sums = [(old + weight * value) * keep for old, value in zip(self._sums, added, strict=True)]
+        # errors grow with the size of what was measured
+        self._terms.add(new, cross, took_s, 1.0 / new)
+        self._terms.fade(keep)
         self._groups = (self._groups + 1.0) * keep
         if self._groups >= MIN_GROUPS:
             self._refit()
 
     def _refit(self) -> None:
-        nn, nc, cc, nt, ct = self._sums
-        if nn * cc - nc * nc <= MIN_SPREAD * nn * cc:
+        if self._terms.spread <= MIN_SPREAD:
             return
-        linear, square = nt * cc - ct * nc, ct * nn - nt * nc
+        linear, square = self._terms.solve()
         self.knee_tokens = max(MIN_KNEE_TOKENS, linear / square) if square > 0.0 else ENDLESS_KNEE
 
 
