@@ -5,7 +5,7 @@ Why: every request waits for this. Targets: 50 us a pick at 8 prefill x 8 decode
 Set-up: random fleets (queues, batches, pools partly full, rates that differ by a few per cent), prompts of
 --prompt bytes of which a half is shared with an earlier one, prompt trees filled by --warm requests
 before. ``pick`` is ``Policy.choose`` and the ends of both legs; ``reserve`` is the
-balancer's own way: Admission.try_now, both legs' ends, release. ``links``: workers on as many hosts as there
+balancer's own way: Scheduler.reserve, both legs' ends. ``links``: workers on as many hosts as there
 are pairs of rows, so that every choice weighs same-host against other-host links; ``one host``: links alike.
 
 Output: set-up, a table in microseconds (median over fleets of each fleet's median, and the worst fleet's 99th
@@ -27,14 +27,12 @@ from statistics import median, quantiles
 from common import describe_setup, print_result, print_setup
 
 from pdserve.config.balancer import BalancerConfig
-from pdserve.scheduling.admission import Admission
-from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.load_sample import Sample
 from pdserve.scheduling.policy import Policy, make_policy
 from pdserve.scheduling.reservation import Reservation
-from pdserve.scheduling.workers import PairKey, PairRecord, PairState, Worker, WorkerState
+from pdserve.scheduling.scheduler import Scheduler
+from pdserve.scheduling.workers import PairKey
 from pdserve.sim.baselines import SIMULATED_MAKERS
-from pdserve.sim.fleet import NoJudge
 from pdserve.types import (
     Forecast,
     InstanceId,
@@ -71,25 +69,17 @@ class Bench:
         self._prompt_bytes = prompt_bytes
         self._now_s = 0.0
         self.policy: Policy = make_policy(case.policy, seed, makers=SIMULATED_MAKERS)
-        self._table = LoadTable()
+        self.scheduler = Scheduler(
+            BalancerConfig(), lambda: "no worker", policy=self.policy, clock=lambda: self._now_s
+        )
+        self.admission = self.scheduler.admission
         self.rows = [self._worker(Role.PREFILL, index, case) for index in range(case.size)]
         self.columns = [self._worker(Role.DECODE, index, case) for index in range(case.size)]
-        self.admission = Admission(
-            BalancerConfig(),
-            self._table,
-            self.policy,
-            NoJudge(),
-            lambda exclude, shape: "full",
-            lambda worker: None,
-            lambda: self._now_s,
-        )
-        self.admission.readiness_changed(
-            [PairRecord(p, d, PairState.READY) for p in self.rows for d in self.columns]
-        )
+        self.scheduler.set_ready_pairs((p, d) for p in self.rows for d in self.columns)
         self._shared = [self._text() for _ in range(8 * case.size)]
         self._open: list[Reservation] = []
 
-    def _worker(self, role: Role, index: int, case: Case) -> Worker:
+    def _worker(self, role: Role, index: int, case: Case) -> InstanceId:
         draw = self._draw
         host = f"host{index}" if case.has_links else "host0"
         info = WorkerInfo(
@@ -101,7 +91,7 @@ class Bench:
             kv_layout=LAYOUT,
             max_total_num_tokens=POOL_TOKENS,
         )
-        self._table.add(info)
+        slots = self.scheduler.add_worker(info)
         used = draw.randrange(POOL_TOKENS // 2)
         is_prefill = role is Role.PREFILL
         load = WorkerLoad(
@@ -114,10 +104,8 @@ class Bench:
             max_running_requests=256,
             gen_throughput=1000.0 * (not is_prefill),
         )
-        self._table.record(info.instance_id, Sample(load, -1.0))
-        worker = Worker(info, state=WorkerState.READY)
-        worker.view = self._table.view(info.instance_id)
-        return worker
+        self.scheduler.sampled(slots, Sample(load, -1.0))
+        return info.instance_id
 
     def _text(self) -> bytes:
         return b'"' + self._draw.randbytes(self._prompt_bytes // 4).hex().encode()
@@ -138,10 +126,10 @@ class Bench:
             if len(self._open) > OPEN * len(self.rows):
                 self._end(self._open.pop(0))
 
-    @staticmethod
-    def _end(reservation: Reservation) -> None:
-        reservation.prefill_finished()
-        reservation.release(prefill_ok=True, decode_ok=True)
+    def _end(self, reservation: Reservation) -> None:
+        self.scheduler.prefill_finished(reservation)
+        self.scheduler.end(reservation, prefill_ok=True, decode_ok=True)
+        self.scheduler.serve()
 
     def pick(self) -> float:
         """Seconds of one bare choice and its ends."""

@@ -117,7 +117,9 @@ class Balancer:
 
     async def _look(self) -> None:
         while True:
-            self.metrics.look(self.fleet.workers(), self.fleet.table, self.fleet.num_waiting)
+            self.metrics.look(
+                self.fleet.workers(), self.fleet.scheduler.table, self.fleet.scheduler.num_waiting
+            )
             await asyncio.sleep(LOOK_S)
 
 

@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pdserve.balancer.fleet.probe import Headers, ProbeResult, WorkerKeys, probe_pair
+from pdserve.balancer.fleet.probe import Headers, WorkerKeys, probe_pair
+from pdserve.balancer.fleet.worker import ProbeResult
 from pdserve.bootstrap.messages import FleetView
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import PdserveError, WorkerError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from pdserve.balancer.fleet.probe import ProbeFailed, ProbePassed
+from pdserve.balancer.fleet.worker import ProbeFailed, ProbePassed
 from pdserve.doctor.finding import Finding, error, note, ok, warning
 from pdserve.doctor.fleet_facts import FleetFacts, PairLook, WorkerLook
 from pdserve.types import KVLayoutDescriptor, Role

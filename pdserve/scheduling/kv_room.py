@@ -1,8 +1,8 @@
-"""How much more a worker can take: KV tokens, request slots, expected wait. Pure.
+"""Capacity of one worker: free KV tokens, request slots, expected wait. Pure.
 
     promised  = what our open legs may need: the prompt, on decode also up to 512 tokens of the answer
     committed = max(promised, sampled use + credit + what is reserved for answers, expected growth)
-                                └ covers others' use, answers longer than foretold    └ kv_growth.py
+                                └ covers others' use, answers longer than forecast    └ kv_growth.py
 
 SGLang admits a request to a decode worker when prompt + 512 fit beside 512 for each request
 that is there (disaggregation/decode.py ``_required_admission_tokens``). Until then prefill waits for
@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pdserve.scheduling.policy.view import WorkerView
-from pdserve.scheduling.workers import Worker
+from pdserve.scheduling.workers import WorkerSlots
 from pdserve.types import Role
 
 DECODE_RESERVE_TOKENS = 512
@@ -37,11 +37,11 @@ class WorkerLimits:
     slo_tpot_s: float = 0.0
 
 
-def free_tokens(worker: Worker, limits: WorkerLimits, growth_tokens: int = 0) -> int:
+def free_tokens(worker: WorkerSlots, limits: WorkerLimits) -> int:
     """KV tokens that may still be promised of a worker; CLOSED if it takes no request at all now.
 
-    ``growth_tokens`` is what its open answers are expected to come to. A worker with nothing of ours in
-    flight always has room: a request that can never fit must reach SGLang, to get SGLang's own answer.
+    A worker with nothing of ours in flight always has room: a request that can never fit must reach
+    SGLang, to get SGLang's own answer.
     """
     if not worker.num_inflight:
         return ENDLESS
@@ -56,14 +56,14 @@ def free_tokens(worker: Worker, limits: WorkerLimits, growth_tokens: int = 0) ->
     capacity = view.kv_capacity
     if capacity <= 0:
         return ENDLESS
-    return max(CLOSED, capacity - max(growth_tokens, committed_tokens(worker)))
+    return max(CLOSED, capacity - max(worker.growth.tokens, committed_tokens(worker)))
 
 
-def has_room(worker: Worker, tokens: int, prompt_tokens: int, free: int) -> bool:
-    """True if ``tokens`` may be promised now, ``free`` being what ``free_tokens`` told.
+def has_room(worker: WorkerSlots, tokens: int, prompt_tokens: int, free: int) -> bool:
+    """True if ``tokens`` may be promised now, where ``free`` is the result of ``free_tokens``.
 
-    A worker too small for the prompt has never room for it; one too small only for what an answer might
-    need at most has, once it is empty.
+    A worker too small for the prompt never has room for it; one too small only for the longest possible
+    answer has room once it is empty.
     """
     capacity = worker.view.kv_capacity
     if 0 < capacity < tokens:
@@ -84,19 +84,19 @@ def max_batch(view: WorkerView, slo_tpot_s: float) -> int:
     return min(limit, batch) if limit else batch
 
 
-def committed_tokens(worker: Worker) -> int:
+def committed_tokens(worker: WorkerSlots) -> int:
     """KV tokens in use or promised by SGLang's own rule."""
     return max(worker.promised_tokens, worker.view.kv_tokens + worker.reserved_tokens)
 
 
-def easy_tokens(worker: Worker) -> int:
+def easy_tokens(worker: WorkerSlots) -> int:
     """Requests up to this size need no look at a worker that is not tight."""
     capacity = worker.view.kv_capacity
     return capacity // EASY_SHARE if capacity > 0 else ENDLESS
 
 
-def set_calm(worker: Worker, limits: WorkerLimits) -> None:
-    """State as plain numbers what a worker may hold without being tight: compared at each dispatch."""
+def set_calm(worker: WorkerSlots, limits: WorkerLimits) -> None:
+    """Set the limits below which the worker is not tight: plain numbers, compared at each dispatch."""
     view, capacity = worker.view, worker.view.kv_capacity
     worker.calm_tokens = capacity - easy_tokens(worker) if capacity > 0 else ENDLESS
     is_prefill = worker.role is Role.PREFILL
@@ -105,7 +105,7 @@ def set_calm(worker: Worker, limits: WorkerLimits) -> None:
     worker.calm_queue = limits.prefill_queue_s * rate if is_prefill else ENDLESS
 
 
-def is_calm(worker: Worker) -> bool:
+def is_calm(worker: WorkerSlots) -> bool:
     """True if by these numbers the worker is not tight."""
     view = worker.view
     return (

@@ -1,4 +1,4 @@
-"""How long an answer will be, told before it begins: an online predictor (TetriInfer §3.3, as a table).
+"""An online predictor of the length of answers (TetriInfer §3.3, as a table).
 
     forecast(shape) ─► histories of: all · route, limit · prompt length · user · application · conversation
                        from the common to the rare, each shrunk towards those before it, by evidence
@@ -23,7 +23,7 @@ from pdserve.scheduling.length_history import History, LengthScore, bucket_of
 from pdserve.types import Forecast, RequestShape
 
 UNKNOWN_TOKENS = 343
-"""Expected of an answer nobody knows anything of: the mean of Mooncake's conversation trace."""
+"""Expected of an answer of which nothing is known: the mean of Mooncake's conversation trace."""
 MIN_LEARNED = 8
 """Before so many requests have finished a forecast is the limit alone."""
 HALF_LIFE = 256
@@ -33,7 +33,7 @@ MAX_KEYS = 4096
 PRIOR = 6.0
 """A key's own history counts as much as those of the commoner ones once it has so many answers."""
 APPLICATION_BYTES = 512
-"""The beginning of a prompt that tells the application: its system prompt. 128 tokens, eight SGLang pages."""
+"""The beginning of a prompt that shows the application: its system prompt. 128 tokens, eight SGLang pages."""
 CONVERSATION_BYTES = 4096
 """What the prompts of one conversation, or of one document, have in common beyond the application."""
 TAIL = 0.1
@@ -48,10 +48,10 @@ _NUM = attrgetter("num")
 
 
 class Lengths(Protocol):
-    """Who tells how long answers will be."""
+    """Predicts the length of answers; the simulator has bounds to compare with."""
 
-    def forecast(self, shape: RequestShape) -> Forecast:
-        """Tokens of one answer; never more than ``shape.max_new_tokens``."""
+    def forecast(self, shape: RequestShape) -> Forecast | None:
+        """Tokens of one answer, at most ``shape.max_new_tokens``; None: no forecast."""
         ...
 
     def learn(self, shape: RequestShape, output_tokens: int, is_cut: bool) -> None:
@@ -85,7 +85,7 @@ class LengthPredictor:
         """Mean and the interval of four in five answers like this one."""
         limit = shape.max_new_tokens
         if self.num_learned < MIN_LEARNED:
-            return _unlearned(limit)
+            return unlearned(limit)
         mean = low = high = 0.0
         known = map(self._histories.get, _keys(shape))
         # The rarer a key, the more it says: an application that everybody uses must not outweigh the
@@ -105,7 +105,7 @@ class LengthPredictor:
             low += share * (summary.log_low - low)
             high += share * (summary.log_high - high)
         if not mean:
-            return _unlearned(limit)
+            return unlearned(limit)
         shortest, longest = math.exp(low - self._widen_low), math.exp(high + self._widen_high)
         longest = min(float(limit), longest)
         mean = min(float(limit), mean)
@@ -115,7 +115,7 @@ class LengthPredictor:
         """An answer of ``output_tokens`` is over. Judges ``shape.forecast``, if that was learned."""
         if output_tokens < 0 or (is_cut and output_tokens == 0):
             return
-        self._health(shape, output_tokens, is_cut)
+        self._rate(shape, output_tokens, is_cut)
         self.num_learned += 1
         histories, keep, bucket = self._histories, self._keep, bucket_of(output_tokens)
         for key in _keys(shape):
@@ -137,61 +137,23 @@ class LengthPredictor:
             **self._score.snapshot(),
         }
 
-    def _health(self, shape: RequestShape, output_tokens: int, is_cut: bool) -> None:
-        told = shape.forecast or self.forecast(shape)
-        if not told.is_learned:
+    def _rate(self, shape: RequestShape, output_tokens: int, is_cut: bool) -> None:
+        forecast = shape.forecast or self.forecast(shape)
+        if not forecast.is_learned:
             return
         is_aborted = is_cut and output_tokens < shape.max_new_tokens
-        if is_aborted and output_tokens <= told.high:
+        if is_aborted and output_tokens <= forecast.high:
             return  # nobody knows how long it would have become
-        is_short, is_long = output_tokens < told.low - 0.5, output_tokens > told.high + 0.5
+        is_short, is_long = output_tokens < forecast.low - 0.5, output_tokens > forecast.high + 0.5
         if is_short or self._widen_low:
             self._widen_low = _moved(self._widen_low, is_short)
         if is_long or self._widen_high:
             self._widen_high = _moved(self._widen_high, is_long)
-        self._score.count(told, output_tokens)
+        self._score.count(forecast, output_tokens)
 
 
-class OracleLengths:
-    """The upper bound in an evaluation: whoever evaluates says each answer's length beforehand."""
-
-    def __init__(self) -> None:
-        self._next: int | None = None
-
-    def tell(self, output_tokens: int) -> None:
-        """The next ``forecast`` is of an answer of so many tokens."""
-        self._next = output_tokens
-
-    def forecast(self, shape: RequestShape) -> Forecast:
-        """What was told last, at most the limit; the limit if nothing was."""
-        limit = shape.max_new_tokens
-        tokens = float(limit if self._next is None else min(limit, self._next))
-        return Forecast(tokens, tokens, tokens, True)
-
-    def learn(self, shape: RequestShape, output_tokens: int, is_cut: bool) -> None:
-        """Knows it already."""
-
-    def snapshot(self) -> dict[str, object]:
-        """Nothing that could be wrong."""
-        return {"num_learned": 0, "coverage": 1.0}
-
-
-class UselessLengths:
-    """The lower bound in an evaluation: the same for every request."""
-
-    def forecast(self, shape: RequestShape) -> Forecast:
-        """UNKNOWN_TOKENS, at most the limit."""
-        return _unlearned(shape.max_new_tokens)
-
-    def learn(self, shape: RequestShape, output_tokens: int, is_cut: bool) -> None:
-        """Learns nothing."""
-
-    def snapshot(self) -> dict[str, object]:
-        """Nothing was learned."""
-        return {"num_learned": 0}
-
-
-def _unlearned(limit: int) -> Forecast:
+def unlearned(limit: int) -> Forecast:
+    """The forecast while nothing was learned: UNKNOWN_TOKENS, at most the limit."""
     return Forecast(float(min(limit, UNKNOWN_TOKENS)), float(min(limit, 1)), float(limit), False)
 
 

@@ -1,7 +1,6 @@
 """What the balancer knows of each worker's load, exact between polls.
 
             poll /v1/loads ──► record() ─┐
-             load channel ──► update() ──┤
     dispatch() ─► open legs ─► credit ───┼──► view(): one live WorkerView
             finish() ◄── leg ended ──────┘
 
@@ -15,9 +14,9 @@ Holds no socket and reads no clock: times come in as arguments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
-from pdserve.scheduling.load_sample import PartialLoad, Sample
+from pdserve.scheduling.load_sample import Sample
 from pdserve.scheduling.policy.view import WorkerView
 from pdserve.scheduling.rates import RateFit, SharedRates, pool_decode, pool_prefill
 from pdserve.types import InstanceId, Role, WorkerInfo, WorkerLoad
@@ -30,8 +29,6 @@ _Leg = tuple[int, int, float]
 
 _Kind = tuple[Role, str, int, int]
 """Workers alike in this are taken to be machines alike: role, model, TP and DP size."""
-
-_TOLD = tuple(each.name for each in fields(PartialLoad) if each.name != "covered_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +43,12 @@ class LoadCredit:
 class _Entry:
     """One worker. The view's sums are ``sampled_*`` plus credit at all times.
 
-    ``sampled_*`` is what the last sample told, less the legs it contained that have ended since.
+    ``sampled_*`` is what the last sample said, less the legs it contained that have ended since.
     """
 
     view: WorkerView
     load: WorkerLoad | None = None
     covered_s: float = float("-inf")
-    pushed: PartialLoad | None = None
     fit: RateFit = field(default_factory=RateFit)
     open_legs: dict[int, _Leg] = field(default_factory=dict)
     open_tokens: int = 0
@@ -145,23 +141,10 @@ class LoadTable:
         entry = self._entries.get(instance_id)
         if entry is None:
             return
-        load, covered_s = sample.load, sample.covered_s
-        if entry.pushed is not None and entry.pushed.covered_s > covered_s:
-            load, covered_s = _merged(load, entry.pushed), entry.pushed.covered_s
-        entry.load, entry.covered_s = load, covered_s
+        entry.load, entry.covered_s = sample.load, sample.covered_s
         _restate(entry)
-        entry.fit.update(load, self._shared.get(entry.kind))
-        self._refit(entry, load.timestamp_s)
-
-    def update(self, instance_id: InstanceId, partial: PartialLoad) -> None:
-        """Take what the load channel told between two polls. Ignored before the first poll and if it
-        covers less than is known."""
-        entry = self._entries.get(instance_id)
-        if entry is None or entry.load is None or partial.covered_s < entry.covered_s:
-            return
-        entry.pushed = partial
-        entry.load, entry.covered_s = _merged(entry.load, partial), partial.covered_s
-        _restate(entry)
+        entry.fit.update(sample.load, self._shared.get(entry.kind))
+        self._refit(entry, sample.load.timestamp_s)
 
     def inflight(self, instance_id: InstanceId) -> int:
         """Open legs of ours on this worker; 0 if unknown."""
@@ -227,12 +210,6 @@ class LoadTable:
             return
         line = entry.fit.decode(shared)
         view.step_base_s, view.step_slope_s = line.base_s, line.slope_s
-
-
-def _merged(load: WorkerLoad, partial: PartialLoad) -> WorkerLoad:
-    """The load with what the channel told in place of its own."""
-    told = {name: value for name in _TOLD if (value := getattr(partial, name)) is not None}
-    return replace(load, **told)
 
 
 def _restate(entry: _Entry) -> None:

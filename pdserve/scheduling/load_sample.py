@@ -78,23 +78,6 @@ class Sample:
     covered_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class PartialLoad:
-    """What SGLang's load channel tells of a worker between polls, summed over DP ranks.
-
-    Fields as in WorkerLoad; ``covered_s`` as in Sample. None: this server does not tell it there.
-    """
-
-    covered_s: float
-    num_running_reqs: int | None = None
-    num_waiting_reqs: int | None = None
-    num_used_tokens: int | None = None
-    max_total_num_tokens: int | None = None
-    num_waiting_uncached_tokens: int | None = None
-    num_total_tokens: int | None = None
-    max_running_requests: int | None = None
-
-
 def parse_loads(body: bytes, *, sent_s: float, received_s: float) -> Sample:
     """Read one answer to a poll that was sent at ``sent_s`` and answered at ``received_s``.
 

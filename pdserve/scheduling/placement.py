@@ -1,19 +1,19 @@
-"""Where a request fits: slots and KV tokens promised, the policy asked only about workers with room.
+"""Where a request fits: reserves KV tokens and request slots on the pair that the policy chooses.
 
     place ─► every worker calm? ─ yes ─► policy over all ready pairs ─► promise both legs
                     └─ no ─► only the workers with room ─┘
 
 A worker is *tight* when some request of at most ``easy_tokens`` might not fit it. While none is, a
-decision looks at nobody's room; the few that are get looked at again at each decision.
+decision checks nobody's room; the few that are get checked again at each decision.
 Everything here happens between two awaits, so what was promised is never promised twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from pdserve.scheduling.kv_growth import KvGrowth, expected_answer
+from pdserve.scheduling.kv_growth import expected_answer
 from pdserve.scheduling.kv_room import (
     CLOSED,
     DECODE_RESERVE_TOKENS,
@@ -27,18 +27,17 @@ from pdserve.scheduling.kv_room import (
 )
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.policy import Candidates, Choice, Policy
-from pdserve.scheduling.ready_pairs import ReadyPairs
-from pdserve.scheduling.reservation import Holder, Reservation
+from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.work import queue_s
-from pdserve.scheduling.workers import PairKey, PairRecord, Worker
-from pdserve.types import RequestShape, Role
+from pdserve.scheduling.workers import PairKey, PairSlots, ReadyPairs, WorkerSlots
+from pdserve.types import InstanceId, RequestShape, Role, WorkerInfo
 
 
 class Placement:
     """Promises pairs, and takes the promises back. ``num_open`` counts requests that hold one.
 
     ``clock`` gives seconds that never go back; a simulator brings its own. ``predicts``: count answers by
-    their forecasts besides by SGLang's rule.
+    their forecasts in addition to SGLang's rule.
     """
 
     def __init__(
@@ -57,21 +56,39 @@ class Placement:
         self._limits = limits
         self._clock = clock
         self._predicts = predicts
-        self._growth: dict[Worker, KvGrowth] = {}
-        self._tight: set[Worker] = set()
+        self._workers: dict[InstanceId, WorkerSlots] = {}
+        self._pairs: dict[PairKey, PairSlots] = {}
+        self._tight: set[WorkerSlots] = set()
         self._easy_tokens = ENDLESS
         self._largest_tokens = ENDLESS
-        self._kept: PairRecord | None = None
+        self._kept: tuple[WorkerSlots, WorkerSlots] | None = None
+
+    # -- workers -----------------------------------------------------------------------------
+
+    def add_worker(self, info: WorkerInfo) -> WorkerSlots:
+        """Count a worker that is in the load table; its pairs take traffic once they are set ready."""
+        slots = self._workers[info.instance_id] = WorkerSlots(self._table.view(info.instance_id))
+        return slots
+
+    def remove_worker(self, instance_id: InstanceId) -> None:
+        """Forget a worker and its pairs; open reservations may still end."""
+        self._workers.pop(instance_id, None)
+        self._pairs = {key: pair for key, pair in self._pairs.items() if instance_id not in key}
+
+    def set_ready_pairs(self, keys: Iterable[PairKey]) -> None:
+        """Only these pairs take traffic from now on; no pair is kept for a request any more."""
+        self.keep_pair(None)
+        workers = self._workers
+        self.ready_pairs = ReadyPairs((workers[prefill], workers[decode]) for prefill, decode in keys)
+        self._tight = {*self.ready_pairs.prefills, *self.ready_pairs.decodes}
+        self._measure()
+
+    def num_requests(self, key: PairKey) -> int:
+        """Requests that this pair was given since both its workers joined."""
+        pair = self._pairs.get(key)
+        return pair.num_requests if pair is not None else 0
 
     # -- what changes the room ---------------------------------------------------------------
-
-    def readiness_changed(self, records: list[PairRecord]) -> None:
-        """Only the ready ones of ``records`` take traffic from now on; no pair is kept for anybody."""
-        self.keep_pair(None)
-        self.ready_pairs = ReadyPairs.of(records)
-        self._tight = {worker for record in records for worker in (record.prefill, record.decode)}
-        self._growth = {worker: growth for worker, growth in self._growth.items() if growth}
-        self._measure()
 
     def limit(self, limits: WorkerLimits) -> None:
         """Fill workers so far from now on."""
@@ -80,9 +97,9 @@ class Placement:
             self._tight = {*self.ready_pairs.prefills, *self.ready_pairs.decodes}
             self._measure()
 
-    def sampled(self, worker: Worker) -> bool:
-        """A sample of that worker has come; True if it told another capacity than before."""
-        growth = self._growth.get(worker)
+    def sampled(self, worker: WorkerSlots) -> bool:
+        """A sample of that worker was recorded; True if its capacity has changed."""
+        growth = worker.growth
         if growth:
             view = worker.view
             batch = view.num_reqs / view.info.dp_size
@@ -96,35 +113,36 @@ class Placement:
         self._measure()
         return True
 
-    def doubt(self, record: PairRecord) -> None:
-        """Its workers may have less room than their figures tell: look at them before the next decision."""
-        self._tight |= {record.prefill, record.decode}
+    def set_overloaded(self, worker: WorkerSlots, is_overloaded: bool) -> None:
+        """The worker takes nothing while it is overloaded."""
+        worker.is_overloaded = is_overloaded
+        self._tight.add(worker)
 
-    def end_prefill(self, reservation: Reservation, *, is_whole: bool) -> Worker:
-        """The prefill leg is over; returns its worker. ``is_whole``: it came to a normal end."""
+    def end_prefill(self, reservation: Reservation, *, is_whole: bool) -> None:
+        """The prefill leg is over. ``is_whole``: it came to a normal end."""
+        reservation.is_prefilling = False
         if self._policy.needs_ends:
             self._policy.leg_ended(reservation.choice, Role.PREFILL, is_whole=is_whole, now_s=self._clock())
-        prefill = reservation.record.prefill
-        self._table.finish(prefill.info.instance_id, reservation.legs[0])
+        prefill = reservation.slots.prefill
+        self._table.finish(prefill.view.info.instance_id, reservation.legs[0])
         prefill.promised_tokens -= reservation.tokens[0]
         prefill.num_inflight -= 1
         if self._predicts:
-            self._growth[reservation.record.decode].begin(reservation.legs[1], self._clock())
-        return prefill
+            reservation.slots.decode.growth.begin(reservation.legs[1], self._clock())
 
-    def end_decode(self, reservation: Reservation, *, is_whole: bool) -> Worker:
-        """The decode leg is over, and with it the request; returns its worker."""
+    def end_decode(self, reservation: Reservation, *, is_whole: bool) -> None:
+        """The decode leg is over, and with it the request."""
+        reservation.is_open = False
         if self._policy.needs_ends:
             self._policy.leg_ended(reservation.choice, Role.DECODE, is_whole=is_whole, now_s=self._clock())
-        decode, tokens = reservation.record.decode, reservation.tokens
+        decode, tokens = reservation.slots.decode, reservation.tokens
         self.num_open -= 1
-        self._table.finish(decode.info.instance_id, reservation.legs[1])
+        self._table.finish(decode.view.info.instance_id, reservation.legs[1])
         decode.promised_tokens -= tokens[1]
         decode.reserved_tokens -= tokens[1] - tokens[0]
         decode.num_inflight -= 1
         if self._predicts:
-            self._growth[decode].end(reservation.legs[1])
-        return decode
+            decode.growth.end(reservation.legs[1])
 
     def keep_pair(
         self,
@@ -132,32 +150,32 @@ class Placement:
         shape: RequestShape | None = None,
         exclude: frozenset[PairKey] = frozenset(),
     ) -> None:
-        """Keep the pair that lacks least for ``shape`` for that waiter alone; None: keep none any more."""
+        """Keep the pair that lacks least for ``shape`` for that waiter alone; None: keep none."""
         if self._kept is not None:
-            self._kept.prefill.held_for = self._kept.decode.held_for = None
+            for worker in self._kept:
+                worker.held_for = None
             self._kept = None
         if waiter is None or shape is None:
             return
-        tokens = self.tokens_needed(shape)
-
-        def lack(record: PairRecord) -> int:
-            free = self._free(record.prefill), self._free(record.decode)
-            return max(0, tokens[0] - free[0]) + max(0, tokens[1] - free[1])
-
-        record = self._kept = min(self.ready_pairs.without(exclude).records.values(), key=lack)
-        record.prefill.held_for = record.decode.held_for = waiter
+        pairs = self.ready_pairs.without(exclude)
+        lack: dict[WorkerSlots, int] = {}
+        for workers, tokens in zip((pairs.prefills, pairs.decodes), self.tokens_needed(shape), strict=True):
+            lack.update({worker: max(0, tokens - self._free(worker)) for worker in workers})
+        self._kept = min(pairs, key=lambda pair: lack[pair[0]] + lack[pair[1]])
+        for worker in self._kept:
+            worker.held_for = waiter
 
     # -- decisions ---------------------------------------------------------------------------
 
     def place(
-        self, shape: RequestShape, exclude: frozenset[PairKey], holder: Holder, waiter: object | None = None
+        self, shape: RequestShape, exclude: frozenset[PairKey], waiter: object | None = None
     ) -> Reservation | None:
         """Hold the pair the policy picks among those with room; None if there is none.
 
-        ``holder`` takes it back. ``waiter`` may have a pair that was kept for it.
+        ``waiter`` may have a pair that was kept for it.
         """
         ready_pairs = self.ready_pairs.without(exclude) if exclude else self.ready_pairs
-        if not ready_pairs.records:
+        if not ready_pairs.prefills:
             return None
         promise = self._promise(shape)
         tokens = self._needed(shape, promise) if self._predicts else promise
@@ -168,17 +186,17 @@ class Placement:
             return None
         candidates.now_s = now_s = self._clock()
         choice = self._policy.choose(shape, candidates)
-        return self._hold(shape, promise, choice, holder, now_s)
+        return self._hold(shape, promise, choice, now_s)
 
     def tokens_needed(self, shape: RequestShape) -> tuple[int, int]:
-        """KV that must be free on prefill and decode; nothing if no worker is large enough: SGLang will
-        refuse it at once. On decode room for SGLang's reserve, and for the answer expected."""
+        """KV that must be free on prefill and decode; nothing if no worker is large enough: SGLang then
+        refuses the request at once. On decode: SGLang's reserve and the answer expected."""
         promise = self._promise(shape)
         return self._needed(shape, promise) if self._predicts else promise
 
     def _needed(self, shape: RequestShape, promise: tuple[int, int]) -> tuple[int, int]:
-        told = shape.forecast
-        if told is None or told.mean <= DECODE_RESERVE_TOKENS or not promise[1]:
+        forecast = shape.forecast
+        if forecast is None or forecast.mean <= DECODE_RESERVE_TOKENS or not promise[1]:
             return promise
         return promise[0], max(promise[1], promise[0] + expected_answer(shape, 0))
 
@@ -205,63 +223,50 @@ class Placement:
         reach_s = self._reach_s(ready_pairs, shape)
         return ready_pairs.where(lambda worker: self._fits(worker, tokens, waiter, reach_s.get(worker, 0.0)))
 
-    def _reach_s(self, ready_pairs: ReadyPairs, shape: RequestShape) -> dict[Worker, float]:
+    def _reach_s(self, ready_pairs: ReadyPairs, shape: RequestShape) -> dict[WorkerSlots, float]:
         """By how much each prefill worker's queue may be longer for this request than for others."""
         reaches_s = self._policy.reach_s(shape, ready_pairs.candidates.prefills, self._clock())
         return dict(zip(ready_pairs.prefills, reaches_s, strict=True)) if reaches_s else {}
 
     def _fits(
-        self, worker: Worker, tokens: tuple[int, int], waiter: object | None, reach_s: float = 0.0
+        self, worker: WorkerSlots, tokens: tuple[int, int], waiter: object | None, reach_s: float = 0.0
     ) -> bool:
         if worker.held_for is not None and worker.held_for is not waiter:
             return False
         needed = tokens[worker.role is Role.DECODE]
         return has_room(worker, needed, tokens[0], self._free(worker, reach_s))
 
-    def growth_tokens(self, worker: Worker) -> int:
-        """KV the worker's open answers are expected to come to; 0 for a prefill worker."""
-        growth = self._growth.get(worker)
-        return growth.tokens if growth is not None else 0
-
-    def _free(self, worker: Worker, reach_s: float = 0.0) -> int:
+    def _free(self, worker: WorkerSlots, reach_s: float = 0.0) -> int:
         limits = self._limits
         if reach_s > 0.0:
             limits = replace(limits, prefill_queue_s=limits.prefill_queue_s + reach_s)
-        return free_tokens(worker, limits, self.growth_tokens(worker))
+        return free_tokens(worker, limits)
 
     def _hold(
-        self, shape: RequestShape, tokens: tuple[int, int], choice: Choice, holder: Holder, now_s: float
+        self, shape: RequestShape, tokens: tuple[int, int], choice: Choice, now_s: float
     ) -> Reservation:
-        prefill_id = choice.pair.prefill.info.instance_id
-        decode_id = choice.pair.decode.info.instance_id
-        record = self.ready_pairs.records[prefill_id, decode_id]
-        record.requests += 1
+        key = choice.pair.prefill.info.instance_id, choice.pair.decode.info.instance_id
+        slots = self._pairs.get(key)
+        if slots is None:
+            slots = self._pairs[key] = PairSlots(self._workers[key[0]], self._workers[key[1]])
+        slots.num_requests += 1
         self.num_open += 1
-        prefill, decode, prompt_tokens = record.prefill, record.decode, shape.prompt_tokens
+        prefill, decode, prompt_tokens = slots.prefill, slots.decode, shape.prompt_tokens
         legs = (
-            self._table.dispatch(prefill_id, prompt_tokens, now_s, choice.cached_tokens),
-            self._table.dispatch(decode_id, prompt_tokens, now_s),
+            self._table.dispatch(key[0], prompt_tokens, now_s, choice.cached_tokens),
+            self._table.dispatch(key[1], prompt_tokens, now_s),
         )
         prefill.promised_tokens += tokens[0]
         decode.promised_tokens += tokens[1]
         decode.reserved_tokens += tokens[1] - tokens[0]
         prefill.num_inflight += 1
         decode.num_inflight += 1
-        if prefill.is_dozing or decode.is_dozing:
-            prefill.wake.set()
-            decode.wake.set()
         if not is_calm(prefill):
             self._tight.add(prefill)
-        if (self._predicts and self._grow(decode, legs[1], shape, tokens)) or not is_calm(decode):
+        grown = decode.growth.add(legs[1], shape, tokens) if self._predicts else 0
+        if grown > decode.calm_tokens or not is_calm(decode):
             self._tight.add(decode)
-        return Reservation(record.pair, choice, record, legs, tokens, holder)
-
-    def _grow(self, decode: Worker, leg: int, shape: RequestShape, promise: tuple[int, int]) -> bool:
-        """Count the answer that is expected; True if that makes the worker tight."""
-        growth = self._growth.get(decode)
-        if growth is None:
-            growth = self._growth[decode] = KvGrowth()
-        return growth.add(leg, shape, promise) > decode.calm_tokens
+        return Reservation(slots.pair, choice, slots, legs, tokens)
 
     def _measure(self) -> None:
         workers = (*self.ready_pairs.prefills, *self.ready_pairs.decodes)
@@ -274,15 +279,15 @@ class Placement:
         )
 
     def most_free(self) -> tuple[int, int]:
-        """The most that any worker, not held for somebody, could still be promised: prefill, decode."""
+        """The most that any worker not held for a waiter could still be promised: prefill, decode."""
         prefill, decode = (
             max((self._free(w) for w in row if w.held_for is None), default=CLOSED)
             for row in (self.ready_pairs.prefills, self.ready_pairs.decodes)
         )
         return prefill, decode
 
-    def lacks_room(self, worker: Worker, shape: RequestShape | None = None) -> bool:
-        """True if a worker in the ready pairs has no room for such a request; None: for any at all."""
+    def lacks_room(self, worker: WorkerSlots, shape: RequestShape | None = None) -> bool:
+        """True if the worker has no room for such a request; None: for any request at all."""
         if shape is None:
             return self._free(worker) <= 0
         return not self._fits(worker, self.tokens_needed(shape), None)

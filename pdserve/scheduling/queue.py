@@ -1,6 +1,6 @@
-"""The bounded line of requests that wait for a pair: by priority, then by arrival or by least work.
+"""The bounded queue of requests that wait for a pair: by priority, then by arrival or by least work.
 
-Places are fixed at joining (scheduling/queue.py), so the line is sorted by insertion; it is sorted anew only
+A waiter's place is fixed when it joins, so the queue is sorted by insertion; it is sorted again only
 when the order itself changes.
 """
 
@@ -22,7 +22,7 @@ FCFS, SHORTEST, AUTO = "fcfs", "shortest", "auto"
 AGING = 8.0
 """A request lets shorter ones pass that arrive within so many times its own work. At load ρ these bring at
 most ρ · 8 times its work, so that it is slowed down by no more than that beyond fcfs; with a smaller
-factor the short ones gain little, as a line under overload is longer than any one request's work."""
+factor the short ones gain little, as a queue under overload is longer than any one request's work."""
 
 
 class QueueOrder:
@@ -59,32 +59,36 @@ _T = TypeVar("_T", contravariant=True)
 
 
 class Grant(Protocol[_T]):
-    """What a wait comes to. An ``asyncio.Future`` is one."""
+    """Receives the outcome of a wait. An ``asyncio.Future`` is one; the simulator has its own."""
 
     def done(self) -> bool:
         """True once it has an outcome, or nobody waits for it any more."""
         ...
 
     def set_result(self, result: _T, /) -> None:
-        """The wait was worth it."""
+        """The request has a pair."""
         ...
 
     def set_exception(self, exception: Exception, /) -> None:
-        """It was not."""
+        """The request is refused."""
         ...
 
 
+NOBODY = (2**62, 2**62)
+"""``least_tokens`` of an empty queue."""
+
+
 class QueueFull(Exception):
-    """There is no place, nor anyone of less priority to take it from."""
+    """The queue is full, and nobody in it has less priority."""
 
 
 @dataclass(slots=True, eq=False)
 class Waiter:
     """One waiting request.
 
-    ``number`` counts those that ever joined; ``due_s`` is when it must be sent at the latest to get its
-    first token in time (slo.py), infinite if it need not or cannot. ``num_overtaken`` counts how many behind
-    it were served while it did not fit.
+    ``number`` counts those that ever joined; ``tokens`` is the KV that must be free on prefill and decode.
+    ``due_s`` is when it must be sent at the latest to get its first token in time (slo.py), infinite if it
+    need not or cannot. ``num_overtaken`` counts how many behind it were served while it did not fit.
     """
 
     shape: RequestShape
@@ -92,6 +96,7 @@ class Waiter:
     since_s: float
     grant: Grant[Reservation] = field(repr=False)
     work: Work
+    tokens: tuple[int, int]
     due_s: float = math.inf
     is_hopeless: bool = False
     number: int = 0
@@ -104,11 +109,16 @@ def _place(waiter: Waiter) -> tuple[int, float, int]:
 
 
 class AdmissionQueue:
-    """Waiters in order. Who is served when is the admission's business."""
+    """Waiters in order; Admission decides who is served.
+
+    ``least_tokens``: no waiter needs less KV, on prefill and on decode. It may be too low once a waiter
+    has left; ``measure`` sets it right.
+    """
 
     def __init__(self, size: int, order: QueueOrder) -> None:
         self.size = size
         self.order = order
+        self.least_tokens = NOBODY
         self._waiters: list[Waiter] = []
         self._num_joined = 0
 
@@ -116,7 +126,7 @@ class AdmissionQueue:
         return len(self._waiters)
 
     def __iter__(self) -> Iterator[Waiter]:
-        """In order, as the line was when the iteration began."""
+        """In order, as the queue was when the iteration began."""
         return iter(self._waiters.copy())
 
     @property
@@ -125,10 +135,10 @@ class AdmissionQueue:
         return min((waiter.since_s for waiter in self._waiters), default=None)
 
     def join(self, waiter: Waiter) -> Waiter | None:
-        """Stand in line; returns the waiter of less priority that lost its place to this one, if any.
+        """Take a place; returns the waiter of less priority that lost its place to this one, if any.
 
         Raises:
-            LineFull: if there is no place.
+            QueueFull: if there is no place.
         """
         self._num_joined += 1
         waiter.number = self._num_joined
@@ -139,10 +149,22 @@ class AdmissionQueue:
                 raise QueueFull
             displaced = self._waiters.pop()
         insort(self._waiters, waiter, key=_place)
+        self._lower(waiter.tokens)
         return displaced
 
+    def measure(self, tokens_of: Callable[[RequestShape], tuple[int, int]]) -> None:
+        """What requests need has changed: ask ``tokens_of`` again for each waiter."""
+        self.least_tokens = NOBODY
+        for waiter in self._waiters:
+            waiter.tokens = tokens_of(waiter.shape)
+            self._lower(waiter.tokens)
+
+    def _lower(self, tokens: tuple[int, int]) -> None:
+        least = self.least_tokens
+        self.least_tokens = min(least[0], tokens[0]), min(least[1], tokens[1])
+
     def reorder(self) -> None:
-        """The order has changed: give everyone the place it has by the new one."""
+        """The order has changed: give every waiter its place by the new one."""
         for waiter in self._waiters:
             self._put(waiter)
         self._waiters.sort(key=_place)
@@ -159,7 +181,7 @@ class AdmissionQueue:
         waiter.place = -waiter.shape.priority, key, waiter.number
 
     def leave(self, waiter: Waiter) -> None:
-        """Out of the line; nothing happens if it is out already."""
+        """Give up the place; nothing happens if that was done before."""
         index = bisect_left(self._waiters, waiter.place, key=_place)
         if index < len(self._waiters) and self._waiters[index] is waiter:
             del self._waiters[index]

@@ -1,7 +1,7 @@
 """Is the fleet balanced, short of one role, or overloaded? (FlowKV §3.4, made concrete.)
 
     views of workers ─► signals ─► weighted sum ─► EMA ─► score of each worker ─► mean of its role ─┐
-    requests in line ───────────────────────────────────► EMA ─► on the fuller role, by its share ─┴─► state
+    waiting requests ──────────────────────────────────► EMA ─► on the fuller role, by its share ─┴─► state
 
 FlowKV names signals, smoothing and a weighted sum, and publishes neither weights nor thresholds: those
 here are OUR operationalisation. A score of 1 is a role that is full and has requests waiting for it.
@@ -73,8 +73,7 @@ class RegimeChange:
 class RegimeMonitor:
     """Smoothed load scores and the state they come to.
 
-    Hooks in ``on_change`` are called within ``observe``, after the state has changed; whoever
-    reassigns roles adds one. ``observe`` costs about a microsecond a worker.
+    ``observe`` returns the state and costs about a microsecond a worker; ``changes`` are the last ones.
 
     Args:
         slo_ttft_s: time to first token asked for; 0: none.
@@ -83,7 +82,6 @@ class RegimeMonitor:
 
     def __init__(self, slo_ttft_s: float = 0.0, slo_tpot_s: float = 0.0) -> None:
         self.regime = Regime.NORMAL
-        self.on_change: list[Callable[[RegimeChange], None]] = []
         self.changes: deque[RegimeChange] = deque(maxlen=NUM_CHANGES)
         self.longest_queue_s = math.inf  # kept right by whoever limits prefill queues
         self.scores: dict[Role, float] = {Role.PREFILL: 0.0, Role.DECODE: 0.0}
@@ -98,7 +96,7 @@ class RegimeMonitor:
     def observe(
         self, prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], num_waiting: int, now_s: float
     ) -> Regime:
-        """Take in the loads of the workers that take traffic; without one of each role nothing is told."""
+        """Take in the loads of the workers that take traffic; the state stays while a role has none."""
         if not prefills or not decodes:
             return self.regime
         if self._since_s is None:
@@ -183,5 +181,3 @@ class RegimeMonitor:
         change = RegimeChange(now_s, self.regime, after, self.scores[Role.PREFILL], self.scores[Role.DECODE])
         self.regime, self._since_s = after, now_s
         self.changes.append(change)
-        for hook in list(self.on_change):
-            hook(change)

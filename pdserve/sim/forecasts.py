@@ -1,77 +1,51 @@
-"""Who tells how long answers will be in a simulation: the production predictor, a bound, or nobody."""
+"""Length forecasts for a simulation: the production predictor, its bounds, or none."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import msgspec
-
-from pdserve.scheduling import lengths as production
-from pdserve.types import RequestShape
+from pdserve.scheduling.lengths import LengthPredictor, Lengths, unlearned
+from pdserve.types import Forecast, RequestShape
 
 LENGTHS = ("learned", "oracle", "useless", "none")
 """``oracle`` knows each answer's length, ``useless`` learns nothing; both bound what prediction is worth."""
 
 
-class Lengths(Protocol):
-    """Puts a forecast into a request's shape, and hears of its end."""
-
-    def annotated(self, shape: RequestShape, output_tokens: int) -> RequestShape:
-        """The shape with a forecast; ``output_tokens`` is the truth, for the oracle."""
-        ...
-
-    def learn(self, shape: RequestShape, output_tokens: int) -> None:
-        """An answer has ended."""
-        ...
-
-
 class NoLengths:
     """No forecast at all: policies fall back on the limit."""
 
-    def annotated(self, shape: RequestShape, output_tokens: int) -> RequestShape:
-        """The shape as it is."""
-        return shape
+    def forecast(self, shape: RequestShape) -> Forecast | None:
+        """None."""
+        return None
 
-    def learn(self, shape: RequestShape, output_tokens: int) -> None:
-        """Nothing."""
+    def learn(self, shape: RequestShape, output_tokens: int, is_cut: bool) -> None:
+        """Learns nothing."""
 
-
-class OracleForecasts:
-    """Knows."""
-
-    def __init__(self) -> None:
-        self._oracle = production.OracleLengths()
-
-    def annotated(self, shape: RequestShape, output_tokens: int) -> RequestShape:
-        """The truth, without doubt."""
-        self._oracle.tell(output_tokens)
-        return msgspec.structs.replace(shape, forecast=self._oracle.forecast(shape))
-
-    def learn(self, shape: RequestShape, output_tokens: int) -> None:
-        """Nothing."""
+    def snapshot(self) -> dict[str, object]:
+        """Nothing was learned."""
+        return {"num_learned": 0}
 
 
-class PredictedLengths:
-    """Forecasts of a predictor of balancer/lengths.py."""
+class UselessLengths(NoLengths):
+    """The same forecast for every request."""
 
-    def __init__(self, predictor: production.Lengths) -> None:
-        self._predictor = predictor
+    def forecast(self, shape: RequestShape) -> Forecast | None:
+        """As before anything was learned."""
+        return unlearned(shape.max_new_tokens)
 
-    def annotated(self, shape: RequestShape, output_tokens: int) -> RequestShape:
-        """What the predictor thinks."""
-        return msgspec.structs.replace(shape, forecast=self._predictor.forecast(shape))
 
-    def learn(self, shape: RequestShape, output_tokens: int) -> None:
-        """A finished answer; it was cut if it reached the client's limit."""
-        self._predictor.learn(shape, output_tokens, output_tokens >= shape.max_new_tokens)
+class OracleLengths(NoLengths):
+    """The length of each answer, which the simulation sets as ``next_tokens`` before it asks."""
+
+    next_tokens: int | None = None
+
+    def forecast(self, shape: RequestShape) -> Forecast | None:
+        """``next_tokens``, at most the limit; the limit if it was not set."""
+        limit = shape.max_new_tokens
+        tokens = float(limit if self.next_tokens is None else min(limit, self.next_tokens))
+        return Forecast(tokens, tokens, tokens, True)
 
 
 def make_lengths(kind: str) -> Lengths:
     """One of LENGTHS, new."""
-    if kind == "none":
-        return NoLengths()
-    if kind == "oracle":
-        return OracleForecasts()
-    return PredictedLengths(
-        production.UselessLengths() if kind == "useless" else production.LengthPredictor()
-    )
+    if kind == "learned":
+        return LengthPredictor()
+    return {"oracle": OracleLengths, "useless": UselessLengths, "none": NoLengths}[kind]()

@@ -1,6 +1,6 @@
 """A discrete-event run of the production balancer over modelled servers.
 
-    trace ─► Admission (policy, loads, forecasts) ─► decode gives pages ─► prefill ─► link ─► decode steps
+    trace ─► Scheduler (policy, loads, forecasts) ─► decode gives pages ─► prefill ─► link ─► decode steps
                 └────────── samples each load_poll_s, ends of legs ◄──────────────────────────────┘
 
     simulate(trace, model, policy_name, prefill, decode, config, seed, options) -> SimReport
@@ -19,20 +19,21 @@ from math import exp
 from pdserve.balancer.fleet.worker_monitor import IDLE_FACTOR
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError, NoWorkerError
+from pdserve.scheduling.lengths import Lengths
 from pdserve.scheduling.load_sample import ARRIVAL_S, Sample
 from pdserve.scheduling.policy import Policy, policy_of
 from pdserve.scheduling.reservation import Reservation
-from pdserve.scheduling.workers import Worker
+from pdserve.scheduling.scheduler import NO_EXCLUDE, Scheduler
+from pdserve.scheduling.workers import WorkerSlots
 from pdserve.sim.baselines import SIMULATED_MAKERS
 from pdserve.sim.cost import CostModel
 from pdserve.sim.decode_server import GAP_BINS, DecodeServer
 from pdserve.sim.engine import Clock, SimRequest
-from pdserve.sim.fleet import SimulatedFleet
-from pdserve.sim.forecasts import LENGTHS, Lengths, make_lengths
+from pdserve.sim.forecasts import LENGTHS, OracleLengths, make_lengths
 from pdserve.sim.link import Port
 from pdserve.sim.prefill_server import PrefillServer
 from pdserve.sim.report import SimReport, SimulatedRequest, UseReport, WorkerUse
-from pdserve.types import RequestShape
+from pdserve.types import InstanceId, RequestShape, Role, WorkerId, WorkerInfo
 from pdserve.workload import TracedRequest, prompt_bytes
 
 ROUTE = "/v1/completions"
@@ -42,8 +43,8 @@ ROUTE = "/v1/completions"
 class SimOptions:
     """What a run may differ in besides its arguments.
 
-    ``lengths``: who tells answers' lengths: ``learned`` (production), ``oracle``, ``useless`` or
-    ``none``. ``max_new_tokens``: the limit a client sets where the trace does not tell it.
+    ``lengths``: which forecasts of answers' lengths: ``learned`` (production), ``oracle``, ``useless`` or
+    ``none``. ``max_new_tokens``: the limit a client sets where the trace has none.
     """
 
     lengths: str = "learned"
@@ -87,13 +88,13 @@ def simulate(
 class _Polled:
     """A worker whose load is asked for in turn; ``num_idle`` looks in a row found nothing to do there."""
 
-    worker: Worker
+    worker: WorkerSlots
     server: PrefillServer | DecodeServer
     num_idle: int = 0
 
 
 class _Grant:
-    """What a waiting request gets. The balancer's queue must not be entered from within itself: later."""
+    """Receives the outcome of a wait and acts on it in a later event, not within the queue."""
 
     __slots__ = ("_is_done", "_request", "_simulation")
 
@@ -115,7 +116,10 @@ class _Grant:
 
 
 class Simulation:
-    """One run. ``fleet``, ``prefills`` and ``decodes`` may be looked at when it is over."""
+    """One run. Nothing is probed: all pairs are ready from the start, as a fleet's are after a minute.
+
+    ``scheduler``, ``workers``, ``prefills`` and ``decodes`` may be read when it is over.
+    """
 
     def __init__(
         self,
@@ -128,12 +132,20 @@ class Simulation:
         options: SimOptions,
     ) -> None:
         self.clock = clock = Clock()
-        self.fleet = SimulatedFleet(model, *size, policy, config, clock.time)
         self.policy = policy
-        self._admission = self.fleet.admission
+        self.scheduler = Scheduler(
+            config, lambda: "no worker", policy=policy, lengths=lengths, clock=clock.time
+        )
+        prefills, decodes = (
+            [_describe(role, index, model) for index in range(number)]
+            for role, number in zip(Role, size, strict=True)
+        )
+        self.workers = [self.scheduler.add_worker(info) for info in (*prefills, *decodes)]
+        self.scheduler.set_ready_pairs((p.instance_id, d.instance_id) for p in prefills for d in decodes)
+        self._admission = self.scheduler.admission
         self._model = model
         self._config = config
-        self._lengths = lengths
+        self._oracle = lengths if isinstance(lengths, OracleLengths) else None
         self._options = options
         self._trace = trace
         self._num_open = len(trace)
@@ -150,7 +162,7 @@ class Simulation:
         """All requests to their ends."""
         clock = self.clock
         clock.at(self._trace[0].arrival_s, self._arrive, 0)
-        workers = [*self.fleet.prefills, *self.fleet.decodes]
+        workers = self.workers
         servers: list[PrefillServer | DecodeServer] = [*self.prefills, *self.decodes]
         for index, (worker, server) in enumerate(zip(workers, servers, strict=True)):
             clock.at(self._config.load_poll_s * index / len(workers), self._poll, _Polled(worker, server))
@@ -165,12 +177,12 @@ class Simulation:
         if index + 1 < len(trace):
             self.clock.at(trace[index + 1].arrival_s, self._arrive, index + 1)
         request = SimRequest(index, trace[index], self._shape(trace[index]))
-        reservation = self._admission.try_now(request.shape, frozenset())
+        reservation = self._admission.try_now(request.shape, NO_EXCLUDE)
         if reservation is not None:
             self._start(request, reservation)
             return
         try:
-            request.waiter = self._admission.enqueue(request.shape, frozenset(), _Grant(self, request))
+            request.waiter = self._admission.enqueue(request.shape, NO_EXCLUDE, _Grant(self, request))
         except NoWorkerError as error:
             self._fail(request, str(error))
             return
@@ -185,7 +197,9 @@ class Simulation:
             route=ROUTE,
             user=traced.user,
         )
-        return self._lengths.annotated(shape, traced.output_tokens)
+        if self._oracle is not None:
+            self._oracle.next_tokens = traced.output_tokens
+        return self.scheduler.foresee(shape)
 
     def granted(self, request: SimRequest, reservation: Reservation) -> None:
         """The queue has given it a pair; it goes on in a turn of its own, as an awaiting task would."""
@@ -216,11 +230,10 @@ class Simulation:
         self._fail(request, str(error))
 
     def _start(self, request: SimRequest, reservation: Reservation) -> None:
-        index_of = self.fleet.index_of
         request.reservation = reservation
         request.paired_s = self.clock.now_s
-        request.prefill = index_of[reservation.pair.prefill.instance_id]
-        request.decode = index_of[reservation.pair.decode.instance_id]
+        request.prefill = _index(reservation.pair.prefill)
+        request.decode = _index(reservation.pair.decode)
         self.clock.at(self.clock.now_s + self._model.request_s, self._reach, request)
 
     def _reach(self, request: SimRequest) -> None:
@@ -228,9 +241,7 @@ class Simulation:
         model = self._model
         whole = request.prompt_tokens + request.output_tokens
         if request.prompt_tokens > model.prefill_pool_tokens or whole > model.decode_pool_tokens:
-            reservation, request.reservation = request.reservation, None
-            assert reservation is not None
-            reservation.release(prefill_ok=None, decode_ok=None)
+            self._release(request, is_ok=None)
             self._fail(request, "longer than the KV pool")
             return
         self.prefills[request.prefill].num_bootstrapping += 1
@@ -242,7 +253,7 @@ class Simulation:
 
     def _kv_arrived(self, request: SimRequest) -> None:
         assert request.reservation is not None
-        request.reservation.prefill_finished()
+        self.scheduler.prefill_finished(request.reservation)
         self.decodes[request.decode].receive(request)
 
     def _finished(self, request: SimRequest) -> None:
@@ -250,11 +261,16 @@ class Simulation:
         self.clock.at(request.finished_s, self._end, request)
 
     def _end(self, request: SimRequest) -> None:
+        self._release(request, is_ok=True)
+        is_cut = request.output_tokens >= request.shape.max_new_tokens
+        self.scheduler.learn(request.shape, request.output_tokens, is_cut=is_cut)
+        self._close(request)
+
+    def _release(self, request: SimRequest, *, is_ok: bool | None) -> None:
         reservation, request.reservation = request.reservation, None
         assert reservation is not None
-        reservation.release(prefill_ok=True, decode_ok=True)
-        self._lengths.learn(request.shape, request.output_tokens)
-        self._close(request)
+        self.scheduler.end(reservation, prefill_ok=is_ok, decode_ok=is_ok)
+        self.scheduler.serve()
 
     def _fail(self, request: SimRequest, error: str) -> None:
         request.error = error
@@ -272,12 +288,10 @@ class Simulation:
         now_s = self.clock.now_s
         is_idle = server.is_idle and not worker.num_inflight
         subject.num_idle = subject.num_idle + 1 if is_idle else 0
-        # As keepers do: idle workers are asked more seldom.
+        # As monitors do: idle workers are asked more seldom.
         if not subject.num_idle or subject.num_idle % IDLE_FACTOR == 1:
             sample = Sample(server.load(now_s), now_s - ARRIVAL_S)
-            self.fleet.table.record(worker.instance_id, sample)
-            worker.is_overloaded = False
-            self._admission.sampled(worker)
+            self.scheduler.sampled(worker, sample)
         if self._num_open:
             self.clock.at(now_s + self._config.load_poll_s, self._poll, subject)
 
@@ -308,3 +322,19 @@ class Simulation:
             num_events=self.clock.num_events,
             shed=dict(self._admission.shed),
         )
+
+
+def _describe(role: Role, index: int, model: CostModel) -> WorkerInfo:
+    name = f"{role}-{index}"
+    return WorkerInfo(
+        worker_id=WorkerId(name),
+        instance_id=InstanceId(f"{role[0]}{index:031d}"),
+        role=role,
+        url=f"http://{name}",
+        model=model.name,
+        max_total_num_tokens=model.prefill_pool_tokens if role is Role.PREFILL else model.decode_pool_tokens,
+    )
+
+
+def _index(info: WorkerInfo) -> int:
+    return int(info.instance_id[1:])

@@ -22,6 +22,9 @@ from tests.support.fleet_network import (
     Network,
     all_ready,
     pair_states,
+    prefill_finished,
+    release,
+    reserve,
     running_fleet,
     until,
     worker,
@@ -38,14 +41,14 @@ async def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> 
     async with running_fleet(Network()) as fleet:
         fleet.apply([P0, D0, D1])
         await all_ready(fleet)
-        held = [await fleet.reserve(SHAPE, timeout_s=1) for _ in range(4)]
+        held = [await reserve(fleet, SHAPE, timeout_s=1) for _ in range(4)]
         fleet.drain(D0.worker_id)
         assert worker_states(fleet)["decode-0"] == "draining"
-        later = [await fleet.reserve(SHAPE, timeout_s=1) for _ in range(4)]
+        later = [await reserve(fleet, SHAPE, timeout_s=1) for _ in range(4)]
         assert {r.pair.decode for r in later} == {D1}
         assert "drained" not in events_of(fleet, "decode-0")
         for reservation in held:
-            reservation.release(prefill_ok=True, decode_ok=True)
+            release(fleet, reservation, prefill_ok=True, decode_ok=True)
         assert events_of(fleet, "decode-0")[-2:] == ["draining", "drained"]
         document = render_state(fleet, WorkerMetrics(), RequestLedger())
         row = next(row for row in document.workers if row.worker_id == "decode-0")
@@ -65,11 +68,11 @@ async def test_prefill_is_drained_once_its_own_legs_have_ended() -> None:
     async with running_fleet(Network()) as fleet:
         fleet.apply([P0, D0])
         await all_ready(fleet)
-        reservation = await fleet.reserve(SHAPE, timeout_s=1)
+        reservation = await reserve(fleet, SHAPE, timeout_s=1)
         fleet.drain(P0.worker_id)
-        reservation.prefill_finished()
+        prefill_finished(fleet, reservation)
         assert events_of(fleet, "prefill-0")[-1] == "drained"
-        reservation.release(prefill_ok=True, decode_ok=True)
+        release(fleet, reservation, prefill_ok=True, decode_ok=True)
         assert events_of(fleet, "prefill-0").count("drained") == 1
 
 
@@ -78,9 +81,9 @@ async def test_with_every_decode_worker_draining_requests_wait_and_learn_why() -
         fleet.apply([P0, D0])
         await all_ready(fleet)
         fleet.drain(D0.worker_id)
-        assert not fleet.has_ready_pair
+        assert not fleet.scheduler.has_ready_pair
         with pytest.raises(NoWorkerError, match="every decode server is draining: decode-0"):
-            await fleet.reserve(SHAPE, timeout_s=0.01)
+            await reserve(fleet, SHAPE, timeout_s=0.01)
 
 
 async def test_undrain_returns_a_worker_to_service_after_a_probe() -> None:
@@ -91,7 +94,7 @@ async def test_undrain_returns_a_worker_to_service_after_a_probe() -> None:
         fleet.drain(D0.worker_id)
         network[D0].gate.clear()
         probes = network[D0].calls["/generate"]
-        waiting = asyncio.create_task(fleet.reserve(SHAPE, timeout_s=5))
+        waiting = asyncio.create_task(reserve(fleet, SHAPE, timeout_s=5))
         fleet.undrain(D0.worker_id)
         await until(lambda: network[D0].calls["/generate"] == probes + 1)
         assert worker_states(fleet)["decode-0"] == "joining"
@@ -108,8 +111,8 @@ async def test_a_draining_worker_is_not_probed() -> None:
         await all_ready(fleet)
         fleet.drain(D0.worker_id)
         probes = network[D0].calls["/generate"]
-        reservation = await fleet.reserve(SHAPE, timeout_s=1)
-        reservation.release(prefill_ok=False, decode_ok=None, error=WorkerUnreachable(P0.url, "reset"))
+        reservation = await reserve(fleet, SHAPE, timeout_s=1)
+        release(fleet, reservation, prefill_ok=False, error=WorkerUnreachable(P0.url, "reset"))
         await until(lambda: pair_states(fleet)["prefill-0>decode-1"] == "ready")
         assert network[D0].calls["/generate"] == probes
         assert worker_states(fleet)["decode-0"] == "draining"
@@ -125,18 +128,18 @@ async def test_a_probe_under_way_does_not_bring_a_draining_worker_back() -> None
         network[D0].gate.set()
         await until(lambda: fleet.pairs()[0].probes == 1)
         assert worker_states(fleet)["decode-0"] == "draining"
-        assert not fleet.has_ready_pair
+        assert not fleet.scheduler.has_ready_pair
 
 
 async def test_a_removed_worker_leaves_once_its_requests_have_ended() -> None:
     async with running_fleet(Network()) as fleet:
         fleet.apply([P0, D0, D1])
         await all_ready(fleet)
-        held = [await fleet.reserve(SHAPE, timeout_s=1) for _ in range(2)]
+        held = [await reserve(fleet, SHAPE, timeout_s=1) for _ in range(2)]
         fleet.remove_worker(D0.worker_id)
         assert worker_states(fleet)["decode-0"] == "draining"
         for reservation in held:
-            reservation.release(prefill_ok=True, decode_ok=True)
+            release(fleet, reservation, prefill_ok=True, decode_ok=True)
         assert "decode-0" not in worker_states(fleet)
         assert events_of(fleet, "decode-0")[-3:] == ["draining", "drained", "gone"]
         assert fleet.find(D0.worker_id) is None
@@ -157,10 +160,10 @@ async def test_undrain_calls_a_removal_off() -> None:
     async with running_fleet(Network()) as fleet:
         fleet.apply([P0, D0])
         await all_ready(fleet)
-        reservation = await fleet.reserve(SHAPE, timeout_s=1)
+        reservation = await reserve(fleet, SHAPE, timeout_s=1)
         fleet.remove_worker(D0.worker_id)
         fleet.undrain(D0.worker_id)
-        reservation.release(prefill_ok=True, decode_ok=True)
+        release(fleet, reservation, prefill_ok=True, decode_ok=True)
         await all_ready(fleet)
 
 
@@ -205,6 +208,6 @@ async def test_a_worker_that_leaves_is_forgotten_by_the_policy() -> None:
     async with running_fleet(Network()) as fleet:
         fleet.apply([P0, D0])
         forgotten: list[str] = []
-        fleet.policy.forget = forgotten.append  # type: ignore[method-assign, assignment]
+        fleet.scheduler.policy.forget = forgotten.append  # type: ignore[method-assign, assignment]
         fleet.remove_worker(D0.worker_id)
         assert forgotten == [D0.instance_id]

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from pdserve.balancer.app import Balancer
-from pdserve.balancer.fleet.probe import ProbePassed
+from pdserve.balancer.fleet.worker import ProbePassed
 from pdserve.bootstrap.client import LeaseClient
 from pdserve.bootstrap.messages import FleetView, Register
 from pdserve.config.balancer import BalancerConfig

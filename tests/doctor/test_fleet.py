@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from pdserve import SUPPORTED_SGLANG, __version__
-from pdserve.balancer.fleet.probe import ProbeFailed, ProbePassed
+from pdserve.balancer.fleet.worker import ProbeFailed, ProbePassed
 from pdserve.doctor.finding import Finding, Level
 from pdserve.doctor.fleet_checks import (
     judge_balancer,

@@ -152,7 +152,7 @@ class Site:
         await until(lambda: not self.balancer.dispatcher.num_rooms, "no room in use")
         for worker in self.balancer.fleet.workers():
             await until(lambda w=worker: not w.num_inflight, f"no reservation on {worker.worker_id}")
-            table = self.balancer.fleet.table
+            table = self.balancer.fleet.scheduler.table
             assert table.inflight(worker.instance_id) == 0, f"load credit left on {worker.worker_id}"
         await until(lambda: not _task_names() - self._tasks, f"no task left: {_task_names() - self._tasks}")
         counts = self.counts

@@ -111,7 +111,7 @@ class _Run:
         for role, hold in self._holds.items():
             await until(lambda hold=hold: hold.is_reached, f"{role} at {hold.point.value}")
         if Role.PREFILL not in self._holds:
-            table, prefill = self.site.balancer.fleet.table, self._server_of(Role.PREFILL).info
+            table, prefill = self.site.balancer.fleet.scheduler.table, self._server_of(Role.PREFILL).info
             await until(lambda: not table.inflight(prefill.instance_id), "prefill's answer taken in")
         if self.case.stage is Stage.STREAMING and self.case.stream:
             await self.wire.until_sight_of(b"\n\n")
@@ -176,9 +176,9 @@ class _Run:
                 return
         self.wire.send_json("/generate", body)
         if case.ending is Ending.CLIENT_GONE:
-            await until(lambda: site.balancer.fleet.num_waiting == 1, "the request in line")
+            await until(lambda: site.balancer.fleet.scheduler.num_waiting == 1, "the request in line")
             self.wire.leave()
-            await until(lambda: site.balancer.fleet.num_waiting == 0, "the request out of line")
+            await until(lambda: site.balancer.fleet.scheduler.num_waiting == 0, "the request out of line")
 
 
 async def _outcome(wire: Wire, stream: bool) -> str:

@@ -200,7 +200,7 @@ def decode_all(requests: list[tuple[int, int]], *, predicts: bool, capacity: int
             prompt, answer = coming.pop()
             waiting.append((desk.ask(str(len(coming)), shape(prompt, answer)), prompt, answer))
         for each in [each for each in waiting if each[0].outcomes]:
-            each[0].reservation.prefill_finished()
+            desk.prefilled(each[0])
             model.queue.append(each)
             waiting.remove(each)
         for asked in model.step():
@@ -258,16 +258,16 @@ def test_every_request_has_one_outcome_and_nothing_stays_promised(
     desk = Desk(2, 2, capacity=9000, max_running=6, queue_size=8, **settings_)
     asked: list[Asked] = []
     for index, (what, prompt, answer, spread, priority) in enumerate(rows):
-        held = [each for each in asked if each.served_s >= 0 and each.reservation.holder is not None]
+        held = [each for each in asked if each.served_s >= 0 and each.reservation.is_open]
         waiting = [each for each in asked if not each.done()]
         if what == "ask":
             asked.append(desk.ask(str(index), shape(prompt, answer, spread=spread, priority=priority)))
         elif what == "end" and held:
             desk.end(held[prompt % len(held)])
         elif what == "prefilled" and held:
-            held[prompt % len(held)].reservation.prefill_finished()
+            desk.prefilled(held[prompt % len(held)])
         elif what == "fail" and held:
-            held[prompt % len(held)].reservation.release(prefill_ok=None, decode_ok=False, error="x")
+            desk.release(held[prompt % len(held)], decode_ok=False)
         elif what == "leave" and waiting:
             desk.leave(waiting[prompt % len(waiting)])
         elif what == "tick":
@@ -276,12 +276,12 @@ def test_every_request_has_one_outcome_and_nothing_stays_promised(
             assert worker.num_inflight <= 6
             if worker.num_inflight > 1:
                 assert worker.promised_tokens <= 9000
-                assert desk.admission.placement.growth_tokens(worker) <= 9000 * 1.5
+                assert worker.growth.tokens <= 9000 * 1.5
     for each in asked:
         assert len(each.outcomes) <= 1
     for _ in range(len(asked)):
         for each in asked:
-            if each.served_s >= 0 and each.reservation.holder is not None:
+            if each.served_s >= 0 and each.reservation.is_open:
                 desk.end(each)
     assert all(len(each.outcomes) == (not each.has_left) for each in asked)
     assert desk.is_clear

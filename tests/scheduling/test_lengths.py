@@ -18,9 +18,8 @@ from pdserve.scheduling.lengths import (
     UNKNOWN_TOKENS,
     LengthPredictor,
     Lengths,
-    OracleLengths,
-    UselessLengths,
 )
+from pdserve.sim.forecasts import OracleLengths, UselessLengths
 from pdserve.types import RequestShape
 from tests.support.examples import n_examples
 
@@ -232,7 +231,7 @@ def test_buckets_leave_no_gap() -> None:
 
 def test_the_bounds_of_an_evaluation() -> None:
     oracle, useless = OracleLengths(), UselessLengths()
-    oracle.tell(77)
+    oracle.next_tokens = 77
     assert oracle.forecast(SHAPE).mean == 77
     assert oracle.forecast(replace(SHAPE, max_new_tokens=10)).high == 10
     teach(useless, SHAPE, *[5] * 100)

@@ -14,6 +14,10 @@ STOPPED = {"type": "stop", "matched": 2}
 TOKENS = 7
 
 
+def foresee(site: Site, shape: RequestShape) -> RequestShape:
+    return site.balancer.fleet.scheduler.foresee(shape)
+
+
 async def serve(site: Site, number: int, body: dict[str, Any]) -> None:
     for _ in range(number):
         assert (await site.generate(body)).status == 200
@@ -26,7 +30,7 @@ async def test_answers_that_ended_by_themselves_are_forecast(is_stream: bool) ->
             fake.behaviour.tokens, fake.behaviour.finish = TOKENS, STOPPED
         body = {"text": "tell me", "stream": is_stream, "sampling_params": {"max_new_tokens": 500}}
         await serve(site, MIN_LEARNED, body)
-        forecast = site.balancer.fleet.foresee(RequestShape(2, 500, b'"tell me"', route="/generate")).forecast
+        forecast = foresee(site, RequestShape(2, 500, b'"tell me"', route="/generate")).forecast
         assert forecast is not None and forecast.is_learned
         assert forecast.low <= TOKENS <= forecast.high and forecast.mean == pytest.approx(TOKENS, abs=1)
 
@@ -36,11 +40,11 @@ async def test_answers_cut_by_their_limit_may_be_longer_than_it() -> None:
         for fake in (site.prefill, site.decode):
             fake.behaviour.tokens, fake.behaviour.finish = TOKENS, {"type": "length", "length": TOKENS}
         await serve(site, 3 * MIN_LEARNED, {"text": "on", "sampling_params": {"max_new_tokens": TOKENS}})
-        forecast = site.balancer.fleet.foresee(RequestShape(2, 500, b'"on"', route="/generate")).forecast
+        forecast = foresee(site, RequestShape(2, 500, b'"on"', route="/generate")).forecast
         assert forecast is not None and forecast.high > TOKENS
 
 
 async def test_no_forecast_if_nobody_wants_one() -> None:
     async with running_site(predict_lengths=False) as site:
         await serve(site, MIN_LEARNED, {"text": "a"})
-        assert site.balancer.fleet.foresee(RequestShape(2, 500)).forecast is None
+        assert foresee(site, RequestShape(2, 500)).forecast is None

@@ -11,7 +11,7 @@ from msgspec.structs import replace as replace_info
 
 from pdserve.errors import ProtocolMismatch
 from pdserve.scheduling.load import LoadCredit, LoadTable
-from pdserve.scheduling.load_sample import ARRIVAL_S, PartialLoad, Sample, parse_loads
+from pdserve.scheduling.load_sample import ARRIVAL_S, Sample, parse_loads
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo, WorkerLoad
 
 P0 = InstanceId("p0")
@@ -238,46 +238,3 @@ def test_leg_that_ends_after_the_sample_that_counted_it_is_taken_off() -> None:
         table.finish(worker, leg)
     assert (table.view(P0).num_reqs, table.view(P0).queued_tokens, table.view(P0).kv_tokens) == (0, 0, 500)
     assert (table.view(D0).num_reqs, table.view(D0).kv_tokens) == (2, 500)
-
-
-# -- the load channel's updates ------------------------------------------------------------------
-
-
-def partial(covered_s: float, **fields: int) -> PartialLoad:
-    return PartialLoad(covered_s, **fields)
-
-
-def test_update_between_polls_replaces_what_it_tells_and_takes_over_credit() -> None:
-    table = table_of(info(D0, Role.DECODE))
-    table.record(D0, sample(1.0, num_running_reqs=1, max_running_requests=8, token_usage=0.5))
-    table.dispatch(D0, 50, 2.0)
-    table.dispatch(D0, 70, 4.0)
-    table.update(D0, partial(3.0, num_running_reqs=2, num_total_tokens=300))
-    assert table.credit(D0) == LoadCredit(reqs=1, prompt_tokens=70)
-    assert (table.view(D0).num_reqs, table.view(D0).kv_tokens) == (3, 370)
-    load = table.load(D0)
-    assert load is not None
-    assert (load.num_running_reqs, load.token_usage, load.timestamp_s) == (2, 0.5, 1.0)
-    assert table.view(D0).max_running_requests == 8, "what an update does not tell stays as it was"
-
-
-def test_poll_older_than_the_last_update_does_not_undo_it() -> None:
-    table = table_of(info(D0, Role.DECODE))
-    table.record(D0, sample(1.0))
-    table.update(D0, partial(5.0, num_running_reqs=7))
-    table.record(D0, sample(4.0, num_running_reqs=1, gen_throughput=9.0))
-    load = table.load(D0)
-    assert load is not None
-    assert (load.num_running_reqs, load.gen_throughput) == (7, 9.0)
-    table.record(D0, sample(6.0, num_running_reqs=1))
-    assert table.view(D0).num_reqs == 1
-
-
-def test_update_that_covers_less_than_is_known_is_ignored() -> None:
-    table = table_of(info(D0, Role.DECODE))
-    table.update(D0, partial(1.0, num_running_reqs=3))
-    assert table.load(D0) is None, "nothing is known of the other fields before the first poll"
-    table.record(D0, sample(4.0, num_running_reqs=1))
-    table.update(D0, partial(3.0, num_running_reqs=3))
-    table.update(InstanceId("gone"), partial(9.0))
-    assert table.view(D0).num_reqs == 1

@@ -18,10 +18,11 @@ from tests.support.fleet_network import (
     SHAPE,
     Line,
     Network,
-    give,
     known_fleet,
     loads,
-    take,
+    prefill_finished,
+    release,
+    reserve,
     until,
     worker_states,
 )
@@ -31,11 +32,11 @@ from tests.support.fleet_network import (
 
 async def test_the_queue_is_served_by_priority_then_by_arrival() -> None:
     async with known_fleet(Network(), P0, D0, max_concurrent_requests=1) as fleet:
-        current, line = await take(fleet), Line(fleet)
+        current, line = await reserve(fleet), Line(fleet)
         for name, priority in [("a", 0), ("b", 5), ("c", 0), ("d", 5), ("e", -1)]:
             await line.join(name, RequestShape(prompt_tokens=10, max_new_tokens=1, priority=priority))
         for count, name in enumerate("bdace", start=1):
-            give(current)
+            release(fleet, current)
             await until(lambda count=count: len(line.served) == count)  # type: ignore[misc]
             current = line.held[name]
         assert line.served == list("bdace")
@@ -43,42 +44,42 @@ async def test_the_queue_is_served_by_priority_then_by_arrival() -> None:
 
 async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
     async with known_fleet(Network(), P0, D0, max_concurrent_requests=1, queue_size=2) as fleet:
-        await take(fleet)
+        await reserve(fleet)
         line = Line(fleet)
         await line.join("a")
         await line.join("b")
         with pytest.raises(
             NoWorkerError, match=r"2 requests wait already: 1 requests are under way"
         ) as caught:
-            await fleet.reserve(SHAPE, timeout_s=60)
+            await reserve(fleet, SHAPE, timeout_s=60)
         assert caught.value.retry_after_s >= 1
-        assert fleet.num_waiting == 2
-        assert fleet.admission.shed == {"queue_full": 1}
+        assert fleet.scheduler.num_waiting == 2
+        assert fleet.scheduler.admission.shed == {"queue_full": 1}
 
 
 async def test_a_request_of_higher_priority_takes_the_place_of_a_lower_one_in_a_full_queue() -> None:
     async with known_fleet(Network(), P0, D0, max_concurrent_requests=1, queue_size=1) as fleet:
-        current, line = await take(fleet), Line(fleet)
+        current, line = await reserve(fleet), Line(fleet)
         await line.join("low")
         line.tasks["high"] = asyncio.create_task(
             line._client("high", RequestShape(prompt_tokens=10, max_new_tokens=1, priority=1), {})
         )
         await line.tasks["low"]
         assert "no less priority" in line.refused["low"]
-        give(current)
+        release(fleet, current)
         await line.until_served("high")
 
 
 async def test_without_a_queue_nobody_waits() -> None:
     async with known_fleet(Network(), P0, D0, max_concurrent_requests=1, queue_size=0) as fleet:
-        await take(fleet)
+        await reserve(fleet)
         with pytest.raises(NoWorkerError, match="0 requests wait already"):
-            await fleet.reserve(SHAPE, timeout_s=60)
+            await reserve(fleet, SHAPE, timeout_s=60)
 
 
 async def test_the_advice_to_come_back_follows_the_completion_rate() -> None:
     async with known_fleet(Network(), P0, D0, max_concurrent_requests=1, queue_size=0) as fleet:
-        completions = fleet.admission.completions
+        completions = fleet.scheduler.admission.completions
         completions._marks.clear()
         completions.mark(0.0)
         completions.total += 20
@@ -90,22 +91,22 @@ async def test_the_advice_to_come_back_follows_the_completion_rate() -> None:
 
 async def test_max_concurrent_requests_bounds_the_whole_fleet() -> None:
     async with known_fleet(Network(), P0, P1, D0, D1, max_concurrent_requests=3) as fleet:
-        held = [await take(fleet) for _ in range(3)]
+        held = [await reserve(fleet) for _ in range(3)]
         with pytest.raises(NoWorkerError, match="3 requests are under way, which is the limit"):
-            await take(fleet)
-        give(held[0])
-        await take(fleet)
+            await reserve(fleet)
+        release(fleet, held[0])
+        await reserve(fleet)
 
 
 async def test_a_client_that_leaves_the_queue_is_out_of_it_at_once() -> None:
     async with known_fleet(Network(), P0, D0, max_concurrent_requests=1) as fleet:
-        current, line = await take(fleet), Line(fleet)
+        current, line = await reserve(fleet), Line(fleet)
         for name in "abc":
             await line.join(name)
         line.tasks["a"].cancel()
         await asyncio.wait([line.tasks["a"]])
-        assert fleet.num_waiting == 2
-        give(current)
+        assert fleet.scheduler.num_waiting == 2
+        release(fleet, current)
         await line.until_served("b")
 
 
@@ -117,16 +118,16 @@ async def test_any_mixture_of_ends_leaves_nothing_promised() -> None:
         async def client(number: int) -> None:
             shape = RequestShape(prompt_tokens=37 * number % 900, max_new_tokens=16, priority=number % 3)
             try:
-                reservation = await fleet.reserve(shape, timeout_s=0.001 * (number % 40))
+                reservation = await reserve(fleet, shape, timeout_s=0.001 * (number % 40))
             except NoWorkerError:
                 return
             try:
                 await asyncio.sleep(0.001 * (number % 7))
                 if number % 2:
-                    reservation.prefill_finished()
+                    prefill_finished(fleet, reservation)
             finally:
                 is_ok = None if number % 5 else True
-                reservation.release(prefill_ok=is_ok, decode_ok=is_ok)
+                release(fleet, reservation, prefill_ok=is_ok, decode_ok=is_ok)
 
         tasks = [asyncio.create_task(client(number)) for number in range(300)]
         for number, task in enumerate(tasks):
@@ -134,10 +135,14 @@ async def test_any_mixture_of_ends_leaves_nothing_promised() -> None:
                 await asyncio.sleep(0)
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert fleet.num_waiting == fleet.admission.placement.num_open == 0
+        assert fleet.scheduler.num_waiting == fleet.scheduler.admission.placement.num_open == 0
         for member in fleet.workers():
-            assert (member.num_inflight, member.promised_tokens, member.reserved_tokens) == (0, 0, 0)
-            assert member.held_for is None
+            assert (member.num_inflight, member.slots.promised_tokens, member.slots.reserved_tokens) == (
+                0,
+                0,
+                0,
+            )
+            assert member.slots.held_for is None
 
 
 # -- large and small -------------------------------------------------------------------------
@@ -147,25 +152,25 @@ async def test_a_request_that_does_not_fit_lets_smaller_ones_pass_but_not_for_ev
     network = Network()
     network[D0].loads = loads(max_total_num_tokens=1000)
     async with known_fleet(network, P0, D0) as fleet:
-        small = [await take(fleet) for _ in range(8)]  # 116 tokens each
+        small = [await reserve(fleet) for _ in range(8)]  # 116 tokens each
         line = Line(fleet)
         await line.join("large", LARGE)
         passed = 0
         while "large" not in line.served:
             name = f"small{passed}"
             await line.join(name)
-            give(small.pop(0))
-            await until(lambda name=name: name in line.served or fleet.num_waiting == 2)  # type: ignore[misc]
+            release(fleet, small.pop(0))
+            await until(lambda name=name: name in line.served or fleet.scheduler.num_waiting == 2)  # type: ignore[misc]
             if name not in line.served:
                 break
             small.append(line.held[name])
             passed += 1
         assert passed == MAX_OVERTAKEN
         while small:
-            give(small.pop())
+            release(fleet, small.pop())
         await until(lambda: "large" in line.served)
         assert line.served[MAX_OVERTAKEN] == "large"
-        give(line.held["large"])
+        release(fleet, line.held["large"])
         await until(lambda: len(line.served) == MAX_OVERTAKEN + 2)
 
 
@@ -173,17 +178,17 @@ async def test_a_pair_held_for_a_client_that_leaves_is_given_to_others() -> None
     network = Network()
     network[D0].loads = loads(max_total_num_tokens=1000)
     async with known_fleet(network, P0, D0) as fleet:
-        small = [await take(fleet) for _ in range(8)]
+        small = [await reserve(fleet) for _ in range(8)]
         line = Line(fleet)
         await line.join("large", LARGE)
-        for waiter in fleet.admission.line:
+        for waiter in fleet.scheduler.admission.queue:
             waiter.num_overtaken = MAX_OVERTAKEN - 1
         await line.join("one")
         await line.join("two")
-        give(small.pop())
+        release(fleet, small.pop())
         await line.until_served("one")
-        give(small.pop())
-        assert fleet.workers()[1].held_for is not None
+        release(fleet, small.pop())
+        assert fleet.workers()[1].slots.held_for is not None
         line.tasks["large"].cancel()
         await line.until_served("one", "two")
 
@@ -193,18 +198,18 @@ async def test_while_one_pair_is_held_the_rest_of_the_fleet_goes_on() -> None:
     for info in (D0, D1):
         network[info].loads = loads(max_total_num_tokens=1000)
     async with known_fleet(network, P0, P1, D0, D1) as fleet:
-        small = [await take(fleet) for _ in range(16)]
+        small = [await reserve(fleet) for _ in range(16)]
         line = Line(fleet)
         await line.join("large", LARGE)
-        for waiter in fleet.admission.line:
+        for waiter in fleet.scheduler.admission.queue:
             waiter.num_overtaken = MAX_OVERTAKEN - 1
         await line.join("one")
-        give(small.pop())
+        release(fleet, small.pop())
         await line.until_served("one")
-        held = [member.worker_id for member in fleet.workers() if member.held_for]
+        held = [member.worker_id for member in fleet.workers() if member.slots.held_for]
         assert len(held) == 2
         await line.join("two")
-        give(next(r for r in small if r.pair.decode.worker_id not in held))
+        release(fleet, next(r for r in small if r.pair.decode.worker_id not in held))
         await line.until_served("one", "two")
 
 
@@ -215,27 +220,27 @@ async def test_a_request_whose_pairs_are_excluded_holds_nobody_up() -> None:
         await line.join("retried", exclude=every)
         await line.join("other")
         await line.until_served("other")
-        assert fleet.num_waiting == 1
+        assert fleet.scheduler.num_waiting == 1
 
 
 async def test_a_lost_pair_is_held_no_longer() -> None:
     network = Network()
     network[D0].loads = loads(max_total_num_tokens=1000)
     async with known_fleet(network, P0, D0) as fleet:
-        small = [await take(fleet) for _ in range(8)]
+        small = [await reserve(fleet) for _ in range(8)]
         line = Line(fleet)
         await line.join("large", LARGE)
-        for waiter in fleet.admission.line:
+        for waiter in fleet.scheduler.admission.queue:
             waiter.num_overtaken = MAX_OVERTAKEN
         await line.join("one")
-        give(small.pop())
+        release(fleet, small.pop())
         await line.until_served("one")
         network[D0].is_down = True
-        small.pop().release(prefill_ok=None, decode_ok=False, error=WorkerUnreachable(D0.url, "reset"))
+        release(fleet, small.pop(), decode_ok=False, error=WorkerUnreachable(D0.url, "reset"))
         assert worker_states(fleet)["decode-0"] == "suspect"
-        assert [member.held_for for member in fleet.workers()] == [None, None]
+        assert [member.slots.held_for for member in fleet.workers()] == [None, None]
         for each in [*small, line.held["one"]]:
-            each.release(prefill_ok=None, decode_ok=None)
+            release(fleet, each, prefill_ok=None, decode_ok=None)
         network[D0].is_down = False
         await until(lambda: "large" in line.served)
 
@@ -244,20 +249,20 @@ async def test_a_request_that_would_be_late_is_refused_at_once_and_told_when_to_
     async with known_fleet(Network(), P0, D0, slo_ttft_s=1.0, load_poll_s=60.0) as fleet:
         rate = fleet.workers()[0].view.prefill_tokens_s
         shape = RequestShape(prompt_tokens=int(rate * 0.6), max_new_tokens=1)
-        current = await fleet.reserve(shape, timeout_s=60)
+        current = await reserve(fleet, shape, timeout_s=60)
         with pytest.raises(NoWorkerError, match=r"no first token within 1 s: .*prefill-0") as caught:
-            await fleet.reserve(shape, timeout_s=60)
+            await reserve(fleet, shape, timeout_s=60)
         assert caught.value.retry_after_s >= 1
-        assert (fleet.num_waiting, fleet.admission.shed) == (0, {"slo": 1})
-        current.prefill_finished()
-        await fleet.reserve(shape, timeout_s=60)
+        assert (fleet.scheduler.num_waiting, fleet.scheduler.admission.shed) == (0, {"slo": 1})
+        prefill_finished(fleet, current)
+        await reserve(fleet, shape, timeout_s=60)
 
 
 async def test_stop_ends_every_wait() -> None:
     async with known_fleet(Network(), P0, D0, max_concurrent_requests=1) as fleet:
-        current, line = await take(fleet), Line(fleet)
+        current, line = await reserve(fleet), Line(fleet)
         await line.join("a")
         await fleet.stop()
         await line.tasks["a"]
         assert line.refused == {"a": "the balancer is stopping"}
-        give(current)
+        release(fleet, current)

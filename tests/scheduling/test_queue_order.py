@@ -140,7 +140,7 @@ def test_a_request_that_does_not_fit_is_passed_by_smaller_ones_only_so_often() -
         desk.now_s += 0.5
         small.append(desk.ask(f"small{len(small)}", shape(100, 10)))
         desk.end(running.pop(0))
-        running = [each for each in (*running, *small) if each.outcomes and each.reservation.holder]
+        running = [each for each in (*running, *small) if each.outcomes and each.reservation.is_open]
     assert large.reservation
     behind = [
         each for each in small if each.at_s - large.at_s > ages_s and 0 < each.served_s < large.served_s
@@ -179,10 +179,10 @@ def test_the_line_is_sorted_anew_when_the_order_changes() -> None:
     desk = Desk(max_running=100, max_concurrent_requests=1, queue_order="auto", queue_timeout_s=1e4)
     current = desk.ask("current", shape(10, 1))
     waiting = [desk.ask("long", shape(50_000, 10)), desk.ask("short", shape(10, 10))]
-    assert [waiter.shape.prompt_tokens for waiter in desk.admission.line] == [50_000, 10]
+    assert [waiter.shape.prompt_tokens for waiter in desk.admission.queue] == [50_000, 10]
     overload(desk)
     assert desk.admission.regime.regime is Regime.OVERLOAD
-    assert [waiter.shape.prompt_tokens for waiter in desk.admission.line] == [10, 50_000]
+    assert [waiter.shape.prompt_tokens for waiter in desk.admission.queue] == [10, 50_000]
     assert serve_all(desk, current, waiting) == ["short", "long"]
 
 
@@ -214,7 +214,7 @@ def test_what_cannot_get_its_first_token_in_time_is_refused_at_once() -> None:
     asked = [desk.ask(str(n), shape(4000, 1)) for n in range(12)]  # 0.4 s each: five make it
     served = [each for each in asked if each.served_s >= 0]
     refused = [each for each in asked if each.outcomes and each.served_s < 0]
-    assert len(served) + len(desk.admission.line) == 5
+    assert len(served) + len(desk.admission.queue) == 5
     assert len(refused) == 7
     assert desk.admission.shed == {"slo": 7}
     assert "no first token within 2 s" in str(refused[0].refusal)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.scheduling.policy.view import WorkerView
-from pdserve.scheduling.regime import HIGH, LOW, MIN_STAY_S, NUM_CHANGES, Regime, RegimeChange, RegimeMonitor
+from pdserve.scheduling.regime import HIGH, LOW, MIN_STAY_S, NUM_CHANGES, Regime, RegimeMonitor
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
 from tests.support.examples import n_examples
 
@@ -32,8 +32,7 @@ class Watched:
         self.prefills = [view(Role.PREFILL, index) for index in range(2)]
         self.decodes = [view(Role.DECODE, index) for index in range(2)]
         self.now_s = 100.0
-        self.seen: list[RegimeChange] = []
-        self.monitor.on_change.append(self.seen.append)
+        self.seen = self.monitor.changes  # the last sixteen
 
     def load(self, prefill_queue_s: float, decode_share: float) -> None:
         """Queues of that many seconds, and that share of slots."""

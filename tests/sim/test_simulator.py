@@ -193,20 +193,20 @@ def test_nothing_is_held_when_all_is_over(model: CostModel, pool: int) -> None:
     for decode in run.decodes:
         assert (decode.used_tokens, decode.cache.pinned_tokens, decode.cache.num_pinned) == (0, 0, 0)
         assert decode.is_idle
-    for worker in (*run.fleet.prefills, *run.fleet.decodes):
+    for worker in run.workers:
         assert (worker.num_inflight, worker.promised_tokens, worker.reserved_tokens) == (0, 0, 0)
-        assert run.fleet.table.inflight(worker.instance_id) == 0
-    assert run.fleet.admission.placement.num_open == 0
-    assert not run.fleet.admission.line
+        assert run.scheduler.table.inflight(worker.instance_id) == 0
+    assert run.scheduler.admission.placement.num_open == 0
+    assert not run.scheduler.admission.queue
 
 
 def test_rates_are_fitted_from_the_samples_as_in_production() -> None:
     run = simulation(synthetic(replace(BUSY, requests=600), seed=3), MODEL, (1, 1))
     run.run()
-    decode = run.fleet.decodes[0].view
+    decode = run.workers[1].view
     assert decode.step_base_s == pytest.approx(0.02, rel=0.1)
     assert decode.step_slope_s > 0
-    prefill = run.fleet.prefills[0].view
+    prefill = run.workers[0].view
     assert prefill.prefill_tokens_s == pytest.approx(1 / 1.4e-4, rel=0.3)
 
 
@@ -228,7 +228,7 @@ def test_a_large_fleet_makes_no_grid_of_pairs() -> None:
     report = run.run()
     assert len(report.served) == 300
     assert len({record.prefill for record in report.records}) > 100
-    assert len(run.fleet.admission.placement.ready_pairs.records) == 40_000
+    assert len(run.scheduler.admission.placement.ready_pairs) == 40_000
 
 
 @pytest.mark.parametrize("lengths", ["learned", "oracle", "useless", "none"])

@@ -1,4 +1,4 @@
-"""An in-memory network of SGLang-like servers behind the ``Fetcher`` seam, for fleet tests.
+"""An in-memory network of SGLang-like servers in place of ``HttpClient``, for fleet tests.
 
 Real servers are used in ``test_fleet_live.py``; here each answer's moment is in
 the test's hands: ``hold`` a server's /generate, take it ``down``, change its status.
@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from pdserve.balancer.fleet.fleet import Membership, WorkerFleet
+from pdserve.balancer.proxy.attempts import Reservations
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerError, WorkerUnreachable
 from pdserve.scheduling.reservation import Reservation
@@ -29,7 +31,7 @@ GENERATED = b'{"text":" ok","output_ids":[1,2],"meta_info":{"finish_reason":{"ty
 
 @dataclass(frozen=True)
 class Answer:
-    """Status and body, as the upstream pool's FetchedResponse has them."""
+    """Status and body, as ``FetchedResponse`` has them."""
 
     status: int
     body: bytes = b"{}"
@@ -74,7 +76,7 @@ class Network:
         headers: tuple[tuple[bytes, bytes], ...] = (),
         timeout_s: float,
     ) -> Answer:
-        """The seam: ``UpstreamPool.fetch`` without sockets."""
+        """The seam: ``HttpClient.fetch`` without sockets."""
         server = self.servers.setdefault(url, Server())
         path = path.partition("?")[0]
         server.calls[path] += 1
@@ -153,7 +155,7 @@ def loads(**figures: object) -> Answer:
 
 async def sampled(fleet: WorkerFleet) -> None:
     """Wait until every member's load is known."""
-    await until(lambda: all(fleet.table.load(member.instance_id) for member in fleet.workers()))
+    await until(lambda: all(fleet.scheduler.table.load(member.instance_id) for member in fleet.workers()))
 
 
 def pair_states(fleet: WorkerFleet) -> dict[str, str]:
@@ -183,14 +185,22 @@ async def known_fleet(
         yield fleet
 
 
-async def take(fleet: WorkerFleet, shape: RequestShape = SHAPE) -> Reservation:
-    """Reserve what should be had at once."""
-    return await fleet.reserve(shape, timeout_s=SOON_S)
+async def reserve(
+    fleet: WorkerFleet, shape: RequestShape = SHAPE, *, timeout_s: float = SOON_S, **how: Any
+) -> Reservation:
+    """A pair for a request, as the proxy takes it."""
+    return await Reservations(fleet.scheduler, fleet).take(shape, timeout_s=timeout_s, **how)
 
 
-def give(reservation: Reservation) -> None:
-    """End a request well."""
-    reservation.release(prefill_ok=True, decode_ok=True)
+def prefill_finished(fleet: WorkerFleet, reservation: Reservation) -> None:
+    """The request's prefill leg ends well."""
+    Reservations(fleet.scheduler, fleet).prefill_finished(reservation)
+
+
+def release(fleet: WorkerFleet, reservation: Reservation, **results: Any) -> None:
+    """End a request as the proxy does; well, unless ``results`` say otherwise."""
+    results = results or {"prefill_ok": True, "decode_ok": True}
+    Reservations(fleet.scheduler, fleet).release(reservation, **results)
 
 
 class Line:
@@ -206,13 +216,13 @@ class Line:
 
     async def join(self, name: str, shape: RequestShape = SHAPE, **how: object) -> None:
         """Stand in line; returns when the client does."""
-        length = self.fleet.num_waiting
+        length = self.fleet.scheduler.num_waiting
         self.tasks[name] = asyncio.create_task(self._client(name, shape, how))
-        await until(lambda: self.fleet.num_waiting == length + 1 or name in self.served)
+        await until(lambda: self.fleet.scheduler.num_waiting == length + 1 or name in self.served)
 
-    async def _client(self, name: str, shape: RequestShape, how: dict[str, object]) -> None:
+    async def _client(self, name: str, shape: RequestShape, how: dict[str, Any]) -> None:
         try:
-            self.held[name] = await self.fleet.reserve(shape, **{"timeout_s": 5, **how})  # type: ignore[arg-type]
+            self.held[name] = await reserve(self.fleet, shape, **{"timeout_s": 5, **how})
         except NoWorkerError as exc:
             self.refused[name] = str(exc)
         else:

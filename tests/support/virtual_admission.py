@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import NoWorkerError
-from pdserve.scheduling.admission import Admission
-from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.load_sample import Sample
 from pdserve.scheduling.policy import make_policy
 from pdserve.scheduling.queue import Waiter
 from pdserve.scheduling.reservation import Reservation
-from pdserve.scheduling.workers import PairKey, PairRecord, PairState, Worker, WorkerState
-from pdserve.sim.fleet import NoJudge
+from pdserve.scheduling.scheduler import Scheduler
+from pdserve.scheduling.workers import PairKey, WorkerSlots
 from pdserve.types import Forecast, InstanceId, RequestShape, Role, WorkerId, WorkerInfo, WorkerLoad
 
 
@@ -73,7 +71,13 @@ class Desk:
         **config: object,
     ) -> None:
         self.now_s = 1000.0
-        self.table = LoadTable()
+        self.scheduler = Scheduler(
+            BalancerConfig(**config),  # type: ignore[arg-type]
+            lambda: "no worker",
+            policy=make_policy(policy, 1),
+            clock=lambda: self.now_s,
+        )
+        self.admission = self.scheduler.admission
         self.workers = [self._worker(Role.PREFILL, index, 0) for index in range(num_prefill)]
         self.workers += [self._worker(Role.DECODE, index, capacity) for index in range(num_decode)]
         self.prefills, self.decodes = self.workers[:num_prefill], self.workers[num_prefill:]
@@ -83,17 +87,8 @@ class Desk:
             worker.view.max_running_requests = max_running
         self.max_running = max_running
         self.served: list[str] = []
-        self.admission = Admission(
-            BalancerConfig(**config),  # type: ignore[arg-type]
-            self.table,
-            make_policy(policy, 1),
-            NoJudge(),
-            lambda exclude, shape: "full",
-            lambda worker: None,
-            lambda: self.now_s,
-        )
-        self.admission.readiness_changed(
-            [PairRecord(p, d, PairState.READY) for p in self.prefills for d in self.decodes]
+        self.scheduler.set_ready_pairs(
+            [(p.instance_id, d.instance_id) for p in self.prefills for d in self.decodes]
         )
 
     def ask(
@@ -119,15 +114,23 @@ class Desk:
 
     def end(self, asked: Asked) -> None:
         """Its answer is over."""
-        asked.reservation.prefill_finished()
-        asked.reservation.release(prefill_ok=True, decode_ok=True)
+        self.prefilled(asked)
+        self.release(asked, decode_ok=True)
 
-    def sample(self, worker: Worker, **figures: object) -> None:
+    def prefilled(self, asked: Asked) -> None:
+        """Its prefill leg is over."""
+        self.scheduler.prefill_finished(asked.reservation)
+
+    def release(self, asked: Asked, *, decode_ok: bool) -> None:
+        """Its decode leg is over, and with it the request."""
+        self.scheduler.end(asked.reservation, prefill_ok=decode_ok or None, decode_ok=decode_ok)
+        self.scheduler.serve()
+
+    def sample(self, worker: WorkerSlots, **figures: object) -> None:
         """A sample of all that was sent until now."""
         told = {"max_running_requests": self.max_running, **figures}
         load = WorkerLoad(timestamp_s=self.now_s, **told)  # type: ignore[arg-type]
-        self.table.record(worker.instance_id, Sample(load, covered_s=self.now_s))
-        self.admission.sampled(worker)
+        self.scheduler.sampled(worker, Sample(load, covered_s=self.now_s))
 
     def tick(self, seconds: float = 0.25) -> None:
         """Time passes; nobody's sample says anything new, but it is a moment to look at the line."""
@@ -138,13 +141,17 @@ class Desk:
     @property
     def is_clear(self) -> bool:
         """Nothing is promised to anybody."""
-        placement = self.admission.placement
-        sums = [(w.num_inflight, w.promised_tokens, w.reserved_tokens, w.held_for) for w in self.workers]
-        growth = [placement.growth_tokens(worker) for worker in self.decodes]
-        is_clear = set(sums) == {(0, 0, 0, None)} and not any(growth)
-        return is_clear and not placement.num_open and not len(self.admission.line)
+        sums = [
+            (w.num_inflight, w.promised_tokens, w.reserved_tokens, w.growth.tokens, w.held_for)
+            for w in self.workers
+        ]
+        return (
+            set(sums) == {(0, 0, 0, 0, None)}
+            and not self.admission.placement.num_open
+            and not len(self.admission.queue)
+        )
 
-    def _worker(self, role: Role, index: int, capacity: int) -> Worker:
+    def _worker(self, role: Role, index: int, capacity: int) -> WorkerSlots:
         name = f"{role}-{index}"
         info = WorkerInfo(
             worker_id=WorkerId(name),
@@ -154,9 +161,7 @@ class Desk:
             model="m",
             max_total_num_tokens=capacity,
         )
-        worker = Worker(info, state=WorkerState.READY)
-        self.table.add(info)
-        worker.view = self.table.view(info.instance_id)
+        worker = self.scheduler.add_worker(info)
         worker.view.kv_capacity = capacity
         return worker
 

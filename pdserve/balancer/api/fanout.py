@@ -30,10 +30,10 @@ from pdserve.balancer.api.forward import (
     passed_on,
 )
 from pdserve.balancer.api.health import DataPlane, HealthControl
+from pdserve.balancer.fleet.worker import Worker
 from pdserve.errors import WorkerError
 from pdserve.http.answer import Answer, json_answer
 from pdserve.http.incoming import IncomingRequest
-from pdserve.scheduling.workers import Worker
 
 WORKER = "worker"
 """Query parameter, and body field where exactly one worker is meant."""
@@ -78,22 +78,25 @@ class FanOutControl:
             wait_s = 0.0  # SGLang will say what is wrong with it
         answer = await self._fan_out(client, body, WORK_S + min(max(0.0, wait_s), self._request_s))
         for worker in self._chosen(client):
-            self._asker.fleet.flushed(
-                worker.instance_id
-            )  # of one that refused we only know less than we might
+            # Also for one that refused: the prompt tree then knows less than it might.
+            self._asker.fleet.scheduler.cache_flushed(worker.instance_id)
         return answer
 
     async def pause(self, client: IncomingRequest, body: bytes) -> Answer:
         """Stop generation everywhere; ``/ready`` is 503 until it goes on, and nobody counts as stuck."""
         answer = await self._fan_out(client, body, self._request_s)
         if answer.status == 200 and not _named(client):
-            self._health.is_paused = self._asker.fleet.is_paused = True
+            self._set_paused(True)
         return answer
 
     async def go_on(self, client: IncomingRequest, body: bytes) -> Answer:
         """End a pause."""
-        self._health.is_paused = self._asker.fleet.is_paused = False
+        self._set_paused(False)
         return await self._fan_out(client, body, WORK_S)
+
+    def _set_paused(self, is_paused: bool) -> None:
+        self._health.is_paused = is_paused
+        self._asker.fleet.health.set_paused(is_paused)
 
     async def abort_request(self, client: IncomingRequest, body: bytes) -> Answer:
         """Every worker aborts the request; its client may name it by its own rid or X-Request-Id."""

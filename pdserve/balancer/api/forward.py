@@ -15,13 +15,12 @@ from urllib.parse import quote, quote_from_bytes
 import msgspec
 
 from pdserve.balancer.fleet.fleet import WorkerFleet
-from pdserve.balancer.fleet.probe import COMMAND
+from pdserve.balancer.fleet.worker import COMMAND, Worker, WorkerState
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import PdserveError, WorkerError
 from pdserve.http.answer import JSON_TYPE, Answer, Headers
 from pdserve.http.client import FetchedResponse, HttpClient
 from pdserve.http.incoming import IncomingRequest
-from pdserve.scheduling.workers import Worker, WorkerState
 from pdserve.types import Role
 
 ASK_S = 10.0

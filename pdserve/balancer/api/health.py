@@ -12,13 +12,13 @@ from typing import Protocol
 
 from pdserve.balancer.api.errors import error_answer
 from pdserve.balancer.api.forward import Question, WorkerAsker, why_not
+from pdserve.balancer.fleet.worker import PairState, Worker
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.state import render_state
 from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.http.answer import Answer, json_answer
 from pdserve.http.client import FetchedResponse
 from pdserve.http.incoming import IncomingRequest
-from pdserve.scheduling.workers import PairState, Worker
 
 HEALTH_GENERATE_S = 25.0
 """SGLang looks at its token after 1 s at the earliest and gives up after 20 s."""
@@ -55,9 +55,9 @@ class HealthControl:
 
     async def readiness(self, client: IncomingRequest, body: bytes) -> Answer:
         """200 while some pair can serve, else 503 that says why not."""
-        if self._fleet.has_ready_pair:
+        if self._fleet.scheduler.has_ready_pair:
             return json_answer({"status": "ready"})
-        return error_answer(503, self._fleet.explain())
+        return error_answer(503, self._fleet.scheduler.explain())
 
     async def acceptance(self, client: IncomingRequest, body: bytes) -> Answer:
         """Readiness, and 503 while generation is paused: SGLang's ``/ready``."""
@@ -71,8 +71,8 @@ class HealthControl:
         Anyone may ask, and each round costs every server a token: those who ask
         while one is under way get its result.
         """
-        if not self._fleet.has_ready_pair:
-            return error_answer(503, self._fleet.explain())
+        if not self._fleet.scheduler.has_ready_pair:
+            return error_answer(503, self._fleet.scheduler.explain())
         if self._generating is None or self._generating.done():
             self._generating = asyncio.create_task(self._generate(client), name="health-generate")
         return await asyncio.shield(self._generating)
@@ -91,4 +91,4 @@ class HealthControl:
         if any(record.prefill in well and record.decode in well for record in pairs):
             return json_answer({"status": "ready"})
         missing = "; ".join(why_not(worker, reply) for worker, reply in asked if worker not in well)
-        return error_answer(503, f"no pair generates: {missing or self._fleet.explain()}")
+        return error_answer(503, f"no pair generates: {missing or self._fleet.scheduler.explain()}")

@@ -23,13 +23,13 @@ from pdserve.balancer.api.forward import (
     why_not,
 )
 from pdserve.balancer.api.health import DataPlane
+from pdserve.balancer.fleet.worker import Worker
 from pdserve.balancer.metrics.export import render_metrics
 from pdserve.balancer.metrics.exposition import ExpositionMerger
 from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.http.answer import Answer, json_answer
 from pdserve.http.client import FetchedResponse
 from pdserve.http.incoming import IncomingRequest
-from pdserve.scheduling.workers import Worker
 from pdserve.types import Role
 
 SERVER_INFO = "/server_info"
@@ -59,7 +59,7 @@ class InfoControl:
         """What the first worker that answers says; decode workers first, they speak for the service."""
         timeout_s = WORK_S if body else ASK_S
         question = Question.of(client, body, path=_OLD_NAMES.get(client.path, ""), timeout_s=timeout_s)
-        status, why = 503, self._fleet.explain()
+        status, why = 503, self._fleet.scheduler.explain()
         for worker in self._asker.willing():
             reply = await self._asker.ask(question, worker)
             if isinstance(reply, FetchedResponse):
@@ -81,7 +81,7 @@ class InfoControl:
                 infos[worker.role].append(info)
         prefills, decodes = infos[Role.PREFILL], infos[Role.DECODE]
         if not decodes:
-            why = f"no decode server tells its server info: {self._fleet.explain()}"
+            why = f"no decode server tells its server info: {self._fleet.scheduler.explain()}"
             return route_error(client.path, 503, why)
         states = [state for info in decodes for state in info.get("internal_states") or ()]
         whole = {**decodes[0], "prefill": prefills, "decode": decodes, "internal_states": states}
@@ -153,7 +153,9 @@ class InfoControl:
         for reply in replies:
             if isinstance(reply, FetchedResponse) and 400 <= reply.status < 500:
                 return passed_on(reply)
-        return route_error(client.path, 503, f"{why}: {'; '.join(reasons) or self._fleet.explain()}")
+        return route_error(
+            client.path, 503, f"{why}: {'; '.join(reasons) or self._fleet.scheduler.explain()}"
+        )
 
 
 def _scrape(client: IncomingRequest, timeout_s: float) -> Question:

@@ -20,10 +20,10 @@ import msgspec
 
 from pdserve.balancer.api.forward import ControlRefused, WorkerAsker, fields_of
 from pdserve.balancer.api.worker_url import AllowedHosts, BadWorkerUrl, HostNotAllowed, WorkerUrl
+from pdserve.balancer.fleet.worker import Worker, WorkerState
 from pdserve.errors import ConfigError
 from pdserve.http.answer import Answer, json_answer
 from pdserve.http.incoming import IncomingRequest
-from pdserve.scheduling.workers import Worker, WorkerState
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
 
 WORKERS = "/workers/"

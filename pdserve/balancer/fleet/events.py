@@ -7,7 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from pdserve.scheduling.workers import Worker
+from pdserve.balancer.fleet.worker import Worker
 
 logger = logging.getLogger(__name__)
 

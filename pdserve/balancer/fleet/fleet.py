@@ -1,8 +1,8 @@
-"""Who can serve a request now: the fleet's members, and what others ask and tell of them.
+"""Membership of the fleet: which workers and pairs there are, and the tasks that watch them.
 
-    bootstrap watch / static flags / POST /workers ─► Roster ─► keepers (ping, poll, probe, wedge)
-                                                        │ ready        │
-    reserve() ◄── Admission ◄── Rotation + Policy ◄─────┴─── Judge ◄───┘
+    bootstrap watch / static flags / POST /workers ─► Roster ─► WorkerMonitor, PairProber, …
+                                                                  │ pings, samples, probes
+    Scheduler ◄── ready pairs, samples ◄── HealthTracker ◄────────┘
 
 A pair takes traffic once a real token has come through it. Everything runs on
 one event loop; the tasks are owned here and awaited in ``stop``.
@@ -17,31 +17,26 @@ from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Protocol
 
-import msgspec
-
+from pdserve.balancer.fleet.breaker import Breaker
 from pdserve.balancer.fleet.events import EventLog, FleetEvent
 from pdserve.balancer.fleet.health import HealthTracker
-from pdserve.balancer.fleet.probe import PairProber, ProbeGate, WorkerKeys, WorkerPool
-from pdserve.balancer.fleet.roster import Roster, static_workers
+from pdserve.balancer.fleet.probe import PairProber, ProbeGate, WorkerKeys
+from pdserve.balancer.fleet.roster import Roster, explain_shortage, static_workers
 from pdserve.balancer.fleet.transfer_poll import TransferListener, TransferPoller
+from pdserve.balancer.fleet.worker import PairRecord, PairState, Worker, WorkerState
 from pdserve.balancer.fleet.worker_monitor import WorkerMonitor
 from pdserve.bootstrap.client import FleetWatcher
 from pdserve.bootstrap.messages import FleetView
 from pdserve.config.balancer import BalancerConfig
-from pdserve.errors import ConfigError, NoWorkerError
-from pdserve.scheduling.admission import Admission
-from pdserve.scheduling.breaker import Breaker
-from pdserve.scheduling.explain import explain_fullness, explain_shortage
-from pdserve.scheduling.lengths import LengthPredictor, Lengths
-from pdserve.scheduling.load import LoadTable
-from pdserve.scheduling.policy import policy_of
+from pdserve.errors import ConfigError, WorkerError
+from pdserve.http.client import HttpClient
 from pdserve.scheduling.reservation import Reservation
-from pdserve.scheduling.workers import PairKey, PairRecord, PairState, Worker, WorkerState
-from pdserve.types import InstanceId, RequestShape, WorkerId, WorkerInfo
+from pdserve.scheduling.scheduler import Scheduler
+from pdserve.types import InstanceId, WorkerId, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
-NO_EXCLUDE: frozenset[PairKey] = frozenset()
+MONITOR = "monitor"
 
 
 class Membership(Protocol):
@@ -65,6 +60,7 @@ class Membership(Protocol):
 class WorkerFleet:
     """The balancer's workers and pairs. Create it, ``await start()``, later ``await stop()``.
 
+    ``scheduler`` is kept informed of workers, loads and ready pairs; ``health`` of leg results.
     ``membership`` replaces the watch of ``config.bootstrap_url``; for tests. ``transfers`` is given the
     counters of the workers' data planes; without it they are not asked for.
     """
@@ -72,14 +68,12 @@ class WorkerFleet:
     def __init__(
         self,
         config: BalancerConfig,
-        pool: WorkerPool,
+        pool: HttpClient,
         membership: Membership | None = None,
         transfers: TransferListener | None = None,
     ) -> None:
         self.config = config
-        self.table = LoadTable()
-        self.policy = policy_of(config)
-        self.lengths: Lengths | None = LengthPredictor() if config.predict_lengths else None
+        self.scheduler = Scheduler(config, self._why_none_ready)
         self.started_s = time.monotonic()
         self.watcher: Membership | None = membership or (
             FleetWatcher(config.bootstrap_url) if config.bootstrap_url else None
@@ -90,13 +84,10 @@ class WorkerFleet:
         self._gate = ProbeGate()
         self._roster = Roster()
         self._log = EventLog()
-        self._health = HealthTracker(self._roster, self.table, self._log, pool)
-        self.admission = Admission(config, self.table, self.policy, self._health, self.explain, self._drained)
-        self._health.on_change = self._readiness_changed
-        self._health.on_sample = self.admission.sampled
+        self.health = HealthTracker(self._roster, self.scheduler, self._log, pool)
+        self._draining: set[Worker] = set()
         self._dismissed: set[InstanceId] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_stopping = False
 
     # -- life --------------------------------------------------------------------------------
 
@@ -109,8 +100,7 @@ class WorkerFleet:
 
     async def stop(self) -> None:
         """Refuse waiting requests and end every background task; reservations may still be released."""
-        self._is_stopping = True
-        self.admission.stop()
+        self.scheduler.stop()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -135,35 +125,8 @@ class WorkerFleet:
         """The member of that name; None if there is none."""
         return self._roster.find(worker_id)
 
-    @property
-    def has_ready_pair(self) -> bool:
-        """True if some pair takes traffic; it may be full."""
-        return len(self.admission.placement.ready_pairs) > 0
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait for a pair."""
-        return len(self.admission.line)
-
-    @property
-    def is_paused(self) -> bool:
-        """Set by control while generation is paused on purpose: standing still is no wedge then."""
-        return self._health.is_paused
-
-    @is_paused.setter
-    def is_paused(self, is_paused: bool) -> None:
-        self._health.is_paused = is_paused
-
-    def explain(self, exclude: frozenset[PairKey] = NO_EXCLUDE, shape: RequestShape | None = None) -> str:
-        """Why no pair can be reserved now (by this request), in one sentence for client and operator."""
-        if self._is_stopping:
-            return "the balancer is stopping"
-        if usable := list(self.admission.placement.ready_pairs.without(exclude).records.values()):
-            placement, limit = self.admission.placement, self.config.max_concurrent_requests
-            return explain_fullness(
-                usable, lambda worker: placement.lacks_room(worker, shape), placement.num_open, limit
-            )
-        return explain_shortage(self.workers(), self.pairs(), exclude, self._how_to_join())
+    def _why_none_ready(self) -> str:
+        return explain_shortage(self.workers(), self.pairs(), self._how_to_join())
 
     def _how_to_join(self) -> str:
         url = self.config.bootstrap_url
@@ -171,6 +134,32 @@ class WorkerFleet:
             return f"bootstrap service {url} is not reachable"
         register = f"register with the bootstrap service {url}, " if url else ""
         return f"workers {register}are named with --prefill and --decode, or added by POST /workers"
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def pair_reserved(self, reservation: Reservation) -> None:
+        """A request was given a pair: a monitor that dozes polls at once."""
+        members = self._roster.members
+        workers = [worker for key in reservation.key if (worker := members.get(key))]
+        if any(worker.is_dozing for worker in workers):
+            for worker in workers:
+                worker.wake.set()
+
+    def legs_ended(
+        self,
+        reservation: Reservation,
+        prefill_ok: bool | None,
+        decode_ok: bool | None,
+        error: str | WorkerError,
+    ) -> None:
+        """A request gave its pair back; arguments as ``HealthTracker.legs_ended`` takes them."""
+        self.health.legs_ended(reservation.key, prefill_ok, decode_ok, error)
+        self.notice_drained()
+
+    def notice_drained(self) -> None:
+        """Draining workers may have nothing in flight any more."""
+        for worker in [worker for worker in self._draining if not worker.num_inflight]:
+            self._drained(worker)
 
     # -- membership --------------------------------------------------------------------------
 
@@ -189,9 +178,9 @@ class WorkerFleet:
             worker = self._roster.members.get(info.instance_id) or self._add(info)
             if worker.info != info:
                 has_moved = worker.info.url != info.url or worker.info.bootstrap_port != info.bootstrap_port
-                self._health.worker_learned(worker, info)
+                self.health.worker_learned(worker, info)
                 if has_moved:
-                    self._health.suspect(worker, "its address changed")
+                    self.health.suspect(worker, "its address changed")
 
     def add_worker(self, info: WorkerInfo) -> Worker:
         """Take in a worker that no bootstrap service knows; it takes traffic once a pair of it is proven.
@@ -216,19 +205,20 @@ class WorkerFleet:
         worker.state = WorkerState.DRAINING
         worker.serves.clear()
         self._log.note("draining", worker, f"{worker.num_inflight} requests in flight")
-        self._health.retest(worker, f"{worker_id} is draining")
-        self._readiness_changed()
-        if not worker.num_inflight:
-            self._drained(worker)
+        self.health.retest(worker, f"{worker_id} is draining")
+        self.health.set_ready_pairs()
+        self._draining.add(worker)
+        self.notice_drained()
 
     def undrain(self, worker_id: WorkerId) -> None:
-        """Let a draining worker serve again, once its pairs are proven anew. Calls a removal off.
+        """Let a draining worker serve again, once its pairs are probed again. Calls a removal off.
 
         Raises:
             KeyError: if there is no such worker.
         """
         worker = self._member(worker_id)
         worker.is_leaving = False
+        self._draining.discard(worker)
         if worker.is_draining:
             worker.state = WorkerState.JOINING
             worker.serves.set()
@@ -255,8 +245,7 @@ class WorkerFleet:
         return worker
 
     def _drained(self, worker: Worker) -> None:
-        if worker not in self._roster:
-            return
+        self._draining.discard(worker)
         self._log.note("drained", worker, "nothing of ours is in flight there")
         if worker.is_leaving:
             if not worker.is_static:
@@ -268,84 +257,41 @@ class WorkerFleet:
             self.apply(view.workers)
 
     def _add(self, info: WorkerInfo, *, is_static: bool = False) -> Worker:
-        worker = Worker(info, is_static=is_static, breaker=Breaker(self.config.breaker_failures))
-        self.table.add(info)
-        worker.view = self.table.view(info.instance_id)
+        slots = self.scheduler.add_worker(info)
+        worker = Worker(slots, is_static=is_static, breaker=Breaker(self.config.breaker_failures))
         records = self._roster.add(worker)
         self._log.note("joined", worker, info.url)
         if not is_static:
             worker.answers.set()  # it registered after its server was up
-        keeper = WorkerMonitor(worker, self.config, self._pool, self._health)
-        worker.tasks.append(self._spawn(keeper.run(), f"keep-{worker.worker_id}"))
+        monitor = WorkerMonitor(worker, self.config, self._pool, self.health)
+        worker.tasks[MONITOR] = self._spawn(monitor.run(), f"keep-{worker.worker_id}")
         if self._transfers is not None:
             poller = TransferPoller(worker, self._pool, WorkerKeys.of(self.config).plain, self._transfers)
-            worker.tasks.append(self._spawn(poller.run(), f"keep-instance-{worker.worker_id}"))
+            worker.tasks["transfers"] = self._spawn(poller.run(), f"keep-instance-{worker.worker_id}")
         for record in records:
-            self._keep(record)
+            self._probe(record)
         return worker
 
-    def flushed(self, instance_id: InstanceId) -> None:
-        """That worker's prefix cache was emptied through us."""
-        tree = getattr(self.policy, "tree", None)
-        if tree is not None:
-            tree.flush(instance_id)
-
-    def _keep(self, record: PairRecord) -> None:
+    def _probe(self, record: PairRecord) -> None:
         if mismatch := record.mismatch():
             record.state, record.error = PairState.FAILED, mismatch
             self._log.note("pair_failed", record.decode, f"{record.label}: {mismatch}")
             return
-        keeper = PairProber(record, self.config, self._pool, self._gate, self._health)
-        record.tasks.append(self._spawn(keeper.run(), f"keep-{record.label}"))
+        prober = PairProber(record, self.config, self._pool, self._gate, self.health)
+        record.prober = self._spawn(prober.run(), f"keep-{record.label}")
 
     def _remove(self, worker: Worker, why: str) -> None:
         doomed = self._roster.remove(worker)
-        self.table.remove(worker.instance_id)
-        self.policy.forget(worker.instance_id)
+        self._draining.discard(worker)
         worker.has_left = True
         worker.wake.set()
-        # The first task is its keeper's, which sees to what is still in flight there.
-        needless = worker.tasks[1:] if worker.num_inflight else worker.tasks
-        for task in [*needless, *(task for record in doomed for task in record.tasks)]:
+        # The monitor sees to what is still in flight there.
+        tasks = [task for name, task in worker.tasks.items() if name != MONITOR or not worker.num_inflight]
+        for task in [*tasks, *(record.prober for record in doomed if record.prober is not None)]:
             task.cancel()
         self._log.note("gone", worker, why)
-        self._readiness_changed()
-
-    def _readiness_changed(self) -> None:
-        self.admission.readiness_changed(list(self._roster.records.values()))
-
-    # -- reservations ------------------------------------------------------------------------
-
-    def foresee(self, shape: RequestShape) -> RequestShape:
-        """The same request with a forecast of its answer's length, if lengths are predicted."""
-        if self.lengths is None:
-            return shape
-        return msgspec.structs.replace(shape, forecast=self.lengths.forecast(shape))
-
-    def learn(self, shape: RequestShape, output_tokens: int, *, is_cut: bool) -> None:
-        """An answer (of a batch: the mean of its answers) is over; ``is_cut``: it did not end by itself."""
-        if self.lengths is not None:
-            self.lengths.learn(shape, output_tokens, is_cut)
-
-    async def reserve(
-        self, shape: RequestShape, *, exclude: frozenset[PairKey] = NO_EXCLUDE, timeout_s: float
-    ) -> Reservation:
-        """Hold the pair the policy picks among those with room, waiting in the queue for one if need be.
-
-        Args:
-            shape: what is known of the request.
-            exclude: (prefill, decode) instance ids that the request must not get again.
-            timeout_s: longest wait.
-
-        Raises:
-            NoWorkerError: if the queue is full, or no pair had room in time; the message says why.
-        """
-        if self._is_stopping:
-            raise NoWorkerError(self.explain())
-        reservation = self.admission.try_now(shape, exclude)
-        if reservation is not None:
-            return reservation
-        return await self.admission.wait(shape, exclude, timeout_s)
+        self.health.set_ready_pairs()
+        self.scheduler.remove_worker(worker.instance_id)
 
     # -- tasks -------------------------------------------------------------------------------
 

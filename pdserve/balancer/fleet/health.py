@@ -1,8 +1,8 @@
-"""Who is to blame, who is ready: what legs, pings and probes say about workers and pairs.
+"""Worker and pair health: turns leg results, pings and probes into state changes.
 
-    Admission ── leg ended ──┐
-    keepers ── ping, poll, ──┼──► Judge ──► states of workers and pairs ──► on_change (ready pairs, queue)
-               probe, wedge ─┘       └──► exchanges of a hung worker end
+    proxy ──── leg results ──┐
+    monitors ─ ping, poll, ──┼──► HealthTracker ──► states of workers and pairs ──► Scheduler.set_ready_pairs
+               probe, hang ──┘         └──► exchanges of a hung worker end
 
 A worker whose leg fails hard becomes suspect: all its pairs leave the ready pairs
 until it answers a ping and a probe passes again.
@@ -11,16 +11,24 @@ until it answers a ping and a probe passes again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
+from pdserve.balancer.fleet.breaker import Failure
 from pdserve.balancer.fleet.events import EventLog
-from pdserve.balancer.fleet.probe import COMMAND, ProbePassed, ProbeResult, WorkerPool
 from pdserve.balancer.fleet.roster import Roster
+from pdserve.balancer.fleet.worker import (
+    COMMAND,
+    PairRecord,
+    PairState,
+    ProbePassed,
+    ProbeResult,
+    Worker,
+    WorkerState,
+)
 from pdserve.errors import WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
-from pdserve.scheduling.breaker import Failure
-from pdserve.scheduling.load import LoadTable
-from pdserve.scheduling.load_sample import PartialLoad, Sample
-from pdserve.scheduling.workers import PairRecord, PairState, Worker, WorkerState
+from pdserve.http.client import HttpClient
+from pdserve.scheduling.load_sample import Sample
+from pdserve.scheduling.scheduler import Scheduler
+from pdserve.scheduling.workers import PairKey
 from pdserve.types import Role, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -29,35 +37,47 @@ OVERLOADED = 503
 
 
 class HealthTracker:
-    """Changes the states of workers and pairs. ``on_change`` is called when readiness may have changed,
-    ``on_sample`` when there may be room that was not known of."""
+    """Changes the states of workers and pairs, and sets the scheduler's ready pairs by them."""
 
-    def __init__(self, roster: Roster, table: LoadTable, log: EventLog, pool: WorkerPool) -> None:
-        self.on_change: Callable[[], None] = lambda: None
-        self.on_sample: Callable[[Worker], None] = lambda worker: None
-        self.is_paused = False
+    def __init__(self, roster: Roster, scheduler: Scheduler, log: EventLog, pool: HttpClient) -> None:
+        self._is_paused = False
         self._roster = roster
-        self._table = table
+        self._scheduler = scheduler
         self._log = log
         self._pool = pool
 
-    # -- what requests say -------------------------------------------------------------------
+    def set_paused(self, is_paused: bool) -> None:
+        """Generation is paused on purpose, or goes on: a worker that is paused is not stalled."""
+        self._is_paused = is_paused
 
-    def pair_ended(
-        self, record: PairRecord, prefill_ok: bool | None, decode_ok: bool | None, error: str | WorkerError
+    # -- leg results ---------------------------------------------------------------------------
+
+    def legs_ended(
+        self, key: PairKey, prefill_ok: bool | None, decode_ok: bool | None, error: str | WorkerError
     ) -> None:
-        """Both legs of a request are over; each worker is judged by its own.
+        """Both legs of a request are over.
 
-        Where both are blamed because nobody could tell whose fault it was, and one of
-        them is known to be suspect, the other is innocent.
+        Where both are blamed because nobody can tell which failed, and one of the workers is known to be
+        suspect or has left, the other is not blamed.
+
+        Args:
+            key: the pair.
+            prefill_ok: False blames that worker, True clears it, None says nothing
+                (the client left, or the other leg failed first).
+            decode_ok: the same for the decode leg.
+            error: what went wrong. As WorkerUnreachable or WorkerTimeout of a blamed
+                worker it makes that worker suspect at once; anything else counts as
+                one of ``breaker_failures`` in a row and has the worker pinged, except a
+                503 of its own, which says that it is full.
         """
-        verdicts = [(record.prefill, prefill_ok), (record.decode, decode_ok)]
+        members = self._roster.members
+        results = [(members.get(key[0]), prefill_ok), (members.get(key[1]), decode_ok)]
         if prefill_ok is False and decode_ok is False:
-            known = [worker for worker, _ in verdicts if not worker.breaker.is_closed]
+            known = [each for each in results if each[0] is None or not each[0].breaker.is_closed]
             if len(known) == 1:
-                verdicts = [(known[0], False)]
-        for worker, is_ok in verdicts:
-            if is_ok is not None and worker in self._roster:
+                results = known
+        for worker, is_ok in results:
+            if worker is not None and is_ok is not None:
                 self._leg_ended(worker, is_ok, error)
 
     def _leg_ended(self, worker: Worker, is_ok: bool, error: str | WorkerError) -> None:
@@ -67,47 +87,39 @@ class HealthTracker:
         worker.last_error = str(error)
         logger.warning("leg failed worker=%s: %s", worker.worker_id, error)
         worker.failures[_kind(worker, error)] += 1
-        failure = _gravity(worker, error)
+        failure = _severity(worker, error)
         if failure is Failure.OVERLOAD:
-            if worker.is_overloaded:
+            if worker.slots.is_overloaded:
                 return  # one of the same burst
-            worker.is_overloaded = self._table.load(worker.instance_id) is not None
+            self._scheduler.set_overloaded(worker.slots)
         if worker.breaker.fail(failure):
             self.suspect(worker, worker.last_error)
         elif failure is not Failure.OVERLOAD:
             worker.needs_ping = True
             worker.wake.set()
 
-    # -- what keepers say --------------------------------------------------------------------
+    # -- monitors and probers ------------------------------------------------------------------
 
     def worker_learned(self, worker: Worker, info: WorkerInfo) -> None:
-        """Keeper or watch: the worker's description changed."""
-        worker.info = info
-        self._table.add(info)
+        """The worker's description has changed."""
+        if worker in self._roster:
+            self._scheduler.update_worker(info)
 
     def worker_sampled(self, worker: Worker, sample: Sample) -> None:
-        """Keeper: a load sample arrived."""
-        if worker not in self._roster:
-            return
-        self._table.record(worker.instance_id, sample)
-        worker.is_overloaded = False
-        self.on_sample(worker)
+        """A load sample arrived."""
+        if worker in self._roster:
+            self._scheduler.sampled(worker.slots, sample)
 
     def worker_silent(self, worker: Worker, why: str) -> None:
-        """Keeper: the worker does not answer; as grave as a broken connection of a request."""
+        """The worker does not answer: as severe as a broken connection of a request."""
         if worker in self._roster:
             worker.last_error = why
             worker.breaker.errors += 1
             worker.breaker.trip()
             self.suspect(worker, why)
 
-    def worker_updated(self, worker: Worker, partial: PartialLoad) -> None:
-        """Channel keeper: the worker's load changed between two polls."""
-        self._table.update(worker.instance_id, partial)
-        self.on_sample(worker)
-
     def worker_hung(self, worker: Worker, why: str) -> None:
-        """Keeper: the worker, which may have left the fleet, has work and shows no sign of life; what is in
+        """The worker, which may have left the fleet, has work and shows no sign of life; what is in
         flight there ends now.
 
         Its requests are failed after it is suspect, so that their retries go elsewhere.
@@ -119,18 +131,18 @@ class HealthTracker:
             self._log.note("wedged", worker, f"{why}; {num_failed} exchanges ended")
 
     def worker_stalled(self, worker: Worker, why: str) -> None:
-        """Keeper: the worker answers, but its scheduler gets nowhere. That is no wedge while it was told to
-        stop, or to load other weights."""
-        if not self.is_paused and not self._pool.is_busy_with(worker.url, COMMAND):
+        """The worker answers, but its scheduler makes no progress. That is no hang while it is paused, or
+        loads other weights."""
+        if not self._is_paused and not self._pool.is_busy_with(worker.url, COMMAND):
             self.worker_hung(worker, why)
 
     def worker_answers(self, worker: Worker) -> None:
-        """Keeper: the worker answers again (or, static, for the first time): let its pairs be probed."""
+        """The worker answers again (or, static, for the first time): let its pairs be probed."""
         worker.breaker.half_open()
         worker.answers.set()
 
     def pair_probed(self, record: PairRecord, result: ProbeResult) -> None:
-        """Keeper: a probe ended; readiness follows it, unless a worker was lost meanwhile."""
+        """A probe ended; readiness follows it, unless a worker was lost meanwhile."""
         record.probes += 1
         if isinstance(result, ProbePassed):
             self._pair_passed(record, result)
@@ -156,29 +168,33 @@ class HealthTracker:
                 self._log.note(
                     "ready", worker, f"a token came through {record.label} in {result.took_s:.2f} s"
                 )
-        self.on_change()
+        self.set_ready_pairs()
 
     # -- states ------------------------------------------------------------------------------
 
     def suspect(self, worker: Worker, why: str) -> None:
-        """Take a worker out of the ready pairs; its keeper pings it, then its pairs are probed anew."""
+        """Take a worker out of the ready pairs; it is pinged, then its pairs are probed again."""
         worker.answers.clear()
         worker.wake.set()
         self.retest(worker, why)
         if worker.state is WorkerState.READY:
             worker.state = WorkerState.SUSPECT
             self._log.note("suspect", worker, why)
-        self.on_change()
+        self.set_ready_pairs()
 
     def retest(self, worker: Worker, why: str) -> None:
-        """Have every pair of a worker probed before it takes traffic again; follow with ``on_change``."""
+        """Have a worker's pairs probed again before they take traffic; follow with ``set_ready_pairs``."""
         for record in self._roster.pairs_of(worker):
             record.retest.set()
             if record.state is PairState.READY:
                 record.state, record.error = PairState.UNTESTED, why
 
+    def set_ready_pairs(self) -> None:
+        """Have the scheduler use the pairs that are ready now."""
+        self._scheduler.set_ready_pairs(self._roster.ready_keys())
 
-def _gravity(worker: Worker, error: str | WorkerError) -> Failure:
+
+def _severity(worker: Worker, error: str | WorkerError) -> Failure:
     if not isinstance(error, WorkerError) or error.url.rstrip("/") != worker.url:
         return Failure.SOFT
     if isinstance(error, WorkerUnreachable | WorkerTimeout):

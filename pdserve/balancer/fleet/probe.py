@@ -1,4 +1,4 @@
-"""Does a real token come through this pair? One tiny request over both legs.
+"""Probes a pair: one tiny request over both legs shows whether a real token comes through.
 
     POST /generate, same body and room ──► prefill ┐ both 200 and
                                        └─► decode  ┘ decode's answer has output
@@ -14,16 +14,26 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
+from pdserve.balancer.fleet.health import HealthTracker
+from pdserve.balancer.fleet.worker import (
+    Backoff,
+    PairRecord,
+    PairState,
+    ProbeFailed,
+    ProbePassed,
+    ProbeResult,
+    WorkerState,
+)
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import WorkerError, WorkerUnreachable
-from pdserve.scheduling.workers import Backoff, PairRecord, PairState, WorkerState
+from pdserve.http.client import HttpClient
 from pdserve.types import MAX_ROOM, Pair, Role, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -33,83 +43,10 @@ Headers = tuple[tuple[bytes, bytes], ...]
 JSON: Headers = ((b"content-type", b"application/json"),)
 
 
-class Response(Protocol):
-    """What a pool's ``fetch`` returns."""
-
-    @property
-    def status(self) -> int:
-        """HTTP status."""
-        ...
-
-    @property
-    def body(self) -> bytes:
-        """The whole body."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ProbePassed:
-    """A token came through; ``took_s`` from sending to the decode answer."""
-
-    took_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeFailed:
-    """``role`` is the leg that failed first, None if only time ran out on both.
-
-    ``unreachable``: its connection could not be made or broke.
-    """
-
-    role: Role | None
-    message: str
-    unreachable: bool = False
-
-
-ProbeResult = ProbePassed | ProbeFailed
-
-
 class _LegFailed(Exception):
     def __init__(self, worker: WorkerInfo, message: str, *, unreachable: bool = False) -> None:
         super().__init__(message)
         self.failure = ProbeFailed(worker.role, f"{worker.role} {message}", unreachable)
-
-
-class Fetcher(Protocol):
-    """The one method of the upstream pool that probes need."""
-
-    async def fetch(
-        self,
-        url: str,
-        method: str,
-        path: str,
-        body: bytes = b"",
-        *,
-        headers: Headers = (),
-        timeout_s: float,
-    ) -> Response:
-        """One exchange, body read to the end; raises WorkerUnreachable or WorkerTimeout."""
-        ...
-
-
-COMMAND = "command"
-"""Label of requests that may stop a worker's scheduler, such as a weight update."""
-
-
-class WorkerPool(Fetcher, Protocol):
-    """What the fleet needs of the upstream pool."""
-
-    def num_heard(self, url: str) -> int:
-        """Grows whenever bytes of an answer to a client's request arrive from that worker."""
-        ...
-
-    def is_busy_with(self, url: str, label: str) -> bool:
-        """Return True while some request of that label is under way there."""
-        ...
-
-    def fail_worker(self, url: str, make_error: Callable[[], WorkerError]) -> int:
-        """End every exchange with that worker with an error; returns how many there were."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +79,9 @@ class _Generated(msgspec.Struct):
 
 
 async def probe_pair(
-    pool: Fetcher, pair: Pair, timeout_s: float, keys: WorkerKeys = WorkerKeys()
+    pool: HttpClient, pair: Pair, timeout_s: float, keys: WorkerKeys = WorkerKeys()
 ) -> ProbeResult:
-    """Send the two-token request to both workers and health the answers.
+    """Send the two-token request to both workers and check the answers.
 
     Never raises for what the workers do. Failed or cancelled, it ends both legs
     before it returns.
@@ -159,8 +96,8 @@ async def probe_pair(
     return result
 
 
-async def abort_both(pool: Fetcher, pair: Pair, rid: str, headers: Headers = ()) -> None:
-    """Tell both servers to drop a request; a server that cannot be told is logged and left."""
+async def abort_both(pool: HttpClient, pair: Pair, rid: str, headers: Headers = ()) -> None:
+    """Have both servers drop a request; a server that cannot be reached is logged and left."""
 
     async def abort(worker: WorkerInfo) -> None:
         body = msgspec.json.encode({"rid": rid})
@@ -175,7 +112,7 @@ async def abort_both(pool: Fetcher, pair: Pair, rid: str, headers: Headers = ())
 
 
 async def _run_legs(
-    pool: Fetcher, pair: Pair, body: bytes, timeout_s: float, headers: Headers
+    pool: HttpClient, pair: Pair, body: bytes, timeout_s: float, headers: Headers
 ) -> ProbeResult:
     answered: set[Role] = set()
     started_s = time.monotonic()
@@ -186,7 +123,7 @@ async def _run_legs(
         return answer
 
     # No TaskGroup: in Python 3.11 it forgets that it was cancelled itself when a child fails at the same
-    # moment, and the keeper that runs this would never end.
+    # moment, and the task that runs this would never end.
     legs = [asyncio.create_task(leg(worker)) for worker in (pair.prefill, pair.decode)]
     try:
         done, missing = await asyncio.wait(legs, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
@@ -205,7 +142,9 @@ async def _run_legs(
     return ProbePassed(time.monotonic() - started_s)
 
 
-async def _ask(pool: Fetcher, worker: WorkerInfo, body: bytes, timeout_s: float, headers: Headers) -> bytes:
+async def _ask(
+    pool: HttpClient, worker: WorkerInfo, body: bytes, timeout_s: float, headers: Headers
+) -> bytes:
     try:
         answer = await pool.fetch(
             worker.url, "POST", "/generate", body, headers=JSON + headers, timeout_s=timeout_s
@@ -260,14 +199,6 @@ MAX_PROBES_PER_WORKER = 2
 """One probe may hang for ``probe_s`` on a broken peer; the second place lets other pairs be tested."""
 
 
-class PairVerdicts(Protocol):
-    """What a pair's keeper reports to."""
-
-    def pair_probed(self, record: PairRecord, result: ProbeResult) -> None:
-        """A probe ended."""
-        ...
-
-
 class ProbeGate:
     """Bounds how many probes run at once, in all and per worker."""
 
@@ -308,15 +239,15 @@ class PairProber:
         self,
         record: PairRecord,
         config: BalancerConfig,
-        pool: WorkerPool,
+        pool: HttpClient,
         gate: ProbeGate,
-        verdicts: PairVerdicts,
+        health: HealthTracker,
     ) -> None:
         self._record = record
         self._config = config
         self._pool = pool
         self._gate = gate
-        self._verdicts = verdicts
+        self._health = health
         self._keys = WorkerKeys.of(config)
 
     async def run(self) -> None:
@@ -343,7 +274,7 @@ class PairProber:
             record.retest.clear()
             record.state = PairState.PROBING
             result = await probe_pair(self._pool, record.pair, self._config.probe_s, self._keys)
-        self._verdicts.pair_probed(record, result)
+        self._health.pair_probed(record, result)
         return result
 
     def _backoff_bounds(self) -> tuple[float, float]:

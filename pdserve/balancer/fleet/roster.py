@@ -1,13 +1,15 @@
-"""Which workers and pairs there are. Data only: no task, no verdict, no clock."""
+"""The fleet's members and their pairs. Data only: no task, no clock."""
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from pdserve.balancer.fleet.worker import PairRecord, PairState, Worker, WorkerState
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
-from pdserve.scheduling.workers import PairKey, PairRecord, Worker
+from pdserve.scheduling.workers import PairKey
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
 
 
@@ -51,6 +53,10 @@ class Roster:
         """The pairs that ``worker`` is part of."""
         return [record for record in self.records.values() if worker in (record.prefill, record.decode)]
 
+    def ready_keys(self) -> list[PairKey]:
+        """The pairs that may take traffic."""
+        return [key for key, record in self.records.items() if record.state is PairState.READY]
+
     def workers(self) -> list[Worker]:
         """Every member, prefill first, each role in the order of its names."""
         return sorted(
@@ -63,6 +69,42 @@ class Roster:
             order = {worker.instance_id: index for index, worker in enumerate(self.workers())}
             self._in_order = sorted(self.records.values(), key=lambda r: (order[r.key[0]], order[r.key[1]]))
         return list(self._in_order)
+
+
+def explain_shortage(workers: Sequence[Worker], pairs: Sequence[PairRecord], hint: str = "") -> str:
+    """Why no pair is ready, in one sentence for the client and the operator.
+
+    ``hint`` is what to do if a role has no server at all.
+    """
+    absent = [str(role) for role in Role if not any(worker.role is role for worker in workers)]
+    if absent:
+        reason = f"no {' and no '.join(absent)} server is registered"
+        return f"{reason}; {hint}" if hint else reason
+    silent = [worker for worker in workers if not worker.answers.is_set()]
+    for role in Role:
+        of_role = [worker for worker in workers if worker.role is role]
+        if all(worker in silent for worker in of_role):
+            first = of_role[0]
+            return f"no {role} server answers; {first.worker_id}: {first.last_error or 'not asked yet'}"
+    draining = [worker for worker in workers if worker.is_draining]
+    for role in Role:
+        of_role = [worker for worker in workers if worker.role is role]
+        if all(worker in draining for worker in of_role):
+            return f"every {role} server is draining: {', '.join(worker.worker_id for worker in of_role)}"
+    return _explain_probes(workers, pairs)
+
+
+def _explain_probes(workers: Sequence[Worker], pairs: Sequence[PairRecord]) -> str:
+    failed = [record for record in pairs if record.state is PairState.FAILED]
+    if len(failed) == len(pairs):
+        return f"all {len(pairs)} pairs failed their test; {failed[-1].label}: {failed[-1].error}"
+    testing = len(pairs) - len(failed)
+    reason = f"{testing} of {len(pairs)} pairs are still being tested"
+    errors = [record for record in pairs if record.error]
+    if any(worker.state is WorkerState.SUSPECT for worker in workers) or errors:
+        last = errors[-1] if errors else pairs[-1]
+        reason += f"; {last.label}: {last.error or 'a worker is suspect'}"
+    return reason
 
 
 def static_workers(config: BalancerConfig) -> list[WorkerInfo]:

@@ -13,9 +13,10 @@ from typing import Protocol
 
 import msgspec
 
-from pdserve.balancer.fleet.probe import Fetcher, Headers
+from pdserve.balancer.fleet.probe import Headers
+from pdserve.balancer.fleet.worker import Worker
 from pdserve.errors import WorkerError
-from pdserve.scheduling.workers import Worker
+from pdserve.http.client import HttpClient
 
 POLL_S = 5.0
 ANSWER_S = 5.0
@@ -47,7 +48,7 @@ class TransferPoller:
     def __init__(
         self,
         worker: Worker,
-        pool: Fetcher,
+        pool: HttpClient,
         headers: Headers,
         listener: TransferListener,
         poll_s: float = POLL_S,

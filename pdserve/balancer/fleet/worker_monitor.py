@@ -1,8 +1,7 @@
-"""The background loop of one worker: its load, and whether it is there, hangs or stands still.
+"""The background loop of one worker: polls its load, pings it, detects a hang or a stall.
 
-The keeper polls the worker's load and, when the worker is not believed to
-answer, pings it until it does. It decides nothing: it tells ``Verdicts`` (the
-Judge) what it saw. Pairs have keepers of their own (fleet/probe.py).
+While the worker is not believed to answer it is pinged until it does. The monitor decides nothing:
+it reports to the HealthTracker (fleet/health.py). Pairs have probers (fleet/probe.py).
 """
 
 from __future__ import annotations
@@ -11,17 +10,17 @@ import asyncio
 import logging
 import time
 from collections import deque
-from typing import Protocol
 
 import msgspec
 
+from pdserve.balancer.fleet.health import HealthTracker
 from pdserve.balancer.fleet.liveness import HangDetector, StallDetector, patience_s
-from pdserve.balancer.fleet.probe import Response, WorkerKeys, WorkerPool
+from pdserve.balancer.fleet.probe import WorkerKeys
+from pdserve.balancer.fleet.worker import Backoff, Worker
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ProtocolMismatch, WorkerError, WorkerUnreachable
+from pdserve.http.client import FetchedResponse, HttpClient
 from pdserve.scheduling.load_sample import LOADS_PATH, Sample, parse_loads
-from pdserve.scheduling.workers import Backoff, Worker
-from pdserve.types import WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -44,55 +43,29 @@ MAX_CALM_S = 30.0
 """Each return to service beyond FREE_REVIVALS within FLAP_WINDOW_S takes twice as long, up to this."""
 
 
-class Verdicts(Protocol):
-    """What keepers report to."""
-
-    def worker_learned(self, worker: Worker, info: WorkerInfo) -> None:
-        """The worker described itself."""
-        ...
-
-    def worker_answers(self, worker: Worker) -> None:
-        """A worker that was not believed to answer does."""
-        ...
-
-    def worker_silent(self, worker: Worker, why: str) -> None:
-        """A worker does not answer."""
-        ...
-
-    def worker_hung(self, worker: Worker, why: str) -> None:
-        """A worker with requests in flight shows no sign of life."""
-        ...
-
-    def worker_stalled(self, worker: Worker, why: str) -> None:
-        """A worker answers, and gets nowhere with what it has."""
-        ...
-
-    def worker_sampled(self, worker: Worker, sample: Sample) -> None:
-        """A load sample arrived."""
-        ...
-
-
 class WorkerMonitor:
-    """Polls one worker's load; pings it while it is suspect or, if static, not up yet; tells if it hangs."""
+    """Polls one worker's load; pings it while it is suspect or, if static, not up yet; reports a hang."""
 
-    def __init__(self, worker: Worker, config: BalancerConfig, pool: WorkerPool, verdicts: Verdicts) -> None:
+    def __init__(
+        self, worker: Worker, config: BalancerConfig, pool: HttpClient, health: HealthTracker
+    ) -> None:
         self._worker = worker
         self._config = config
         self._pool = pool
-        self._verdicts = verdicts
+        self._health = health
         self._headers = WorkerKeys.of(config).plain
         self._progress = StallDetector(worker.role)
         self._silence = HangDetector(config.wedge_s)
         self._revivals: deque[float] = deque(maxlen=MAX_REVIVALS)
         self._unreachable_polls = 0
         self._silent_polls = 0
-        self._is_mute = False
+        self._has_no_figures = False
         self._backoff = Backoff(config.load_poll_s, max(config.load_poll_s, POLL_BACKOFF_S))
 
     async def run(self) -> None:
         """Until cancelled, or the worker has left and nothing of ours is in flight there any more.
 
-        A worker whose lease ran out may hang: who else would end its requests.
+        A worker whose lease ran out may hang, and nobody else would end its requests.
         """
         worker = self._worker
         while not worker.is_over:
@@ -102,12 +75,12 @@ class WorkerMonitor:
             elif worker.needs_ping:
                 worker.needs_ping = False
                 if why := await self._ping():
-                    self._verdicts.worker_silent(worker, why)
+                    self._health.worker_silent(worker, why)
             else:
                 await self._rest(await self._poll())
 
-    async def _ask(self, path: str, timeout_s: float) -> Response:
-        """Any answer is a sign of life; what is missing for too long is told.
+    async def _ask(self, path: str, timeout_s: float) -> FetchedResponse:
+        """Any answer is a sign of life; a worker that gives none for too long is reported as hung.
 
         Raises:
             WorkerError: if there was none.
@@ -123,7 +96,7 @@ class WorkerMonitor:
             now_s, heard = time.monotonic(), self._pool.num_heard(worker.url)
             if self._silence.is_over(exc, now_s, heard) and worker.num_inflight:
                 why = str(exc).removeprefix(f"{worker.url}: ")
-                self._verdicts.worker_hung(worker, f"{why}; silent for {self._silence.restart(now_s):.0f} s")
+                self._health.worker_hung(worker, f"{why}; silent for {self._silence.restart(now_s):.0f} s")
             raise
         self._silence.answered()
         return answer
@@ -139,7 +112,7 @@ class WorkerMonitor:
         self._unreachable_polls = self._silent_polls = 0
         self._progress.reset()
         self._worker.needs_ping = False
-        self._verdicts.worker_answers(self._worker)
+        self._health.worker_answers(self._worker)
 
     def _calm_s(self) -> float:
         """A worker that passes its probe and fails its first requests, again and again, is given more and
@@ -180,7 +153,7 @@ class WorkerMonitor:
                 f"a {worker.role} server was expected there"
             )
         name = about.served_model_name or about.model_path
-        self._verdicts.worker_learned(
+        self._health.worker_learned(
             worker, msgspec.structs.replace(worker.info, model=about.model_path, served_model_name=name)
         )
         return ""
@@ -199,9 +172,9 @@ class WorkerMonitor:
             sample = parse_loads(answer.body, sent_s=sent_s, received_s=time.monotonic())
         except ProtocolMismatch as exc:
             return self._unusable(str(exc))
-        self._is_mute = False
+        self._has_no_figures = False
         self._backoff.reset()
-        self._verdicts.worker_sampled(self._worker, sample)
+        self._health.worker_sampled(self._worker, sample)
         self._watch_progress(sample)
         return self._config.load_poll_s
 
@@ -210,11 +183,11 @@ class WorkerMonitor:
         if isinstance(exc, WorkerUnreachable):
             self._unreachable_polls += 1
             if self._unreachable_polls >= UNREACHABLE_POLLS:
-                self._verdicts.worker_silent(worker, str(exc))
+                self._health.worker_silent(worker, str(exc))
         else:
             self._silent_polls += 1
             if self._silent_polls >= SILENT_POLLS and (why := await self._ping()):
-                self._verdicts.worker_silent(worker, why)
+                self._health.worker_silent(worker, why)
         return self._backoff.next_s()
 
     def _watch_progress(self, sample: Sample) -> None:
@@ -225,13 +198,13 @@ class WorkerMonitor:
         if wedge_s <= 0 or stalled_s < patience_s(worker.view, wedge_s):
             return
         self._progress.reset()
-        self._verdicts.worker_stalled(worker, f"answers, but has not moved for {stalled_s:.0f} s")
+        self._health.worker_stalled(worker, f"answers, but has not moved for {stalled_s:.0f} s")
 
     def _unusable(self, why: str) -> float:
         """A worker without usable load figures still serves; balanced by in-flight requests alone."""
-        if not self._is_mute:
+        if not self._has_no_figures:
             logger.warning("no load figures worker=%s: %s", self._worker.worker_id, why)
-        self._is_mute = True
+        self._has_no_figures = True
         return self._backoff.next_s()
 
     async def _rest(self, delay_s: float) -> None:
@@ -250,7 +223,7 @@ class _ModelInfo(msgspec.Struct):
 
 
 async def _woken(worker: Worker, delay_s: float) -> bool:
-    """Wait; True if the worker's keeper was woken before the time was up."""
+    """Wait; True if the monitor was woken before the time was up."""
     try:
         async with asyncio.timeout(delay_s):
             await worker.wake.wait()

@@ -11,7 +11,9 @@ import time
 from collections.abc import Sequence
 
 from pdserve import __version__
+from pdserve.balancer.fleet.breaker import BreakerState
 from pdserve.balancer.fleet.fleet import WorkerFleet
+from pdserve.balancer.fleet.worker import PairRecord, PairState, Worker, WorkerState
 from pdserve.balancer.metrics import catalog
 from pdserve.balancer.metrics.catalog import Metric
 from pdserve.balancer.metrics.exposition import label_pairs
@@ -20,9 +22,7 @@ from pdserve.balancer.metrics.pairs import PairFlow, kv_bytes_per_token
 from pdserve.balancer.metrics.state import kv_usage
 from pdserve.balancer.metrics.windows import LatencyWindow
 from pdserve.balancer.metrics.workers import WorkerFigures, WorkerMetrics
-from pdserve.scheduling.breaker import BreakerState
 from pdserve.scheduling.regime import Regime
-from pdserve.scheduling.workers import PairRecord, PairState, Worker, WorkerState
 
 _WORKER_STATES = tuple(state.value for state in WorkerState)
 _BREAKER_STATES = tuple(state.value for state in BreakerState)
@@ -38,9 +38,10 @@ def render_metrics(fleet: WorkerFleet, metrics: WorkerMetrics, ledger: RequestLe
     page.histogram(catalog.KV_TRANSFER, metrics.kv_transfer)
     for worker in fleet.workers():
         _add_worker(page, fleet, worker, metrics.of(worker))
-    policy = label_pairs([("policy", fleet.policy.name)])
+    policy = label_pairs([("policy", fleet.scheduler.policy.name)])
     for record in fleet.pairs():
-        _add_pair(page, record, ledger.traffic.find(record.key), policy)
+        num_requests = fleet.scheduler.num_requests(record.key)
+        _add_pair(page, record, num_requests, ledger.traffic.find(record.key), policy)
     return page.text()
 
 
@@ -102,15 +103,15 @@ def _add_requests(page: _Page, ledger: RequestLedger) -> None:
 
 
 def _add_service(page: _Page, fleet: WorkerFleet) -> None:
-    admission, now_s, watcher = fleet.admission, time.monotonic(), fleet.watcher
-    page.add(catalog.BUILD, 1, _labels(catalog.BUILD, __version__, fleet.policy.name))
+    admission, now_s, watcher = fleet.scheduler.admission, time.monotonic(), fleet.watcher
+    page.add(catalog.BUILD, 1, _labels(catalog.BUILD, __version__, fleet.scheduler.policy.name))
     page.add(catalog.STARTED, round(time.time() - now_s + fleet.started_s, 3))
     for reason, number in sorted(admission.shed.items()):
         page.add(catalog.SHED, number, _labels(catalog.SHED, reason))
     page.add(catalog.DISPATCHED, admission.placement.num_open)
-    page.add(catalog.QUEUED, len(admission.line))
-    page.add(catalog.QUEUE_SIZE, admission.line.size)
-    oldest_s = admission.line.oldest_s
+    page.add(catalog.QUEUED, len(admission.queue))
+    page.add(catalog.QUEUE_SIZE, admission.queue.size)
+    oldest_s = admission.queue.oldest_s
     page.add(catalog.OLDEST, 0.0 if oldest_s is None else now_s - oldest_s)
     page.add(catalog.CONNECTED, watcher is not None and watcher.is_connected)
     regime = admission.regime
@@ -128,7 +129,7 @@ def _add_worker(page: _Page, fleet: WorkerFleet, worker: Worker, figures: Worker
     for kind, number in sorted(worker.failures.items()):
         page.add(catalog.LEG_ERRORS, number, f'{who},kind="{kind}"')
     page.add(catalog.WORKER_INFLIGHT, worker.num_inflight, who)
-    load = fleet.table.load(worker.instance_id)
+    load = fleet.scheduler.table.load(worker.instance_id)
     if load is not None:
         page.add(catalog.WORKER_RUNNING, load.num_running_reqs, who)
         page.add(catalog.WORKER_WAITING, load.queued_reqs, who)
@@ -149,9 +150,9 @@ def _add_figures(page: _Page, figures: WorkerFigures, who: str) -> None:
     page.add(catalog.KV_CHUNKS, counters.packed_chunks, f'{who},path="packed"')
 
 
-def _add_pair(page: _Page, record: PairRecord, flow: PairFlow | None, policy: str) -> None:
+def _add_pair(page: _Page, record: PairRecord, num_requests: int, flow: PairFlow | None, policy: str) -> None:
     pair = _labels(catalog.PAIR_READY, record.prefill.info.worker_id, record.decode.info.worker_id)
-    page.add(catalog.DECISIONS, record.requests, f"{pair},{policy}")
+    page.add(catalog.DECISIONS, num_requests, f"{pair},{policy}")
     page.add(catalog.PROBES, record.probes, pair)
     page.add(catalog.PAIR_READY, record.state is PairState.READY, pair)
     if flow is not None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import msgspec
 from msgspec import structs
 
 from pdserve import __version__
 from pdserve.balancer.fleet.fleet import WorkerFleet
+from pdserve.balancer.fleet.worker import Worker
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.pairs import PairFlow, PairTraffic, kv_bytes_per_token
 from pdserve.balancer.metrics.workers import KVSent, WorkerFigures, WorkerMetrics
 from pdserve.scheduling.kv_room import committed_tokens
-from pdserve.scheduling.workers import PairRecord, Worker
 from pdserve.state.document import (
     BootstrapFigures,
     EventEntry,
@@ -47,14 +47,14 @@ def render_state(fleet: WorkerFleet, metrics: WorkerMetrics, ledger: RequestLedg
     seen = {worker.instance_id: metrics.of(worker) for worker in fleet.workers()}
     ledger_s = ledger.clock()
     ledger.advance(ledger_s)
-    lengths = {} if fleet.lengths is None else fleet.lengths.snapshot()
+    lengths = {} if fleet.scheduler.lengths is None else fleet.scheduler.lengths.snapshot()
     return StateDocument(
         version=__version__,
         now_s=time.time(),
         uptime_s=now_s - fleet.started_s,
         model=fleet_model(fleet),
-        policy=fleet.policy.name,
-        regime=msgspec.convert(fleet.admission.regime.snapshot(), RegimeFigures),
+        policy=fleet.scheduler.policy.name,
+        regime=msgspec.convert(fleet.scheduler.admission.regime.snapshot(), RegimeFigures),
         lengths=msgspec.convert(lengths, LengthFigures),
         bootstrap=BootstrapFigures(
             url=_without_user(fleet.config.bootstrap_url),
@@ -62,8 +62,8 @@ def render_state(fleet: WorkerFleet, metrics: WorkerMetrics, ledger: RequestLedg
             epoch=watcher.epoch if watcher is not None else "",
         ),
         workers=[_worker(fleet, worker, now_s, seen[worker.instance_id]) for worker in fleet.workers()],
-        pairs=_pairs(fleet.pairs(), ledger.traffic, seen),
-        waiting=fleet.num_waiting,
+        pairs=_pairs(fleet, ledger.traffic, seen),
+        waiting=fleet.scheduler.num_waiting,
         queue=_queue(fleet),
         events=[
             EventEntry(time_s=event.time_s, event=event.event, worker=event.worker, detail=event.detail)
@@ -85,8 +85,8 @@ def fleet_model(fleet: WorkerFleet) -> str:
 
 def _worker(fleet: WorkerFleet, worker: Worker, now_s: float, figures: WorkerFigures) -> WorkerEntry:
     info, view = worker.info, worker.view
-    load = fleet.table.load(worker.instance_id)
-    credit = fleet.table.credit(worker.instance_id)
+    load = fleet.scheduler.table.load(worker.instance_id)
+    credit = fleet.scheduler.table.credit(worker.instance_id)
     return WorkerEntry(
         worker_id=info.worker_id,
         instance_id=info.instance_id,
@@ -168,11 +168,11 @@ def _kv_sent(sent: KVSent | None) -> KVSentFigures | None:
 
 def _queue(fleet: WorkerFleet) -> QueueFigures:
     """``shed`` counts refused requests by reason, ``completed_per_s`` those that ended in the last 30 s."""
-    admission, now_s = fleet.admission, time.monotonic()
-    oldest_s = admission.line.oldest_s
+    admission, now_s = fleet.scheduler.admission, time.monotonic()
+    oldest_s = admission.queue.oldest_s
     return QueueFigures(
-        length=len(admission.line),
-        size=admission.line.size,
+        length=len(admission.queue),
+        size=admission.queue.size,
         oldest_wait_s=0.0 if oldest_s is None else now_s - oldest_s,
         shed=dict(admission.shed),
         dispatched=admission.placement.num_open,
@@ -187,14 +187,14 @@ def _admission(worker: Worker) -> AdmissionFigures:
     return AdmissionFigures(
         reqs=view.num_reqs,
         max_reqs=view.max_running_requests,
-        promised_tokens=worker.promised_tokens,
-        committed_tokens=committed_tokens(worker),
+        promised_tokens=worker.slots.promised_tokens,
+        committed_tokens=committed_tokens(worker.slots),
         capacity_tokens=view.kv_capacity,
         queued_s=view.queued_tokens / (view.prefill_tokens_s * view.info.dp_size)
         if worker.role is Role.PREFILL
         else 0.0,
-        overloaded=worker.is_overloaded,
-        held=worker.held_for is not None,
+        overloaded=worker.slots.is_overloaded,
+        held=worker.slots.held_for is not None,
     )
 
 
@@ -205,7 +205,7 @@ def _without_user(url: str) -> str:
 
 
 def _pairs(
-    records: Sequence[PairRecord], traffic: PairTraffic, seen: Mapping[InstanceId, WorkerFigures]
+    fleet: WorkerFleet, traffic: PairTraffic, seen: Mapping[InstanceId, WorkerFigures]
 ) -> list[PairEntry]:
     """A row for each pair: a thousand of them in a fleet of 64, twice a second.
 
@@ -213,7 +213,8 @@ def _pairs(
     """
     rows: list[PairEntry] = []
     find, last, token_bytes, path = traffic.find, None, 0, ""
-    for record in records:
+    num_requests = fleet.scheduler.num_requests
+    for record in fleet.pairs():
         prefill, decode = record.prefill.info, record.decode.info
         if prefill is not last:
             last, token_bytes = prefill, kv_bytes_per_token(prefill.kv_layout)
@@ -229,7 +230,7 @@ def _pairs(
                 probe_s=record.probe_s,
                 probes=record.probes,
                 error=record.error,
-                requests=record.requests,
+                requests=num_requests(record.key),
                 prompt_tokens=flow.prompt_tokens,
                 kv_bytes=flow.prompt_tokens * token_bytes if has_bytes else None,
                 kv_bytes_s=flow.tokens_s * token_bytes if has_bytes else None,

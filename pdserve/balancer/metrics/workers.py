@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from pdserve.balancer.fleet.transfer_poll import TransferCounters
+from pdserve.balancer.fleet.worker import Worker
 from pdserve.balancer.metrics.windows import NUM_STEPS, LatencyWindow, step_numbers, step_of
 from pdserve.scheduling.load import LoadTable
-from pdserve.scheduling.workers import Worker
 from pdserve.types import InstanceId, Role, WorkerLoad
 
 NUM_MARKS = 11

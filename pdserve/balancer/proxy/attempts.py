@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pdserve.balancer.fleet.fleet import WorkerFleet
+from pdserve.balancer.fleet.worker import PairState
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.record import RequestRecord
 from pdserve.balancer.proxy.relay import LegFailed, PairRelay, Relayed
@@ -26,7 +27,8 @@ from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerRejected, WorkerTimeout
 from pdserve.http.client import HttpClient
 from pdserve.scheduling.reservation import Reservation
-from pdserve.scheduling.workers import PairKey, PairState
+from pdserve.scheduling.scheduler import Scheduler
+from pdserve.scheduling.workers import PairKey
 from pdserve.types import RequestShape, Role
 
 if TYPE_CHECKING:
@@ -105,6 +107,78 @@ class RetryBudget:
         return True
 
 
+class Reservations:
+    """Takes pairs for requests and gives them back: to the scheduler, then to the fleet's health.
+
+    A request that waits is served after health knows of a failed leg, so that it does not get the
+    worker that has just failed.
+    """
+
+    def __init__(self, scheduler: Scheduler, fleet: WorkerFleet) -> None:
+        self._scheduler = scheduler
+        self._fleet = fleet
+
+    async def take(
+        self, shape: RequestShape, *, exclude: frozenset[PairKey] = frozenset(), timeout_s: float
+    ) -> Reservation:
+        """As ``Scheduler.reserve``."""
+        try:
+            reservation = await self._scheduler.reserve(shape, exclude=exclude, timeout_s=timeout_s)
+        except asyncio.CancelledError:
+            self._fleet.notice_drained()  # the scheduler may have taken a pair back
+            raise
+        self._fleet.pair_reserved(reservation)
+        return reservation
+
+    def prefill_finished(self, reservation: Reservation) -> None:
+        """The prefill leg has ended well."""
+        self._scheduler.prefill_finished(reservation)
+        self._fleet.notice_drained()
+
+    def release(
+        self,
+        reservation: Reservation,
+        *,
+        prefill_ok: bool | None = None,
+        decode_ok: bool | None = None,
+        error: str | WorkerError = "",
+    ) -> None:
+        """End both legs; nothing happens if they have ended. Arguments as ``HealthTracker.legs_ended``."""
+        if not reservation.is_open:
+            return
+        self._scheduler.end(reservation, prefill_ok=prefill_ok, decode_ok=decode_ok)
+        self._fleet.legs_ended(reservation, prefill_ok, decode_ok, error)
+        self._scheduler.serve()
+
+    def release_ended(self, reservation: Reservation, relayed: Relayed) -> str:
+        """Release after a whole answer; returns what was wrong with the prefill leg, if anything."""
+        error = relayed.prefill_error
+        if relayed.is_aborted:
+            self.release(reservation)
+        elif error is None:
+            self.release(reservation, prefill_ok=True, decode_ok=True)
+        elif isinstance(error, WorkerRejected) and error.status < 500:
+            self.release(reservation, decode_ok=True)
+        else:
+            # Only a late one: have it pinged, rather than taken for dead.
+            reason = str(error) if isinstance(error, WorkerTimeout) else error
+            self.release(reservation, prefill_ok=False, decode_ok=True, error=reason)
+            return str(error)
+        return ""
+
+    def release_failed(self, reservation: Reservation, failure: LegFailed) -> None:
+        """Blame the leg that failed first, by its own error; no worker for the client's fault."""
+        if failure.is_client_fault or failure.is_stale:
+            self.release(reservation)
+        elif failure.role is Role.PREFILL:
+            self.release(reservation, prefill_ok=False, error=failure.error)
+        elif failure.role is Role.DECODE:
+            prefill_ok = True if failure.is_prefill_done else None
+            self.release(reservation, prefill_ok=prefill_ok, decode_ok=False, error=failure.error)
+        else:  # both silent: have both pinged
+            self.release(reservation, prefill_ok=False, decode_ok=False, error=str(failure.error))
+
+
 logger = logging.getLogger(__name__)
 
 ABORTED_STATUS = 499
@@ -144,6 +218,8 @@ class Attempts:
         self.aborts = Aborter(pool, config.worker_control_key)
         self.budget = RetryBudget(config.retry_ratio)
         self._config = config
+        self._scheduler = fleet.scheduler
+        self._reservations = Reservations(fleet.scheduler, fleet)
         self._fleet = fleet
         self._pool = pool
         self._ledger = ledger
@@ -185,7 +261,7 @@ class Attempts:
         if shape is not None and usage.completion_tokens:
             mean = round(usage.completion_tokens / shape.num_prompts)
             is_cut = relayed.is_aborted or usage.finish in ("length", "abort") or mean >= shape.max_new_tokens
-            self._fleet.learn(shape, mean, is_cut=is_cut)
+            self._scheduler.learn(shape, mean, is_cut=is_cut)
 
     def _may_retry(self, run: Run) -> bool:
         """Some pair is left that serves or may soon, and the budget allows it."""
@@ -202,8 +278,8 @@ class Attempts:
         """A pair not tried yet; after a failed attempt no pair means that failure."""
         exclude, wait_s = frozenset(run.exclude), self._config.queue_timeout_s
         try:
-            shape = run.shape = run.shape or self._fleet.foresee(run.request.shape)
-            return await self._fleet.reserve(shape, exclude=exclude, timeout_s=wait_s)
+            shape = run.shape = run.shape or self._scheduler.foresee(run.request.shape)
+            return await self._reservations.take(shape, exclude=exclude, timeout_s=wait_s)
         except NoWorkerError:
             if failure is not None:
                 raise failure from None
@@ -234,24 +310,30 @@ class Attempts:
             body = request.render_body(pair.prefill.bootstrap_host, pair.prefill.bootstrap_port, ids)
             renaming = renaming_of(request, ids) if request.client_rid else None
             relay = PairRelay(
-                self._pool, reservation, request, record.timeline, renaming=renaming,
-                silence_s=self._config.request_s, on_prefilled=run.on_prefilled,
+                self._pool, pair, request, record.timeline, renaming=renaming,
+                silence_s=self._config.request_s, on_prefilled=lambda: self._prefilled(run, reservation),
             )  # fmt: skip
             relayed = await _relay(run, relay, body, trace)
-            _release_ended(reservation, relayed, record)
+            if why := self._reservations.release_ended(reservation, relayed):
+                record.error = why
+                logger.warning("prefill did not end well rid=%s: %s", record.rid, why)
             self._learn(run, relayed)
             is_over = relayed.prefill_error is None and not relayed.is_aborted
             return relayed
         except LegFailed as exc:
-            if run.is_aborted:
-                reservation.release(prefill_ok=None, decode_ok=None)
-            _release_failed(reservation, exc)
+            if not run.is_aborted:
+                self._reservations.release_failed(reservation, exc)
             raise
         finally:
-            reservation.release(prefill_ok=None, decode_ok=None)
+            self._reservations.release(reservation)
             self.rooms.give_back(ids)
             if not is_over and request.route.rid_field:
                 self.aborts.abort(pair, ids, run.lines)
+
+    def _prefilled(self, run: Run, reservation: Reservation) -> None:
+        self._reservations.prefill_finished(reservation)
+        if run.on_prefilled is not None:
+            run.on_prefilled()
 
 
 async def _relay(run: Run, relay: PairRelay, body: bytes, trace: RunTrace | None) -> Relayed:
@@ -268,34 +350,3 @@ async def _relay(run: Run, relay: PairRelay, body: bytes, trace: RunTrace | None
         raise
     finally:
         attempt.end(run.record.timeline)
-
-
-def _release_ended(reservation: Reservation, relayed: Relayed, record: RequestRecord) -> None:
-    if relayed.is_aborted:
-        reservation.release(prefill_ok=None, decode_ok=None)
-        return
-    if relayed.prefill_error is None:
-        reservation.release(prefill_ok=True, decode_ok=True)
-        return
-    if isinstance(relayed.prefill_error, WorkerRejected) and relayed.prefill_error.status < 500:
-        reservation.release(prefill_ok=None, decode_ok=True)
-        return
-    record.error = str(relayed.prefill_error)
-    logger.warning("prefill did not end well rid=%s: %s", record.rid, record.error)
-    # Only a late one: have it pinged, rather than taken for dead.
-    is_late = isinstance(relayed.prefill_error, WorkerTimeout)
-    error = record.error if is_late else relayed.prefill_error
-    reservation.release(prefill_ok=False, decode_ok=True, error=error)
-
-
-def _release_failed(reservation: Reservation, failure: LegFailed) -> None:
-    """Blame the leg that failed first, by its own error; nobody for the client's fault."""
-    prefill_ok = True if failure.is_prefill_done else None
-    if failure.is_client_fault or failure.is_stale:
-        reservation.release(prefill_ok=None, decode_ok=None)
-    elif failure.role is Role.PREFILL:
-        reservation.release(prefill_ok=False, decode_ok=None, error=failure.error)
-    elif failure.role is Role.DECODE:
-        reservation.release(prefill_ok=prefill_ok, decode_ok=False, error=failure.error)
-    else:  # both silent: have both pinged
-        reservation.release(prefill_ok=False, decode_ok=False, error=str(failure.error))

@@ -150,7 +150,7 @@ class PairDispatcher:
             if self._is_closing:
                 raise NoWorkerError("the balancer is stopping")
             check_content_type(route, call.client.headers)
-            request = parse_request(route, body, wants_prompt=self._fleet.policy.needs_prompt)
+            request = parse_request(route, body, wants_prompt=self._fleet.scheduler.policy.needs_prompt)
             await self._run(request, call)
         except RequestRefused as exc:
             record.error = str(exc)

@@ -28,9 +28,8 @@ from pdserve.http.answer import Answer, Headers
 from pdserve.http.client import HttpClient
 from pdserve.http.client_response import ClientResponse, Wakeup
 from pdserve.http.sse import EVENT_END, EventSplitter
-from pdserve.scheduling.reservation import Reservation
 from pdserve.telemetry import RequestTimeline
-from pdserve.types import Role
+from pdserve.types import Pair, Role
 
 PREFILL_GRACE_S = 5.0
 """How long after decode's end prefill may take to end its own answer."""
@@ -175,11 +174,11 @@ class PairRelay:
         "_is_opening",
         "_limits",
         "_on_prefilled",
+        "_pair",
         "_pool",
         "_prefill",
         "_renaming",
         "_request",
-        "_reservation",
         "_timeline",
         "_wakeup",
     )
@@ -187,16 +186,16 @@ class PairRelay:
     def __init__(
         self,
         pool: HttpClient,
-        reservation: Reservation,
+        pair: Pair,
         request: ParsedRequest,
         timeline: RequestTimeline,
         *,
         renaming: Renaming | None,
         silence_s: float,
-        on_prefilled: Callable[[], None] | None = None,
+        on_prefilled: Callable[[], None],
     ) -> None:
         self._pool = pool
-        self._reservation = reservation
+        self._pair = pair
         self._request = request
         self._timeline = timeline
         self._renaming = renaming
@@ -216,7 +215,7 @@ class PairRelay:
         Raises:
             LegFailed: ``sink.has_begun`` tells whether the client has bytes already.
         """
-        pair, (to_prefill, to_decode) = self._reservation.pair, lines
+        pair, (to_prefill, to_decode) = self._pair, lines
         prefill = self._prefill = _Leg(Role.PREFILL, self._send(pair.prefill.url, body, to_prefill))
         decode = self._decode = _Leg(Role.DECODE, self._send(pair.decode.url, body, to_decode))
         try:
@@ -369,9 +368,7 @@ class PairRelay:
             if self._request.is_stream:
                 prefill.check_stream()
             self._timeline.prefill_done_s = time.monotonic()
-            self._reservation.prefill_finished()
-            if self._on_prefilled is not None:
-                self._on_prefilled()
+            self._on_prefilled()
         return True
 
 

@@ -35,7 +35,7 @@ async def test_an_empty_balancer_serves_once_a_pair_was_added() -> None:
         assert (told["status"], told["worker_id"], told["url"]) == ("accepted", name, prefill.url)
         assert told["location"] == reply.headers["location"] == f"/workers/{quote(name, safe='')}"
         assert (await add(site, decode, "decode")).status == 202
-        await until(lambda: site.balancer.fleet.has_ready_pair, "the pair is ready")
+        await until(lambda: site.balancer.fleet.scheduler.has_ready_pair, "the pair is ready")
         assert (await site.ask("POST", "/generate", {"text": "a"})).status == 200
         row = (await site.ask("GET", told["location"])).json
         assert (row["worker_type"], row["bootstrap_host"], row["bootstrap_port"]) == (
@@ -144,7 +144,7 @@ async def test_a_worker_drains_and_comes_back(method: str) -> None:
         assert (row["state"], row["is_healthy"]) == ("draining", False)
         assert (await site.ask("GET", "/readiness")).status == 503
         assert (await site.ask(method, "/workers/decode-0", {"draining": False})).status == 202
-        await until(lambda: site.balancer.fleet.has_ready_pair, "it serves again")
+        await until(lambda: site.balancer.fleet.scheduler.has_ready_pair, "it serves again")
 
 
 @pytest.mark.parametrize("body", [{}, {"priority": 3}, {"draining": "yes"}, b"{", b"3"])

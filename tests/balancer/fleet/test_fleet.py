@@ -23,6 +23,9 @@ from tests.support.fleet_network import (
     Network,
     all_ready,
     pair_states,
+    prefill_finished,
+    release,
+    reserve,
     running_fleet,
     until,
     worker,
@@ -40,13 +43,13 @@ async def test_a_joining_worker_takes_no_traffic_before_its_probe_has_passed() -
     network[D1].gate.clear()
     async with running_fleet(network) as fleet:
         fleet.apply([P0, D0, D1])
-        await until(lambda: fleet.has_ready_pair)
-        held = [await fleet.reserve(SHAPE, timeout_s=1) for _ in range(6)]
+        await until(lambda: fleet.scheduler.has_ready_pair)
+        held = [await reserve(fleet, SHAPE, timeout_s=1) for _ in range(6)]
         assert {reservation.pair.decode.worker_id for reservation in held} == {"decode-0"}
         assert worker_states(fleet)["decode-1"] == "joining"
         network[D1].gate.set()
         await all_ready(fleet)
-        assert (await fleet.reserve(SHAPE, timeout_s=1)).pair.decode.worker_id == "decode-1"
+        assert (await reserve(fleet, SHAPE, timeout_s=1)).pair.decode.worker_id == "decode-1"
 
 
 async def test_both_legs_of_a_probe_get_the_same_request_with_a_legal_room() -> None:
@@ -116,7 +119,7 @@ async def test_workers_with_different_kv_layouts_are_never_paired() -> None:
         fleet.apply([prefill, decode])
         assert fleet.pairs()[0].error == "KV layouts differ: page_size: 16 != 1"
         with pytest.raises(NoWorkerError, match=r"all 1 pairs failed their test.*page_size"):
-            await fleet.reserve(SHAPE, timeout_s=0.05)
+            await reserve(fleet, SHAPE, timeout_s=0.05)
         assert network[P0].calls["/generate"] == 0
 
 
@@ -125,13 +128,13 @@ async def test_a_superseding_instance_drops_its_predecessor() -> None:
     async with running_fleet(network) as fleet:
         fleet.apply([P0, D0])
         await all_ready(fleet)
-        old = await fleet.reserve(SHAPE, timeout_s=1)
+        old = await reserve(fleet, SHAPE, timeout_s=1)
         fleet.apply([heir, D0])
         assert [member.instance_id for member in fleet.workers()] == [heir.instance_id, D0.instance_id]
-        assert not fleet.has_ready_pair
+        assert not fleet.scheduler.has_ready_pair
         await all_ready(fleet)
-        assert (await fleet.reserve(SHAPE, timeout_s=1)).pair.prefill == heir
-        old.release(prefill_ok=False, decode_ok=None, error="it died")
+        assert (await reserve(fleet, SHAPE, timeout_s=1)).pair.prefill == heir
+        release(fleet, old, prefill_ok=False, error="it died")
         assert worker_states(fleet) == {"prefill-0": "ready", "decode-0": "ready"}
         assert ("gone", "prefill-0") in [(event.event, event.worker) for event in fleet.events]
 
@@ -142,7 +145,7 @@ async def test_a_worker_that_left_is_gone_at_once() -> None:
         await all_ready(fleet)
         fleet.apply([P1, D0])
         assert pair_states(fleet) == {"prefill-1>decode-0": "ready"}
-        assert (await fleet.reserve(SHAPE, timeout_s=1)).pair.prefill == P1
+        assert (await reserve(fleet, SHAPE, timeout_s=1)).pair.prefill == P1
 
 
 async def test_a_moved_worker_is_tested_again() -> None:
@@ -151,9 +154,9 @@ async def test_a_moved_worker_is_tested_again() -> None:
         await all_ready(fleet)
         moved = msgspec.structs.replace(P0, bootstrap_port=9999)
         fleet.apply([moved, D0])
-        assert not fleet.has_ready_pair
+        assert not fleet.scheduler.has_ready_pair
         await all_ready(fleet)
-        assert (await fleet.reserve(SHAPE, timeout_s=1)).pair.prefill.bootstrap_port == 9999
+        assert (await reserve(fleet, SHAPE, timeout_s=1)).pair.prefill.bootstrap_port == 9999
 
 
 class ScriptedMembership:
@@ -173,14 +176,14 @@ class ScriptedMembership:
 async def test_members_follow_the_bootstrap_service() -> None:
     membership = ScriptedMembership()
     async with running_fleet(Network(), membership, bootstrap_url="http://b:1") as fleet:
-        assert fleet.explain() == (
+        assert fleet.scheduler.explain() == (
             "no prefill and no decode server is registered; bootstrap service http://b:1 is not reachable"
         )
         membership.views.put_nowait(FleetView(epoch="e1", version=1, workers=[P0, D0]))
         await all_ready(fleet)
         membership.views.put_nowait(FleetView(epoch="e1", version=2, workers=[P0]))
         await until(lambda: worker_states(fleet).keys() == {"prefill-0"})
-        assert not fleet.has_ready_pair
+        assert not fleet.scheduler.has_ready_pair
 
 
 # -- static workers --------------------------------------------------------------------------
@@ -194,10 +197,10 @@ async def test_static_workers_join_when_they_answer_and_tell_their_model() -> No
         network, prefill=(("http://prefill-0", 8998),), decode=("http://decode-0",)
     ) as fleet:
         await until(lambda: "connection refused" in fleet.workers()[0].last_error)
-        assert "no prefill server answers; prefill-0" in fleet.explain()
+        assert "no prefill server answers; prefill-0" in fleet.scheduler.explain()
         network[P0].is_down = False
         await all_ready(fleet)
-        pair = (await fleet.reserve(SHAPE, timeout_s=1)).pair
+        pair = (await reserve(fleet, SHAPE, timeout_s=1)).pair
         assert (pair.prefill.bootstrap_host, pair.prefill.bootstrap_port) == ("prefill-0", 8998)
         assert pair.decode.served_model_name == "tiny"
 
@@ -208,7 +211,7 @@ async def test_a_static_worker_in_the_wrong_mode_is_refused_in_words() -> None:
     async with running_fleet(
         network, prefill=(("http://prefill-0", None),), decode=("http://decode-0",)
     ) as fleet:
-        await until(lambda: "--disaggregation-mode null" in fleet.explain())
+        await until(lambda: "--disaggregation-mode null" in fleet.scheduler.explain())
         assert network[P0].calls["/generate"] == 0
 
 
@@ -226,7 +229,7 @@ async def test_a_burst_between_polls_spreads_over_all_workers() -> None:
     async with running_fleet(Network(), load_poll_s=60.0) as fleet:
         fleet.apply([P0, P1, D0, D1])
         await all_ready(fleet)
-        held = [await fleet.reserve(SHAPE, timeout_s=1) for _ in range(20)]
+        held = [await reserve(fleet, SHAPE, timeout_s=1) for _ in range(20)]
         assert Counter(r.pair.prefill.worker_id for r in held) == {"prefill-0": 10, "prefill-1": 10}
         assert Counter(r.pair.decode.worker_id for r in held) == {"decode-0": 10, "decode-1": 10}
 
@@ -237,9 +240,9 @@ async def test_an_idle_fleet_alternates_its_workers() -> None:
         await all_ready(fleet)
         order = []
         for _ in range(4):
-            reservation = await fleet.reserve(SHAPE, timeout_s=1)
+            reservation = await reserve(fleet, SHAPE, timeout_s=1)
             order.append(reservation.pair.prefill.worker_id)
-            reservation.release(prefill_ok=True, decode_ok=True)
+            release(fleet, reservation, prefill_ok=True, decode_ok=True)
         assert order[0] != order[1]
         assert order[:2] == order[2:]
 
@@ -249,28 +252,28 @@ async def test_waiting_requests_are_served_in_order_of_arrival() -> None:
         served: list[int] = []
 
         async def client(number: int) -> Reservation:
-            reservation = await fleet.reserve(SHAPE, timeout_s=5)
+            reservation = await reserve(fleet, SHAPE, timeout_s=5)
             served.append(number)
             return reservation
 
         clients = []
         for number in range(8):
             clients.append(asyncio.create_task(client(number)))
-            await until(lambda: fleet.num_waiting == len(clients))
+            await until(lambda: fleet.scheduler.num_waiting == len(clients))
         fleet.apply([P0, D0])
         held = await asyncio.gather(*clients)
         assert served == list(range(8))
-        assert fleet.num_waiting == 0
+        assert fleet.scheduler.num_waiting == 0
         assert [r.legs for r in held] == sorted(r.legs for r in held)
 
 
 async def test_a_cancelled_wait_holds_nothing() -> None:
     async with running_fleet(Network()) as fleet:
-        client = asyncio.create_task(fleet.reserve(SHAPE, timeout_s=5))
-        await until(lambda: fleet.num_waiting == 1)
+        client = asyncio.create_task(reserve(fleet, SHAPE, timeout_s=5))
+        await until(lambda: fleet.scheduler.num_waiting == 1)
         client.cancel()
         await asyncio.wait([client])
-        assert fleet.num_waiting == 0
+        assert fleet.scheduler.num_waiting == 0
         fleet.apply([P0, D0])
         await all_ready(fleet)
         assert [member.num_inflight for member in fleet.workers()] == [0, 0]
@@ -280,10 +283,10 @@ async def test_a_client_that_leaves_in_the_moment_it_is_served_gives_the_pair_ba
     async with running_fleet(Network(), max_concurrent_requests=1) as fleet:
         fleet.apply([P0, D0])
         await all_ready(fleet)
-        held = await fleet.reserve(SHAPE, timeout_s=1)
-        client = asyncio.create_task(fleet.reserve(SHAPE, timeout_s=5))
-        await until(lambda: fleet.num_waiting == 1)
-        held.release(prefill_ok=True, decode_ok=True)
+        held = await reserve(fleet, SHAPE, timeout_s=1)
+        client = asyncio.create_task(reserve(fleet, SHAPE, timeout_s=5))
+        await until(lambda: fleet.scheduler.num_waiting == 1)
+        release(fleet, held, prefill_ok=True, decode_ok=True)
         assert [member.num_inflight for member in fleet.workers()] == [1, 1]
         client.cancel()
         await asyncio.wait([client])
@@ -295,23 +298,23 @@ async def test_excluded_pairs_are_not_given_again() -> None:
     async with running_fleet(Network()) as fleet:
         fleet.apply([P0, P1, D0])
         await all_ready(fleet)
-        first = await fleet.reserve(SHAPE, timeout_s=1)
+        first = await reserve(fleet, SHAPE, timeout_s=1)
         for _ in range(5):
-            other = await fleet.reserve(SHAPE, exclude=frozenset({first.key}), timeout_s=1)
+            other = await reserve(fleet, SHAPE, exclude=frozenset({first.key}), timeout_s=1)
             assert other.key != first.key
         with pytest.raises(NoWorkerError, match="every ready pair has already failed this request"):
-            await fleet.reserve(SHAPE, exclude=frozenset({first.key, other.key}), timeout_s=0.02)
+            await reserve(fleet, SHAPE, exclude=frozenset({first.key, other.key}), timeout_s=0.02)
 
 
 async def test_release_is_idempotent() -> None:
     async with running_fleet(Network()) as fleet:
         fleet.apply([P0, D0])
         await all_ready(fleet)
-        reservation = await fleet.reserve(SHAPE, timeout_s=1)
+        reservation = await reserve(fleet, SHAPE, timeout_s=1)
         assert [member.num_inflight for member in fleet.workers()] == [1, 1]
         for _ in range(3):
-            reservation.release(prefill_ok=None, decode_ok=False, error="HTTP 500")
-            reservation.prefill_finished()
+            release(fleet, reservation, decode_ok=False, error="HTTP 500")
+            prefill_finished(fleet, reservation)
         assert [member.num_inflight for member in fleet.workers()] == [0, 0]
         assert [member.breaker.errors for member in fleet.workers()] == [0, 1]
 
@@ -320,13 +323,13 @@ async def test_a_finished_prefill_no_longer_loads_its_worker() -> None:
     async with running_fleet(Network(), load_poll_s=60.0) as fleet:
         fleet.apply([P0, D0])
         await all_ready(fleet)
-        reservation = await fleet.reserve(SHAPE, timeout_s=1)
-        assert fleet.table.view(P0.instance_id).queued_tokens == 100
-        reservation.prefill_finished()
-        assert fleet.table.view(P0.instance_id).queued_tokens == 0
-        assert fleet.table.inflight(D0.instance_id) == 1
-        reservation.release(prefill_ok=True, decode_ok=True)
-        assert fleet.table.inflight(D0.instance_id) == 0
+        reservation = await reserve(fleet, SHAPE, timeout_s=1)
+        assert fleet.scheduler.table.view(P0.instance_id).queued_tokens == 100
+        prefill_finished(fleet, reservation)
+        assert fleet.scheduler.table.view(P0.instance_id).queued_tokens == 0
+        assert fleet.scheduler.table.inflight(D0.instance_id) == 1
+        release(fleet, reservation, prefill_ok=True, decode_ok=True)
+        assert fleet.scheduler.table.inflight(D0.instance_id) == 0
 
 
 # -- why there is none -----------------------------------------------------------------------
@@ -335,10 +338,10 @@ async def test_a_finished_prefill_no_longer_loads_its_worker() -> None:
 async def test_timeout_names_the_missing_role() -> None:
     async with running_fleet(Network()) as fleet:
         with pytest.raises(NoWorkerError, match="no prefill and no decode server is registered"):
-            await fleet.reserve(SHAPE, timeout_s=0)
+            await reserve(fleet, SHAPE, timeout_s=0)
         fleet.apply([P0])
         with pytest.raises(NoWorkerError, match=r"within 0\.01 s: no decode server is registered"):
-            await fleet.reserve(SHAPE, timeout_s=0.01)
+            await reserve(fleet, SHAPE, timeout_s=0.01)
 
 
 async def test_timeout_says_that_pairs_are_being_tested_or_have_failed() -> None:
@@ -348,18 +351,18 @@ async def test_timeout_says_that_pairs_are_being_tested_or_have_failed() -> None
     async with running_fleet(network) as fleet:
         fleet.apply([P0, D0])
         with pytest.raises(NoWorkerError, match="1 of 1 pairs are still being tested"):
-            await fleet.reserve(SHAPE, timeout_s=0.01)
+            await reserve(fleet, SHAPE, timeout_s=0.01)
         network[D0].gate.set()
         await until(lambda: pair_states(fleet) == {"prefill-0>decode-0": "failed"})
         with pytest.raises(NoWorkerError, match=r"all 1 pairs failed their test; .*HTTP 503: full"):
-            await fleet.reserve(SHAPE, timeout_s=0.01)
+            await reserve(fleet, SHAPE, timeout_s=0.01)
 
 
 async def test_stop_dismisses_those_who_wait() -> None:
     async with running_fleet(Network()) as fleet:
-        client = asyncio.create_task(fleet.reserve(SHAPE, timeout_s=60))
-        await until(lambda: fleet.num_waiting == 1)
+        client = asyncio.create_task(reserve(fleet, SHAPE, timeout_s=60))
+        await until(lambda: fleet.scheduler.num_waiting == 1)
     with pytest.raises(NoWorkerError, match="stopping"):
         await client
     with pytest.raises(NoWorkerError, match="stopping"):
-        await fleet.reserve(SHAPE, timeout_s=60)
+        await reserve(fleet, SHAPE, timeout_s=60)

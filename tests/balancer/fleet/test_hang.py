@@ -199,7 +199,7 @@ async def test_requests_in_flight_at_a_hung_process_are_served_elsewhere(
         assert {str(w.state) for w in others} == {"ready"}
         assert {w.breaker.errors for w in others} == {0}
         assert [e.event for e in site.balancer.fleet.events].count("wedged") == 1
-        assert site.balancer.fleet.admission.placement.num_open == 0
+        assert site.balancer.fleet.scheduler.admission.placement.num_open == 0
 
 
 @pytest.mark.usefixtures("quick")
@@ -262,7 +262,7 @@ async def test_a_worker_that_answers_but_stands_still_is_wedged() -> None:
 async def test_standing_still_is_no_wedge_if_nobody_wants_progress(why: str) -> None:
     async with running_site(load_poll_s=0.02, wedge_s=0.0 if why == "off" else 0.1) as site:
         fleet = site.balancer.fleet
-        fleet.is_paused = why == "paused"
+        fleet.health.set_paused(why == "paused")
         holder, task = await hold_first(site, Role.DECODE, PLAIN)
         decode = fleet.workers()[1]
         decode.view.step_base_s = 0.0
@@ -291,7 +291,7 @@ async def test_a_hung_process_that_lost_its_membership_keeps_no_request() -> Non
         assert (await asyncio.wait_for(task, 5)).status == 200
         assert len(fleet.workers()) == 2
         thaw.set()
-        await until(lambda: worker.tasks[0].done(), "its keeper ended")
+        await until(lambda: worker.tasks["monitor"].done(), "its keeper ended")
 
 
 async def test_a_worker_that_left_finishes_what_it_has() -> None:
@@ -303,7 +303,7 @@ async def test_a_worker_that_left_finishes_what_it_has() -> None:
         assert holder.behaviour.gate is not None
         holder.behaviour.gate.set()
         assert (await task).status == 200
-        await until(lambda: worker.tasks[0].done(), "its keeper ended")
+        await until(lambda: worker.tasks["monitor"].done(), "its keeper ended")
 
 
 @pytest.mark.usefixtures("quick")

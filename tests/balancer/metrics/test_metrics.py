@@ -136,11 +136,11 @@ async def test_clients_that_leave_are_aborts_and_one_that_finds_the_queue_full_i
         async with site.exchange("POST", "/generate", STREAM) as first:
             await until(lambda: site.decode.requests)
             async with site.exchange("POST", "/generate", PLAIN) as second:
-                await until(lambda: site.balancer.fleet.num_waiting == 1)
+                await until(lambda: site.balancer.fleet.scheduler.num_waiting == 1)
                 waiting = await scrape(site)
                 assert (await site.generate(PLAIN)).status == 503
                 second.leave()
-                await until(lambda: site.balancer.fleet.num_waiting == 0)
+                await until(lambda: site.balancer.fleet.scheduler.num_waiting == 0)
             first.leave()
             await until(lambda: site.counts["inflight"] == 0)
         seen = await scrape(site)
@@ -217,7 +217,7 @@ async def test_kv_bytes_of_a_pair_follow_from_the_layout() -> None:
     layout = KVLayoutDescriptor(page_size=16, dtype="bf16", num_layers=30, num_kv_heads=3, token_bytes=768)
     async with running_site() as site:
         worker = site.balancer.fleet.workers()[0]
-        site.balancer.fleet._health.worker_learned(worker, structs.replace(worker.info, kv_layout=layout))
+        site.balancer.fleet.health.worker_learned(worker, structs.replace(worker.info, kv_layout=layout))
         await site.generate(PLAIN)
         seen = await scrape(site)
         state = (await site.ask("GET", "/pdserve/state")).json
@@ -231,7 +231,7 @@ async def test_kv_bytes_of_a_pair_follow_from_the_layout() -> None:
 async def test_odd_names_are_escaped(odd: str) -> None:
     async with running_site() as site:
         worker = site.balancer.fleet.workers()[0]
-        worker.info = structs.replace(worker.info, worker_id=WorkerId(odd))
+        worker.view.info = structs.replace(worker.info, worker_id=WorkerId(odd))
         seen = await scrape(site)
     assert seen.value("worker_inflight_requests", worker_id=odd) == 0
 

@@ -25,6 +25,7 @@ from tests.support.fleet_network import (
     Network,
     all_ready,
     loads,
+    reserve,
     running_fleet,
     sampled,
     until,
@@ -51,8 +52,8 @@ async def test_workers_and_pairs_carry_the_contract_fields() -> None:
     async with running_fleet(network) as fleet:
         fleet.apply([P0, D0])
         await all_ready(fleet)
-        await until(lambda: fleet.table.load(D0.instance_id))
-        await fleet.reserve(SHAPE, timeout_s=1)
+        await until(lambda: fleet.scheduler.table.load(D0.instance_id))
+        await reserve(fleet, SHAPE, timeout_s=1)
         document = rendered(fleet)
         assert fleet_model(fleet) == "tiny"
     prefill, decode = document["workers"]
@@ -89,11 +90,11 @@ async def test_the_queue_and_what_is_promised_are_shown() -> None:
         fleet.apply([P0, D0])
         await all_ready(fleet)
         await sampled(fleet)
-        await fleet.reserve(SHAPE, timeout_s=1)
-        waiting = asyncio.create_task(fleet.reserve(SHAPE, timeout_s=5))
-        await until(lambda: fleet.num_waiting == 1)
+        await reserve(fleet, SHAPE, timeout_s=1)
+        waiting = asyncio.create_task(reserve(fleet, SHAPE, timeout_s=5))
+        await until(lambda: fleet.scheduler.num_waiting == 1)
         with pytest.raises(NoWorkerError):
-            await fleet.reserve(SHAPE, timeout_s=5)
+            await reserve(fleet, SHAPE, timeout_s=5)
         document = rendered(fleet)
         waiting.cancel()
     queue, decode = document["queue"], document["workers"][1]

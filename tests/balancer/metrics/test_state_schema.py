@@ -37,7 +37,7 @@ def faults(document: object) -> list[str]:
 def watched(site: Site) -> WorkerMetrics:
     """The fleet's figures, looked at now."""
     metrics, fleet = site.balancer.metrics, site.balancer.fleet
-    metrics.look(fleet.workers(), fleet.table, fleet.num_waiting)
+    metrics.look(fleet.workers(), fleet.scheduler.table, fleet.scheduler.num_waiting)
     return metrics
 
 
@@ -57,7 +57,7 @@ async def test_an_idle_balancer_is_described() -> None:
 async def test_a_balancer_under_traffic_is_described() -> None:
     layout = KVLayoutDescriptor(page_size=16, dtype="bf16", num_layers=30, num_kv_heads=3, token_bytes=768)
     async with running_site(prefill=2, decode=2, max_retries=0) as site:
-        health, (prefill, *_) = site.balancer.fleet._health, site.balancer.fleet.workers()
+        health, (prefill, *_) = site.balancer.fleet.health, site.balancer.fleet.workers()
         health.worker_learned(prefill, structs.replace(prefill.info, kv_layout=layout))
         for _ in range(4):
             await site.generate(STREAM)

@@ -6,22 +6,29 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from pdserve.balancer.fleet.transfer_poll import TransferCounters, TransferPoller
+from pdserve.balancer.fleet.worker import Worker
 from pdserve.balancer.metrics.pairs import MAX_PAIRS, NUM_TRANSFERS, PairTraffic
 from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.http.client import HttpClient
 from pdserve.plugin.stats import COUNTERS
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.load_sample import Sample
-from pdserve.scheduling.workers import Worker
+from pdserve.scheduling.policy import WorkerView
+from pdserve.scheduling.workers import WorkerSlots
 from pdserve.types import InstanceId, Pair, Role, WorkerLoad
 from tests.support.control_worker import ControlWorker
 from tests.support.fleet_network import D0, P0, until, worker
 
 KEY = (P0.instance_id, D0.instance_id)
+
+
+def member_of(info: Any) -> Worker:
+    return Worker(WorkerSlots(WorkerView(info)))
 
 
 @dataclass
@@ -30,7 +37,7 @@ class Bench:
 
     now_s: float = 1000.0
     waiting: int = 0
-    workers: list[Worker] = field(default_factory=lambda: [Worker(P0), Worker(D0)])
+    workers: list[Worker] = field(default_factory=lambda: [member_of(P0), member_of(D0)])
     table: LoadTable = field(default_factory=LoadTable)
 
     def __post_init__(self) -> None:
@@ -175,7 +182,7 @@ async def keeper(server: ControlWorker, heard: Heard) -> AsyncIterator[asyncio.T
     from msgspec import structs
 
     pool = HttpClient(connect_s=1.0)
-    member = Worker(structs.replace(P0, url=server.url))
+    member = member_of(structs.replace(P0, url=server.url))
     member.answers.set()
     task = asyncio.create_task(TransferPoller(member, pool, (), heard, poll_s=0.001).run())
     try:

@@ -17,6 +17,7 @@ from pdserve.balancer.request.request import RequestRefused, Route
 from pdserve.balancer.request.usage import StreamTally, stream_failure, usage_of_body
 from pdserve.types import RequestShape
 from tests.support.balancer_client import Site, running_site
+from tests.support.fleet_network import release, reserve
 from tests.support.sglang_server import Behaviour, FakeSGLang, until
 
 STREAM = {"text": "hi", "stream": True}
@@ -280,10 +281,10 @@ async def test_a_kept_connection_that_breaks_costs_a_new_room_and_nobodys_reputa
 async def test_a_retry_avoids_the_failed_worker_even_if_it_looks_idle() -> None:
     async with running_site(prefill=2, decode=4, max_retries=1) as site:
         long = RequestShape(prompt_tokens=100_000, max_new_tokens=1)
-        held = [await site.balancer.fleet.reserve(long, timeout_s=1) for _ in range(4)]
+        held = [await reserve(site.balancer.fleet, long, timeout_s=1) for _ in range(4)]
         for reservation in held:
             if reservation.pair.prefill.worker_id == "prefill-0":
-                reservation.release(prefill_ok=None, decode_ok=None)
+                release(site.balancer.fleet, reservation, prefill_ok=None, decode_ok=None)
         behave(site.prefill, status=500)
         assert (await site.generate(PLAIN)).status == 200
         assert (len(site.prefill.requests), len(site.prefills[1].requests)) == (1, 1)
@@ -402,9 +403,9 @@ async def test_client_leaving_a_batch_aborts_every_rid() -> None:
 async def test_client_leaving_the_wait_for_a_pair_leaves_the_line() -> None:
     async with running_site(prefill=0, queue_timeout_s=60) as site:
         async with site.exchange("POST", "/generate", PLAIN) as exchange:
-            await until(lambda: site.balancer.fleet.num_waiting == 1)
+            await until(lambda: site.balancer.fleet.scheduler.num_waiting == 1)
             exchange.leave()
-            await until(lambda: site.balancer.fleet.num_waiting == 0)
+            await until(lambda: site.balancer.fleet.scheduler.num_waiting == 0)
         await until(lambda: site.counts["aborted"] == 1)
 
 

@@ -12,7 +12,7 @@ TEXT = "the same beginning " * 200
 
 def held(site: Site) -> float:
     """The share of TEXT that the prefill worker is believed to hold."""
-    tree = site.balancer.fleet.policy.tree  # type: ignore[attr-defined]
+    tree = site.balancer.fleet.scheduler.policy.tree  # type: ignore[attr-defined]
     assert isinstance(tree, PromptTree)
     (worker,) = (w for w in site.balancer.fleet.workers() if w.worker_id == "prefill-0")
     return tree.match(tree.read(json.dumps(TEXT).encode()), [worker.instance_id], 0.0)[0]

@@ -1,0 +1,212 @@
+"""The scheduler: which request is served, when, and by which pair of workers.
+
+    fleet:    add_worker · set_ready_pairs · sampled ─┐
+                                                      ├─► LoadTable · Admission ─► Placement ─► Policy
+    requests: foresee · reserve · prefill_finished ───┤
+              end · serve · learn ────────────────────┘
+
+The balancer and the simulator run exactly this object. It opens no socket and reads only the clock
+it is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from pdserve.config.balancer import BalancerConfig
+from pdserve.errors import NoWorkerError
+from pdserve.scheduling.admission import Admission
+from pdserve.scheduling.kv_room import committed_tokens
+from pdserve.scheduling.lengths import LengthPredictor, Lengths
+from pdserve.scheduling.load import LoadTable
+from pdserve.scheduling.load_sample import Sample
+from pdserve.scheduling.policy import PairCost, Policy, PromptTree, policy_of
+from pdserve.scheduling.reservation import Reservation
+from pdserve.scheduling.workers import PairKey, WorkerSlots
+from pdserve.types import InstanceId, RequestShape, Role, WorkerInfo
+
+NO_EXCLUDE: frozenset[PairKey] = frozenset()
+NUM_NAMED = 4
+"""Full workers described one by one; of more, the client is told only how many there are."""
+
+
+class Scheduler:
+    """Workers and their loads in, reservations out.
+
+    Args:
+        why_none_ready: one sentence for the client while no pair takes traffic.
+        policy: instead of the configured one.
+        lengths: instead of the predictor that ``config.predict_lengths`` asks for.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        config: BalancerConfig,
+        why_none_ready: Callable[[], str],
+        *,
+        policy: Policy | None = None,
+        lengths: Lengths | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.table = LoadTable()
+        self.policy = policy if policy is not None else policy_of(config)
+        self.lengths = lengths or (LengthPredictor() if config.predict_lengths else None)
+        self.admission = Admission(config, self.table, self.policy, self.explain, clock)
+        self._why_none_ready = why_none_ready
+        self._max_open = config.max_concurrent_requests
+        self._is_stopping = False
+
+    # -- workers -----------------------------------------------------------------------------
+
+    def add_worker(self, info: WorkerInfo) -> WorkerSlots:
+        """Know a worker; it is used once a pair of it is set ready."""
+        self.table.add(info)
+        return self.admission.placement.add_worker(info)
+
+    def update_worker(self, info: WorkerInfo) -> None:
+        """The description of a known worker has changed."""
+        self.table.add(info)
+
+    def remove_worker(self, instance_id: InstanceId) -> None:
+        """Forget a worker, which is in no ready pair any more; its reservations may still end."""
+        self.table.remove(instance_id)
+        self.policy.forget(instance_id)
+        self.admission.placement.remove_worker(instance_id)
+
+    def set_ready_pairs(self, keys: Iterable[PairKey]) -> None:
+        """Only these pairs take traffic from now on."""
+        self.admission.set_ready_pairs(keys)
+
+    def sampled(self, worker: WorkerSlots, sample: Sample) -> None:
+        """A poll of the worker was answered."""
+        self.table.record(worker.instance_id, sample)
+        self.admission.placement.set_overloaded(worker, False)
+        self.admission.sampled(worker)
+
+    def set_overloaded(self, worker: WorkerSlots) -> None:
+        """The worker refused a request because it is full: give it none until its next sample.
+
+        Does nothing before its first sample, as the next may never come.
+        """
+        if self.table.load(worker.instance_id) is not None:
+            self.admission.placement.set_overloaded(worker, True)
+
+    def cache_flushed(self, instance_id: InstanceId) -> None:
+        """The worker's prefix cache was emptied."""
+        tree = self.policy.tree if isinstance(self.policy, PairCost) else None
+        if isinstance(tree, PromptTree):
+            tree.flush(instance_id)
+
+    # -- requests ----------------------------------------------------------------------------
+
+    def foresee(self, shape: RequestShape) -> RequestShape:
+        """The same request with a forecast of its answer's length, if lengths are predicted."""
+        if self.lengths is None:
+            return shape
+        return msgspec.structs.replace(shape, forecast=self.lengths.forecast(shape))
+
+    def learn(self, shape: RequestShape, output_tokens: int, *, is_cut: bool) -> None:
+        """An answer (of a batch: the mean of its answers) is over; ``is_cut``: it did not end by itself."""
+        if self.lengths is not None:
+            self.lengths.learn(shape, output_tokens, is_cut)
+
+    async def reserve(
+        self, shape: RequestShape, *, exclude: frozenset[PairKey] = NO_EXCLUDE, timeout_s: float
+    ) -> Reservation:
+        """Hold the pair the policy picks among those with room, waiting in the queue for one if need be.
+
+        Args:
+            shape: what is known of the request.
+            exclude: (prefill, decode) instance ids that the request must not get again.
+            timeout_s: longest wait.
+
+        Raises:
+            NoWorkerError: if the queue is full, or no pair had room in time; the message says why.
+        """
+        if self._is_stopping:
+            raise NoWorkerError(self.explain())
+        reservation = self.admission.try_now(shape, exclude)
+        if reservation is not None:
+            return reservation
+        return await self.admission.wait(shape, exclude, timeout_s)
+
+    def prefill_finished(self, reservation: Reservation) -> None:
+        """The prefill server has answered: its part of the load is over, decode goes on.
+
+        Optional, but without it a long answer counts as prefill work until it ends.
+        """
+        self.admission.prefill_finished(reservation)
+
+    def end(self, reservation: Reservation, *, prefill_ok: bool | None, decode_ok: bool | None) -> None:
+        """Both legs are over, once. True: a leg ended well; False: it failed; None: not known.
+
+        Follow with ``serve``, after the fleet's health was told: a request that waits must not
+        get a worker that has just failed.
+        """
+        self.admission.end(reservation, prefill_ok=prefill_ok, decode_ok=decode_ok)
+
+    def serve(self) -> None:
+        """Give waiting requests what has become free."""
+        self.admission.serve()
+
+    def stop(self) -> None:
+        """Refuse waiting requests, and all that come; open reservations may still end."""
+        self._is_stopping = True
+        self.admission.stop()
+
+    # -- what others read --------------------------------------------------------------------
+
+    @property
+    def has_ready_pair(self) -> bool:
+        """True if some pair takes traffic; it may be full."""
+        return len(self.admission.placement.ready_pairs) > 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a pair."""
+        return len(self.admission.queue)
+
+    def num_requests(self, key: PairKey) -> int:
+        """Requests that a pair was given."""
+        return self.admission.placement.num_requests(key)
+
+    def explain(self, exclude: frozenset[PairKey] = NO_EXCLUDE, shape: RequestShape | None = None) -> str:
+        """Why no pair can be reserved now (by this request), in one sentence for client and operator."""
+        if self._is_stopping:
+            return "the balancer is stopping"
+        ready_pairs = self.admission.placement.ready_pairs
+        if not len(ready_pairs):
+            return self._why_none_ready()
+        usable = ready_pairs.without(exclude)
+        if not len(usable):
+            labels = ", ".join(f"{prefill.worker_id}>{decode.worker_id}" for prefill, decode in ready_pairs)
+            return f"every ready pair has already failed this request: {labels}"
+        placement = self.admission.placement
+        if 0 < self._max_open <= placement.num_open:
+            return (
+                f"{placement.num_open} requests are under way, which is the limit (max_concurrent_requests)"
+            )
+        for role, row in ((Role.DECODE, usable.decodes), (Role.PREFILL, usable.prefills)):
+            if all(placement.lacks_room(worker, shape) for worker in row):
+                return f"all {len(row)} usable {role} servers are full: {_describe_full(row)}"
+        return "others are first in line"
+
+
+def _describe_full(workers: Sequence[WorkerSlots]) -> str:
+    return "; ".join(_fullness(worker) for worker in workers[:NUM_NAMED])
+
+
+def _fullness(worker: WorkerSlots) -> str:
+    view = worker.view
+    if worker.is_overloaded:
+        return f"{worker.worker_id} says so"
+    parts = [f"{view.num_reqs} of {view.max_running_requests or 'any number of'} requests"]
+    if view.kv_capacity:
+        parts.append(f"{committed_tokens(worker)} of {view.kv_capacity} KV tokens promised")
+    if worker.role is Role.PREFILL:
+        parts = [f"{view.queued_tokens:.0f} tokens queued at {view.prefill_tokens_s:.0f}/s", *parts[1:]]
+    return f"{worker.worker_id}: {', '.join(parts)}"
