@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 UV     := $(VENV)/bin/uv
 
-.PHONY: help setup demo test test-fast test-all lint bench cuda bench-gpu clean
+.PHONY: help setup options demo test test-fast test-all lint bench cuda bench-gpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -14,8 +14,11 @@ setup: $(VENV)/.ready  ## make .venv with pdserve, SGLang and all tools, at the 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check uv==0.13.8
-	$(UV) pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[dev,demo]'
+	$(UV) pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+options:  ## write configs/*.toml and docs/options.md from the settings
+	$(PY) -m pdserve.cli.reference
 
 demo: setup  ## start 1 prefill + 1 decode server with the embedded model and ask one question
 	$(PY) -m pdserve.cli.demo

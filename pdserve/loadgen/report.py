@@ -96,7 +96,7 @@ def draw(path: str, results: Sequence[tuple[str, RunResult]]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("a plot needs matplotlib: pip install matplotlib") from None
+        raise ConfigError("a plot needs matplotlib: pip install 'pdserve[plot]'") from None
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     for name, result in results:

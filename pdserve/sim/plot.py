@@ -103,7 +103,7 @@ def _figure() -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as exc:
-        raise ConfigError(f"plots need matplotlib: pip install matplotlib ({exc})") from exc
+        raise ConfigError("plots need matplotlib: pip install 'pdserve[plot]'") from exc
 
     def make(**settings: Any) -> Any:
         figure = Figure(**settings)

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any, NewType, Protocol
+from typing import TYPE_CHECKING, Any, NewType, Protocol, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # pdserve doctor reads this module where there is no numpy
+    import numpy as np
+    import numpy.typing as npt
 
 PeerName = NewType("PeerName", str)
 """What the transport calls the other side; learnt from its description."""
 
-Spans = npt.NDArray[np.uint64]
+Spans: TypeAlias = "npt.NDArray[np.uint64]"
 """``[n, 3]``: address, bytes, device of each span."""
 
-StridedSpans = npt.NDArray[np.uint64]
+StridedSpans: TypeAlias = "npt.NDArray[np.uint64]"
 """``[n, 5]``: address, bytes, device, stride, count; ``count`` blocks of ``bytes``, ``stride`` apart."""
 
 
