@@ -79,11 +79,11 @@ FOREIGN_SIGNATURES = {"add_transfer_request": "SGLang calls it"}
 PENDING = {
     "folders": {"pdserve/doctor", "pdserve/monitor"},
     "functions": {
-        "samples.run_samples", "rewrite.rewrite", "app.balance", "app.launch", "spec.plan_cluster",
-        "spec.worker_spec", "command.run_doctor", "run.run_asks", "peer.plan", "trial.__init__",
+        "samples.run_samples", "rewrite.rewrite", "spec.plan_cluster",
+        "spec.worker_spec", "run.run_asks", "peer.plan", "trial.__init__",
     },
     "parameters": {
-        "cli.plan.", "cli.use.", "cluster.", "doctor.command.run_doctor", "http.client.start",
+        "cluster.", "http.client.start",
         "tiny.write_tiny_model",
         "dataplane.make_offer", "sending.__init__", "simulator.simulate",
     },

@@ -1,15 +1,14 @@
 """The flags of ``python -m sglang_router.launch_router`` 0.3.2 and what each is to ``pdserve balance``.
 
-A flag is one of ours under another name (``field``), or accepted without effect
-(``note`` says why), or refused (``refusal``) because to ignore it would leave the
-user less protected, or served by less, than asked for. Flags that cli/options.py
-declares under the same name are not here; cli/router_flags.py reads the table. Pure data.
+A flag sets one of our settings (``SETTINGS``), is refused because to ignore it would leave the user less
+protected, or served by less, than asked for (``REFUSED``), or is accepted without effect (``IGNORED``).
+Flags that are options of ``pdserve balance`` under the same name are not here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from pdserve.errors import ConfigError
@@ -17,31 +16,12 @@ from pdserve.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class RouterFlag:
-    """One flag. ``nargs`` as argparse has it: ``"0"`` a switch, ``"1"``, ``"*"`` or ``"+"``."""
+    """A flag that is one of our settings. ``nargs`` as in argparse; ``"0"`` is a switch."""
 
-    nargs: str = "1"
-    field: str = ""
+    setting: str
     read: Callable[[str], Any] = str
     """Makes the setting of one value."""
-    note: str = ""
-    refusal: str = ""
-    default: str = ""
-    """The value that asks for nothing: neither noted nor refused."""
-    needs: str = ""
-    """The switch without which it has no effect."""
-
-    @property
-    def why_ignored(self) -> str:
-        """Why it is without effect, when it is."""
-        return self.note or (f"only {self.needs} uses it" if self.needs else "")
-
-
-def _note(text: str, nargs: str = "1", default: str = "") -> RouterFlag:
-    return RouterFlag(nargs, note=text, default=default)
-
-
-def _refuse(text: str, nargs: str = "1", default: str = "") -> RouterFlag:
-    return RouterFlag(nargs, refusal=text, default=default)
+    nargs: str = "1"
 
 
 def _otlp_http(address: str) -> str:
@@ -71,112 +51,68 @@ ROUTER_DEFAULTS: dict[str, Any] = {
 }
 """With ``--pd-disaggregation`` these stand in for pdserve's own defaults."""
 
-_MODEL = "the workers tokenize and parse; start them with it"
-_HISTORY = "conversations are not stored here"
-_RETRY = "a retry goes to another pair at once"
-_BREAKER = "a worker comes back when it answers and a token came through one of its pairs"
-_HEALTH = "readiness is a real token through each pair"
-_METRICS = "metrics are at /metrics on the balancer's own port"
-_POLICY = "no policy here uses it"
-_K8S = "only --service-discovery uses it"
-_NO_K8S = "workers join through --bootstrap or POST /workers"
 _KEYS = "control routes have one key: give it by PDSERVE_ADMIN_API_KEY or --admin-api-key"
 _MTLS = "connections to workers have no client certificates or own authorities; use a network you trust"
 
-ROUTER_FLAGS: dict[str, RouterFlag] = {
-    # what it balances
-    "--worker-urls": _refuse("only prefill/decode pairs are served: give --prefill and --decode", "*"),
-    "--mini-lb": _note("pdserve's balancer serves in its place", "0"),
-    "--enable-igw": _refuse("one balancer serves one model; start one for each", "0"),
-    "--backend": _refuse("the workers must be SGLang servers", default="sglang"),
-    "--dp-aware": _note("SGLang takes the data-parallel rank from the request's room", "0"),
-    # routing
-    "--eviction-interval-secs": _note("what is remembered is bounded at each insertion"),
-    "--max-tree-size": RouterFlag(field="max_tree_size", read=int),
-    "--bucket-adjust-interval-secs": _note(_POLICY),
-    "--max-idle-secs": _note(_POLICY),
-    "--assignment-mode": _note(_POLICY),
-    # limits
-    "--max-payload-size": RouterFlag(field="max_body_bytes", read=int),
-    "--request-timeout-secs": RouterFlag(field="request_s", read=float),
-    "--request-id-headers": RouterFlag("*", "request_id_headers", str.lower),
-    "--shutdown-grace-period-secs": RouterFlag(field="drain_s", read=float),
-    "--max-concurrent-requests": RouterFlag(
-        field="max_concurrent_requests", read=lambda text: max(0, int(text))
-    ),
-    "--queue-timeout-secs": RouterFlag(field="queue_timeout_s", read=float),
-    "--rate-limit-tokens-per-second": _note("requests are limited by --max-concurrent-requests"),
-    "--cors-allowed-origins": _note("browsers of other origins are not admitted", "*"),
-    "--worker-startup-timeout-secs": _note("a worker may come up at any time"),
-    "--worker-startup-check-interval": _note("a worker may come up at any time"),
-    # retries and failures
-    "--retry-max-retries": RouterFlag(field="max_retries", read=int),
-    "--disable-retries": RouterFlag("0", "max_retries", lambda _: 0),
-    "--retry-initial-backoff-ms": _note(_RETRY),
-    "--retry-max-backoff-ms": _note(_RETRY),
-    "--retry-backoff-multiplier": _note(_RETRY),
-    "--retry-jitter-factor": _note(_RETRY),
-    "--cb-failure-threshold": RouterFlag(field="breaker_failures", read=int),
-    "--cb-success-threshold": _note(_BREAKER),
-    "--cb-timeout-duration-secs": _note(_BREAKER),
-    "--cb-window-duration-secs": _note(_BREAKER),
-    "--disable-circuit-breaker": _note(_BREAKER, "0"),
-    "--health-failure-threshold": _note(_HEALTH),
-    "--health-success-threshold": _note(_HEALTH),
-    "--health-check-timeout-secs": _note(_HEALTH),
-    "--health-check-interval-secs": _note(_HEALTH),
-    "--health-check-endpoint": _note(_HEALTH),
-    "--disable-health-check": _note(_HEALTH, "0"),
-    # Kubernetes
-    "--service-discovery": _refuse(_NO_K8S, "0"),
-    "--selector": _note(_K8S, "+"),
-    "--service-discovery-port": _note(_K8S),
-    "--service-discovery-namespace": _note(_K8S),
-    "--prefill-selector": _note(_K8S, "+"),
-    "--decode-selector": _note(_K8S, "+"),
-    # what it tells
-    "--log-dir": _note("the log goes to stderr"),
-    "--prometheus-port": _note(_METRICS),
-    "--prometheus-host": _note(_METRICS),
-    "--prometheus-duration-buckets": _note(_METRICS, "+"),
-    "--enable-trace": RouterFlag("0", "otlp_endpoint", lambda _: _otlp_http("localhost:4317")),
-    "--otlp-traces-endpoint": RouterFlag(field="otlp_endpoint", read=_otlp_http, needs="--enable-trace"),
-    # models
-    "--model-path": _note(_MODEL),
-    "--tokenizer-path": _note(_MODEL),
-    "--chat-template": _note(_MODEL),
-    "--tokenizer-cache-enable-l0": _note(_MODEL, "0"),
-    "--tokenizer-cache-l0-max-entries": _note(_MODEL),
-    "--tokenizer-cache-enable-l1": _note(_MODEL, "0"),
-    "--tokenizer-cache-l1-max-memory": _note(_MODEL),
-    "--reasoning-parser": _note(_MODEL),
-    "--tool-call-parser": _note(_MODEL),
-    "--mcp-config-path": _note("tools are the client's to call"),
-    "--history-backend": _note(_HISTORY, default="none"),
-    "--oracle-wallet-path": _note(_HISTORY),
-    "--oracle-tns-alias": _note(_HISTORY),
-    "--oracle-connect-descriptor": _note(_HISTORY),
-    "--oracle-username": _note(_HISTORY),
-    "--oracle-password": _note(_HISTORY),
-    "--oracle-pool-min": _note(_HISTORY),
-    "--oracle-pool-max": _note(_HISTORY),
-    "--oracle-pool-timeout-secs": _note(_HISTORY),
-    "--postgres-db-url": _note(_HISTORY),
-    "--postgres-pool-max": _note(_HISTORY),
-    "--redis-url": _note(_HISTORY),
-    "--redis-pool-max": _note(_HISTORY),
-    "--redis-retention-days": _note(_HISTORY),
-    # security
-    "--client-cert-path": _refuse(_MTLS),
-    "--client-key-path": _refuse(_MTLS),
-    "--ca-cert-paths": _refuse(_MTLS, "*"),
-    "--control-plane-api-keys": _refuse(_KEYS, "*"),
-    "--control-plane-audit-enabled": _refuse("there is no audit log", "0"),
-    "--jwt-issuer": _refuse(_KEYS),
-    "--jwt-audience": _refuse(_KEYS),
-    "--jwt-jwks-uri": _refuse(_KEYS),
-    "--jwt-role-mapping": _refuse(_KEYS, "*"),
+TRACE, TRACE_ENDPOINT = "--enable-trace", "--otlp-traces-endpoint"
+
+SETTINGS: dict[str, RouterFlag] = {
+    "--max-tree-size": RouterFlag("max_tree_size", int),
+    "--max-payload-size": RouterFlag("max_body_bytes", int),
+    "--request-timeout-secs": RouterFlag("request_s", float),
+    "--request-id-headers": RouterFlag("request_id_headers", str.lower, "*"),
+    "--shutdown-grace-period-secs": RouterFlag("drain_s", float),
+    "--max-concurrent-requests": RouterFlag("max_concurrent_requests", lambda text: max(0, int(text))),
+    "--queue-timeout-secs": RouterFlag("queue_timeout_s", float),
+    "--retry-max-retries": RouterFlag("max_retries", int),
+    "--disable-retries": RouterFlag("max_retries", lambda _: 0, "0"),
+    "--cb-failure-threshold": RouterFlag("breaker_failures", int),
+    TRACE: RouterFlag("otlp_endpoint", nargs="0"),
+    TRACE_ENDPOINT: RouterFlag("otlp_endpoint", _otlp_http),
 }
+
+REFUSED: dict[str, tuple[str, str]] = {
+    "--worker-urls": ("*", "only prefill/decode pairs are served: give --prefill and --decode"),
+    "--enable-igw": ("0", "one balancer serves one model; start one for each"),
+    "--backend": ("1", "the workers must be SGLang servers"),
+    "--service-discovery": ("0", "workers join through --bootstrap or POST /workers"),
+    "--client-cert-path": ("1", _MTLS),
+    "--client-key-path": ("1", _MTLS),
+    "--ca-cert-paths": ("*", _MTLS),
+    "--control-plane-api-keys": ("*", _KEYS),
+    "--control-plane-audit-enabled": ("0", "there is no audit log"),
+    "--jwt-issuer": ("1", _KEYS),
+    "--jwt-audience": ("1", _KEYS),
+    "--jwt-jwks-uri": ("1", _KEYS),
+    "--jwt-role-mapping": ("*", _KEYS),
+}
+"""Number of values and reason. An empty list of values, and ``--backend sglang``, ask for nothing."""
+
+_IGNORED = """
+1 --assignment-mode --bucket-adjust-interval-secs --cb-success-threshold --cb-timeout-duration-secs
+--cb-window-duration-secs --chat-template --eviction-interval-secs --health-check-endpoint
+--health-check-interval-secs --health-check-timeout-secs --health-failure-threshold
+--health-success-threshold --history-backend --log-dir --max-idle-secs --mcp-config-path --model-path
+--oracle-connect-descriptor --oracle-password --oracle-pool-max --oracle-pool-min
+--oracle-pool-timeout-secs --oracle-tns-alias --oracle-username --oracle-wallet-path --postgres-db-url
+--postgres-pool-max --prometheus-host --prometheus-port --rate-limit-tokens-per-second --reasoning-parser
+--redis-pool-max --redis-retention-days --redis-url --retry-backoff-multiplier --retry-initial-backoff-ms
+--retry-jitter-factor --retry-max-backoff-ms --service-discovery-namespace --service-discovery-port
+--tokenizer-cache-l0-max-entries --tokenizer-cache-l1-max-memory --tokenizer-path --tool-call-parser
+--worker-startup-check-interval --worker-startup-timeout-secs
+0 --disable-circuit-breaker --disable-health-check --dp-aware --mini-lb --tokenizer-cache-enable-l0
+--tokenizer-cache-enable-l1
+* --cors-allowed-origins
++ --decode-selector --prefill-selector --prometheus-duration-buckets --selector
+"""
+IGNORED: dict[str, str] = {}
+"""Flags without effect and their number of values: tokenizers, conversation stores, health checks,
+Kubernetes and metrics of the router are the workers' task, or the balancer has its own way."""
+for _word in _IGNORED.split():
+    if len(_word) == 1:
+        _nargs = _word
+    else:
+        IGNORED[_word] = _nargs
 
 
 @dataclass(slots=True)
@@ -189,11 +125,8 @@ class RouterOptions:
     @property
     def note(self) -> str:
         """One line on the flags without effect; empty if there are none. Never a value: some are secrets."""
-        reasons: dict[str, list[str]] = {}
-        for name in self.ignored:
-            reasons.setdefault(ROUTER_FLAGS[name].why_ignored, []).append(name)
-        told = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
-        return f"note: accepted without effect: {told}" if told else ""
+        names = ", ".join(self.ignored)
+        return f"note: accepted without effect, see docs/balancer.md: {names}" if names else ""
 
 
 def take_router_flags(argv: Sequence[str]) -> tuple[list[str], RouterOptions]:
@@ -204,29 +137,35 @@ def take_router_flags(argv: Sequence[str]) -> tuple[list[str], RouterOptions]:
     """
     rest: list[str] = []
     options = RouterOptions()
-    dependent: list[tuple[str, RouterFlag, list[str]]] = []
     at = 0
     while at < len(argv):
         name, equals, given = argv[at].partition("=")
         at += 1
-        flag = ROUTER_FLAGS.get(name)
-        if flag is None:
+        nargs = number_of_values(name)
+        if nargs is None:
             rest.append(argv[at - 1])
             continue
-        values = [given] if equals else _values(flag, argv[at:])
+        values = [given] if equals else _values(nargs, argv[at:])
         at += 0 if equals else len(values)
-        if flag.needs:
-            dependent.append((name, flag, values))
+        if nargs in "1+" and not values:
+            raise ConfigError(f"{name} needs a value")
+        if name == TRACE_ENDPOINT and TRACE not in argv:
+            options.ignored.append(f"{name} without {TRACE}")
         else:
-            _apply(name, flag, values, options)
-    for name, flag, values in dependent:  # they win over what their switch sets
-        _apply(name, flag if flag.needs in argv else replace(flag, field=""), values, options)
+            _apply(name, values, options)
     return rest, options
 
 
-def _values(flag: RouterFlag, following: Sequence[str]) -> list[str]:
+def number_of_values(name: str) -> str | None:
+    """A flag's ``nargs``; None for a word that is no flag of these tables."""
+    if name in SETTINGS:
+        return SETTINGS[name].nargs
+    return REFUSED[name][0] if name in REFUSED else IGNORED.get(name)
+
+
+def _values(nargs: str, following: Sequence[str]) -> list[str]:
     """The values of a flag as argparse reads them: a negative number is a value, another dash ends them."""
-    wanted = {"0": 0, "1": 1}.get(flag.nargs, len(following))
+    wanted = {"0": 0, "1": 1}.get(nargs, len(following))
     values: list[str] = []
     for text in following[:wanted]:
         if text.startswith("-") and not _is_number(text):
@@ -235,23 +174,24 @@ def _values(flag: RouterFlag, following: Sequence[str]) -> list[str]:
     return values
 
 
-def _apply(name: str, flag: RouterFlag, values: list[str], options: RouterOptions) -> None:
-    if flag.nargs in "1+" and not values:
-        raise ConfigError(f"{name} needs a value")
-    asks_nothing = (flag.default and values == [flag.default]) or (flag.nargs == "*" and not values)
-    if asks_nothing:
+def _apply(name: str, values: list[str], options: RouterOptions) -> None:
+    if number_of_values(name) == "*" and not values:
         return
-    if flag.refusal:
-        raise ConfigError(f"{name} is not supported: {flag.refusal}")
-    if not flag.field:
+    if name in REFUSED:
+        if (name, values) != ("--backend", ["sglang"]):
+            raise ConfigError(f"{name} is not supported: {REFUSED[name][1]}")
+    elif name in IGNORED:
         if name not in options.ignored:
             options.ignored.append(name)
-        return
-    try:
-        read = tuple(flag.read(value) for value in values or [""])
-    except ValueError:
-        raise ConfigError(f"{name} takes a number, got {values[0]!r}") from None
-    options.settings[flag.field] = read if flag.nargs in "*+" else read[0]
+    elif name == TRACE:
+        options.settings.setdefault("otlp_endpoint", _otlp_http("localhost:4317"))
+    else:
+        flag = SETTINGS[name]
+        try:
+            read = tuple(flag.read(value) for value in values or [""])
+        except ValueError:
+            raise ConfigError(f"{name} takes a number, got {values[0]!r}") from None
+        options.settings[flag.setting] = read if flag.nargs == "*" else read[0]
 
 
 def _is_number(text: str) -> bool:

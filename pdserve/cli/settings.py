@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pdserve.cli.router_flags import ROUTER_DEFAULTS, RouterOptions, take_router_flags
+from pdserve.cli.router_flags import RouterOptions, take_router_flags
 from pdserve.config.balancer import BalancerConfig
 from pdserve.config.file import FileConfig, load_file, merge
 from pdserve.config.launch import BootstrapConfig, LaunchConfig, check_port
+from pdserve.config.setting import check_choices
 from pdserve.config.worker_env import environment, keys_from_environment, replace_environ
 from pdserve.errors import ConfigError
-from pdserve.telemetry import LOG_FORMATS
 
 Progress = Callable[[str], None]
 """Hears one line per step of preparing a model."""
 
 ROLE_ARGS = ("prefill_args", "decode_args")
-QUEUE_ORDERS = ("auto", "fcfs", "shortest")
 ENGINE_COMMANDS = ("launch", "prefill", "decode")
 """Commands that pass what follows ``--`` on to SGLang."""
 
@@ -58,19 +57,25 @@ def _join_prefill_ports(argv: list[str]) -> list[str]:
     return joined
 
 
-def launch_config(path: Path | None, flags: Mapping[str, Any], progress: Progress) -> LaunchConfig:
+def launch_config(
+    path: Path | None, flags: Mapping[str, Any], sglang_args: tuple[str, ...], progress: Progress
+) -> LaunchConfig:
     """Default < ``[launch]`` of the file < ``flags``, with MODEL resolved to what SGLang takes.
 
-    In ``flags`` the arguments of one role are still one string each.
+    In ``flags`` the arguments of one role are still one string each; ``sglang_args`` followed a ``--``.
 
     Raises:
         ConfigError: for anything wrong in the file, the flags or the model.
     """
+    from pdserve.scheduling.policy import make_policy
+
     file = file_config(path)
-    role_args = {name: words(flags.get(name), f"--{name.replace('_', '-')}") for name in ROLE_ARGS}
-    flags = {**flags, **role_args}
+    role_args = {
+        name: words(flags[name], f"--{name.replace('_', '-')}") for name in ROLE_ARGS if name in flags
+    }
+    flags = {**flags, **role_args, "sglang_args": sglang_args or None}
     config = merge(LaunchConfig(), file.launch, flags)
-    _check_policy(config.policy)
+    make_policy(config.policy)
     slo_settings(config.slo)
     if path is not None and (file.balancer or file.bootstrap):
         config = replace(config, config_file=str(path.resolve()))
@@ -90,42 +95,33 @@ def resolve(model: str, served_name: str, progress: Progress) -> tuple[str, str]
     return path, EMBEDDED_MODEL_NAME
 
 
-@dataclass(frozen=True, slots=True)
-class BalanceFlags:
-    """The command line of ``pdserve balance``: our options by setting, and what sglang-router's came to.
+def balancer_config(
+    default: BalancerConfig,
+    path: Path | None,
+    router: RouterOptions,
+    options: Mapping[str, Any],
+    note: Progress,
+) -> BalancerConfig:
+    """``default`` < ``[balancer]`` of the file < environment (keys) < sglang-router's flags < ``options``.
 
-    ``prefill`` is still in texts of URL and port; ``bootstrap`` is HOST:PORT.
-    """
-
-    options: Mapping[str, Any] = field(default_factory=dict)
-    router: RouterOptions = field(default_factory=RouterOptions)
-    bootstrap: str | None = None
-    is_router: bool = False
-    """``--pd-disaggregation``: sglang-router's defaults."""
-
-
-def balancer_config(path: Path | None, given: BalanceFlags, note: Progress) -> BalancerConfig:
-    """Default < ``[balancer]`` of the file < environment (keys) < the command line.
-
+    In ``options``, ``prefill`` is still in texts of URL and port, and ``bootstrap_url`` may be HOST:PORT.
     ``note`` hears what the user should know before it starts.
 
     Raises:
         ConfigError: for a wrong value.
     """
-    flags: dict[str, Any] = {**given.router.settings}
-    flags |= {name: value for name, value in given.options.items() if value not in (None, [], ())}
+    flags: dict[str, Any] = {**router.settings, **options}
     if "prefill" in flags:
         flags["prefill"] = tuple(prefill_pair(text) for text in flags["prefill"])
     if flags.get("log_level") == "warn":  # sglang-router's name for it
         flags["log_level"] = "warning"
-    if given.bootstrap is not None:
+    if "bootstrap_url" in flags:
         from pdserve.cluster.machine import service_url
 
-        flags["bootstrap_url"] = service_url(given.bootstrap, "--bootstrap")
-    default = replace(BalancerConfig(), **(ROUTER_DEFAULTS if given.is_router else {}))
+        flags["bootstrap_url"] = service_url(flags["bootstrap_url"], "--bootstrap")
     config = merge(default, file_config(path).balancer, {**keys_from_environment(), **flags})
     _check_balancer(config)
-    for line in (given.router.note, *_warnings(config)):
+    for line in (router.note, *_warnings(config)):
         if line:
             note(line)
     return config
@@ -141,9 +137,7 @@ def _check_balancer(config: BalancerConfig) -> None:
     AllowedHosts(config)
     if config.otlp_endpoint:
         traces_url(config.otlp_endpoint)
-    for name, known in (("queue_order", QUEUE_ORDERS), ("log_format", LOG_FORMATS)):
-        if getattr(config, name) not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(config, name)!r}")
+    check_choices(config)
     check_port("--port", config.port)
     if bool(config.tls_cert_path) != bool(config.tls_key_path):
         raise ConfigError("TLS needs both --tls-cert-path and --tls-key-path")
@@ -182,23 +176,18 @@ def admin_key(given: str = "") -> str:
     return given or keys.get("admin_api_key", "") or keys.get("api_key", "")
 
 
-def bootstrap_config(path: Path | None, flags: Mapping[str, Any], ports: str | None) -> BootstrapConfig:
-    """Default < ``[bootstrap]`` of the file < ``flags``; ``ports`` is ``--port-range``.
+def bootstrap_config(path: Path | None, flags: Mapping[str, Any]) -> BootstrapConfig:
+    """Default < ``[bootstrap]`` of the file < ``flags``, whose ``port_range`` is still ``A-B``.
 
     Raises:
         ConfigError: for a wrong value.
     """
-    if ports is not None:
-        flags = {**flags, "port_range": port_range(ports)}
+    if "port_range" in flags:
+        flags = {**flags, "port_range": port_range(flags["port_range"])}
     config = merge(BootstrapConfig(), file_config(path).bootstrap, flags)
+    check_choices(config)
     check_port("--port", config.port)
     return config
-
-
-def _check_policy(name: str) -> None:
-    from pdserve.scheduling.policy import make_policy
-
-    make_policy(name)
 
 
 def slo_settings(text: str | None) -> dict[str, float]:
@@ -244,10 +233,10 @@ def port_range(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def words(text: str | None, option: str) -> tuple[str, ...] | None:
-    """One string split as a shell does; None stays None (not given)."""
+def words(text: str, option: str) -> tuple[str, ...]:
+    """One string split as a shell does."""
     try:
-        return None if text is None else tuple(shlex.split(text))
+        return tuple(shlex.split(text))
     except ValueError as exc:
         raise ConfigError(f"{option}: {exc}: {text!r}") from exc
 

@@ -6,39 +6,18 @@ import http.client
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from pdserve.cluster.gpus import choose_device, find_gpus
 from pdserve.cluster.ports import SystemPorts
 from pdserve.cluster.spec import ClusterSpec, Ports, ProcessSpec, http_url, plan_cluster, worker_spec
-from pdserve.config.launch import DEVICES, LaunchConfig, check_port
+from pdserve.config.launch import DEVICES, JoinConfig, LaunchConfig, check_port
 from pdserve.config.worker_env import environment
 from pdserve.errors import ConfigError
 from pdserve.process.scratch import live_workers
-from pdserve.types import Role
 
 FIRST_WORKER_PORT = 31000
 HEALTH_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class JoinConfig:
-    """One worker that joins a running fleet: what ``pdserve prefill`` and ``pdserve decode`` start."""
-
-    role: Role
-    model_path: str
-    bootstrap_url: str
-    host: str = "127.0.0.1"
-    port: int = 0
-    """0: the first free one at or above FIRST_WORKER_PORT."""
-    name: str = ""
-    """Worker name in the fleet; empty: role, host name and port."""
-    advertise_host: str = ""
-    device: str = "auto"
-    tp: int = 1
-    sglang_args: tuple[str, ...] = ()
-    served_model_name: str = ""
 
 
 def usable_cores() -> int:

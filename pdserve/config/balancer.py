@@ -1,104 +1,215 @@
-"""Every setting of the balancer, with its default and unit. Imports nothing."""
+"""Every setting of the balancer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from pdserve.config.setting import FAILURES, FLEET, KEYS, LIMITS, LISTEN, ROUTING, RUN, setting
+
+QUEUE_ORDERS = ("auto", "fcfs", "shortest")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, slots=True)
 class BalancerConfig:
     """Listening address, routing, limits and keys of the balancer. Times in seconds."""
 
-    host: str = "127.0.0.1"
-    port: int = 30000
-    bootstrap_url: str = ""
-    prefill: tuple[tuple[str, int | None], ...] = ()
-    """Static prefill servers, ``(url, bootstrap_port)``; for fleets without a bootstrap service."""
-    decode: tuple[str, ...] = ()
-    worker_hosts: tuple[str, ...] = ()
-    """Hosts (names, addresses or networks such as ``10.0.0.0/8``) that ``POST /workers`` may name
-    besides the loopback and the hosts of ``prefill`` and ``decode``."""
+    host: str = setting("127.0.0.1", "Address to listen on.", "address", "--host", panel=LISTEN)
+    port: int = setting(30000, "Port to listen on.", "port", "--port")
 
-    policy: str = "pair_cost"
-    prefill_policy: str = ""
-    """Policy for the prefill leg alone; empty: ``policy``."""
-    decode_policy: str = ""
-    cache_threshold: float = 0.3
-    """cache_aware: share of the prompt that must match for the choice to follow the cache."""
-    balance_abs_threshold: int = 64
-    """cache_aware: requests by which the fullest worker may exceed the emptiest."""
-    balance_rel_threshold: float = 1.5
-    """cache_aware: factor by which it may; beyond both, load decides."""
-    max_tree_size: int = 2**26
-    """cache_aware: prompt bytes remembered per worker."""
-    prefix_ttl_s: float = 600.0
-    """pair_cost: a prefix is forgotten after so long without a use."""
-    slo_ttft_s: float = 0.0
-    """A request that can no longer get its first token within this is refused at once; 0: none is."""
-    slo_tpot_s: float = 0.0
-    """Decode workers are not filled beyond the batch that keeps this time per token; 0: no bound."""
-    queue_order: str = "auto"
-    """Who waits longest for a pair: fcfs, shortest (least expected work first, with aging), or auto:
-    shortest under overload, else fcfs. ``priority`` goes before either."""
-    predict_lengths: bool = True
-    """Expect answers as long as like ones were; else as long as ``max_tokens`` allows, at most 512 tokens."""
+    bootstrap_url: str = setting(
+        "", "Bootstrap service that knows the workers.", "address", "--bootstrap HOST:PORT", panel=FLEET
+    )
+    prefill: tuple[tuple[str, int | None], ...] = setting(
+        (),
+        'A prefill server and its bootstrap port; repeatable. In a file: [["http://10.0.0.1:30001", 8998]].',
+        "URL",
+        "--prefill URL [PORT|none]",
+    )
+    decode: tuple[str, ...] = setting((), "A decode server; repeatable.", "URL", "--decode URL")
+    worker_hosts: tuple[str, ...] = setting(
+        (),
+        "Name, address or network (10.0.0.0/8) that POST /workers may name; repeatable.",
+        "host",
+        "--worker-hosts HOST",
+        empty="loopback, hosts of --prefill and --decode",
+    )
 
-    load_poll_s: float = 0.25
+    policy: str = setting(
+        "pair_cost",
+        "pair_cost, least_load, cache_aware, power_of_two, round_robin or random.",
+        "name",
+        "--policy",
+        panel=ROUTING,
+    )
+    prefill_policy: str = setting(
+        "", "Policy of the prefill leg.", "name", "--prefill-policy", empty="--policy"
+    )
+    decode_policy: str = setting("", "Policy of the decode leg.", "name", "--decode-policy", empty="--policy")
+    cache_threshold: float = setting(
+        0.3,
+        "cache_aware: match from which the cache decides, 0 to 1.",
+        "share of a prompt",
+        "--cache-threshold",
+    )
+    balance_abs_threshold: int = setting(
+        64,
+        "cache_aware: lead of the fullest worker over the emptiest from which load decides.",
+        "requests",
+        "--balance-abs-threshold",
+    )
+    balance_rel_threshold: float = setting(
+        1.5,
+        "cache_aware: the same as a ratio; load decides when both are exceeded.",
+        "factor",
+        "--balance-rel-threshold",
+    )
+    max_tree_size: int = setting(2**26, "cache_aware: prompt bytes remembered per worker.", "bytes", "")
+    prefix_ttl_s: float = setting(
+        600.0,
+        "pair_cost: a prefix is forgotten after this time without a use.",
+        "seconds",
+        "",
+    )
+    slo_ttft_s: float = setting(
+        0.0,
+        "A request that can no longer get its first token within this is refused at once.",
+        "seconds",
+        "",
+        empty="none is",
+    )
+    slo_tpot_s: float = setting(
+        0.0,
+        "Decode workers are not filled beyond the batch that keeps this time per token.",
+        "seconds",
+        "",
+        empty="no bound",
+    )
+    queue_order: str = setting(
+        "auto",
+        "Which waiting request is served next: fcfs; shortest, by expected work, with aging; "
+        "auto, shortest under overload, else fcfs. A request's priority goes before either.",
+        "name",
+        "--queue-order",
+        choices=QUEUE_ORDERS,
+    )
+    predict_lengths: bool = setting(
+        True,
+        "Expect answers as long as similar ones were; off: as long as max_tokens allows, at most 512 tokens.",
+        "flag",
+        "--predict-lengths/--no-predict-lengths",
+    )
+    load_poll_s: float = setting(0.25, "Time between two polls of a worker's load.", "seconds", "")
 
-    max_concurrent_requests: int = 0
-    """Requests dispatched at once, 0: as many as the workers have room for."""
-    queue_size: int = 1024
-    """Requests that may wait for a pair; more are refused with 503."""
-    queue_timeout_s: float = 60.0
-    """How long one may wait before 503."""
-    prefill_queue_s: float = 60.0
-    """Longest expected wait in a prefill server's queue; a request that would wait longer waits here,
-    where SGLang's 300 s bootstrap timer does not run."""
+    max_concurrent_requests: int = setting(
+        0,
+        "Requests dispatched at once.",
+        "count",
+        "",
+        panel=LIMITS,
+        empty="as many as the workers have room for",
+    )
+    queue_size: int = setting(
+        1024, "Requests that may wait for a pair; more get 503.", "count", "--queue-size"
+    )
+    queue_timeout_s: float = setting(
+        60.0, "How long a request may wait for a pair before 503.", "seconds", "--queue-timeout"
+    )
+    prefill_queue_s: float = setting(
+        60.0,
+        "Longest expected wait in a prefill server's queue; a request that would wait longer waits in the "
+        "balancer, where SGLang's 300 s bootstrap timer does not run.",
+        "seconds",
+        "",
+    )
+    max_body_bytes: int = setting(512 * 2**20, "Longest request body.", "bytes", "--max-body-bytes")
+    max_header_bytes: int = setting(64 * 2**10, "Longest request head.", "bytes", "")
+    header_s: float = setting(15.0, "Longest time a client may take to send a request's head.", "seconds", "")
+    body_s: float = setting(60.0, "Longest pause of a client within a body.", "seconds", "")
+    write_s: float = setting(
+        120.0, "Longest time a client may leave its answer unread once our buffers are full.", "seconds", ""
+    )
+    max_connections: int = setting(
+        0, "Client connections at once.", "count", "", empty="as many as open files allow"
+    )
 
-    connect_s: float = 5.0
-    request_s: float = 1800.0
-    """Longest silence of a worker inside one response."""
-    probe_s: float = 120.0
-    wedge_s: float = 60.0
-    """A worker with requests in flight that makes no progress for this long is taken for dead; 0: never."""
-    max_retries: int = 2
-    retry_ratio: float = 0.2
-    """Retries allowed per request of the recent past, besides ten a minute."""
-    breaker_failures: int = 3
-    """Failures in a row that take a worker out of service; a broken connection does so at once."""
-    drain_s: float = 30.0
-    """How long requests in flight may finish at shutdown."""
+    max_retries: int = setting(
+        2, "Tries on another pair after a failure.", "count", "--max-retries", panel=FAILURES
+    )
+    retry_ratio: float = setting(
+        0.2, "Retries per request of the recent past, besides ten a minute.", "share", ""
+    )
+    breaker_failures: int = setting(
+        3,
+        "Failures in a row that take a worker out of service; a broken connection does so at once.",
+        "count",
+        "",
+    )
+    connect_s: float = setting(5.0, "Time to make a connection to a worker.", "seconds", "")
+    request_s: float = setting(1800.0, "Longest silence of a worker inside one response.", "seconds", "")
+    probe_s: float = setting(120.0, "Longest wait for a new pair's first token.", "seconds", "")
+    wedge_s: float = setting(
+        60.0,
+        "A worker with requests in flight that makes no progress for this long counts as dead; 0: never.",
+        "seconds",
+        "",
+    )
+    drain_s: float = setting(30.0, "How long requests in flight may finish at shutdown.", "seconds", "")
 
-    max_body_bytes: int = 512 * 2**20
-    max_header_bytes: int = 64 * 2**10
-    header_s: float = 15.0
-    """Longest time a client may take to send a request's head."""
-    body_s: float = 60.0
-    """Longest pause of a client while it sends a body."""
-    write_s: float = 120.0
-    """Longest time a client may leave its answer unread once our buffers are full."""
-    max_connections: int = 0
-    """Client connections at once, 0: as many as the process may have open files for."""
+    api_key: str = setting(
+        "",
+        "Clients must send it as a bearer token; better given as PDSERVE_API_KEY.",
+        "text",
+        "--api-key KEY",
+        panel=KEYS,
+    )
+    admin_api_key: str = setting(
+        "",
+        "The same for control routes; or PDSERVE_ADMIN_API_KEY.",
+        "text",
+        "--admin-api-key KEY",
+        empty="the key of clients",
+    )
+    worker_api_key: str = setting(
+        "",
+        "Sent to the workers with the balancer's own requests; or PDSERVE_WORKER_API_KEY.",
+        "text",
+        "--worker-api-key KEY",
+        empty="the key of control routes",
+    )
+    tls_cert_path: str = setting(
+        "", "Certificate of this service, PEM.", "path", "--tls-cert-path", empty="no TLS"
+    )
+    tls_key_path: str = setting("", "Its private key, PEM.", "path", "--tls-key-path", empty="no TLS")
 
-    api_key: str = ""
-    """Clients must send ``Authorization: Bearer KEY``; empty: anyone may ask."""
-    admin_api_key: str = ""
-    """The same for control routes; empty: ``api_key``."""
-    worker_api_key: str = ""
-    """Sent to the workers with the balancer's own questions; empty: ``admin_api_key`` or ``api_key``."""
-    tls_cert_path: str = ""
-    tls_key_path: str = ""
-
-    request_id_headers: tuple[str, ...] = ("x-request-id",)
-    log_level: str = "info"
-    log_format: str = "text"
-    """``json``: one object per line."""
-    log_requests: bool = False
-    """One line per request with its pair and the reason for it."""
-    otlp_endpoint: str = ""
-    """Where an OpenTelemetry collector takes traces by OTLP/HTTP, ``http://host:4318``; empty: no traces."""
-    otlp_sample: float = 1.0
-    """Share of requests traced of those whose client has not decided already, 0 to 1."""
+    request_id_headers: tuple[str, ...] = setting(
+        ("x-request-id",),
+        "Headers that may carry a client's own request id, the first one wins.",
+        "names",
+        panel=RUN,
+    )
+    log_level: str = setting("info", "How much is logged.", "name", "--log-level", choices=LOG_LEVELS)
+    log_format: str = setting(
+        "text", "Form of logs; json: one object per line.", "name", "--log-format", choices=("text", "json")
+    )
+    log_requests: bool = setting(
+        False,
+        "One line per request with its pair and the reason for it.",
+        "flag",
+        "--log-requests/--no-log-requests",
+    )
+    otlp_endpoint: str = setting(
+        "",
+        "Collector that takes OpenTelemetry traces by OTLP/HTTP, http://127.0.0.1:4318.",
+        "URL",
+        "--otlp-endpoint URL",
+    )
+    otlp_sample: float = setting(
+        1.0,
+        "Share of requests traced, 0 to 1; a client's own traceparent decides for its request.",
+        "share",
+        "--otlp-sample SHARE",
+    )
 
     @property
     def worker_key(self) -> str:

@@ -30,7 +30,7 @@ class FileConfig:
     bootstrap: Mapping[str, Any] = field(default_factory=dict)
 
 
-_SECTIONS: dict[str, type[Any]] = {
+SECTIONS: dict[str, type[Any]] = {
     "launch": LaunchConfig,
     "balancer": BalancerConfig,
     "bootstrap": BootstrapConfig,
@@ -51,9 +51,9 @@ def load_file(path: Path) -> FileConfig:
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
     for section, values in raw.items():
-        known = _SECTIONS.get(section)
+        known = SECTIONS.get(section)
         if known is None or not isinstance(values, dict):
-            raise ConfigError(f"{path}: unknown section [{section}]; known: {', '.join(_SECTIONS)}")
+            raise ConfigError(f"{path}: unknown section [{section}]; known: {', '.join(SECTIONS)}")
         names = {f.name for f in fields(known)}
         for key in values:
             if key not in names:

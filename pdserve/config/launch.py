@@ -1,67 +1,146 @@
-"""Settings of ``pdserve launch`` and of the bootstrap service."""
+"""Settings of ``pdserve launch``, of one joining worker and of the bootstrap service."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 
-from pdserve.config.worker_env import SWITCH, DataPlaneConfig
+from pdserve.config.balancer import LOG_LEVELS, BalancerConfig
+from pdserve.config.setting import (
+    ENGINE,
+    FLEET,
+    LISTEN,
+    RUN,
+    TRANSFER,
+    check_choices,
+    same_setting,
+    setting,
+)
+from pdserve.config.worker_env import SWITCH, TRANSFER_PATHS, DataPlaneConfig
 from pdserve.errors import ConfigError
+from pdserve.types import Role
 
 DEVICES = ("auto", "cpu", "cuda")
-START_METHODS = ("auto", "fork", "spawn")
 
 
 @dataclass(frozen=True, slots=True)
 class BootstrapConfig:
-    """Where the bootstrap service listens. ``port_range`` bounds the per-prefill ports (0-0: any)."""
+    """Where the bootstrap service listens and how long a silent worker stays a member."""
 
-    host: str = "127.0.0.1"
-    port: int = 8997
-    port_range: tuple[int, int] = (0, 0)
-    advertise_host: str = ""
-    """Host by which other machines reach this service when it listens on every address."""
-    lease_s: float = 10.0
-    log_level: str = "info"
+    host: str = setting("127.0.0.1", "Address to listen on.", "address", "--host", panel=LISTEN)
+    port: int = setting(8997, "Port to listen on.", "port", "--port")
+    port_range: tuple[int, int] = setting(
+        (0, 0), "Ports for prefill servers; 0 to 0: any free ones.", "ports", "--port-range A-B"
+    )
+    advertise_host: str = setting(
+        "",
+        "Host by which other machines reach this service when it listens on every address.",
+        "address",
+        "--advertise-host",
+        empty="the one it listens on",
+    )
+    lease_s: float = setting(
+        10.0, "Silence after which a server counts as gone.", "seconds", "--lease", panel=RUN
+    )
+    log_level: str = setting("info", "How much is logged.", "name", "--log-level", choices=LOG_LEVELS)
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchConfig:
     """A whole fleet on one machine: what ``pdserve launch`` starts."""
 
-    model: str = ""
-    """Local path or hub id; empty serves the embedded SmolLM2-135M-Instruct."""
-    prefill: int = 1
-    decode: int = 1
-    host: str = "127.0.0.1"
-    port: int = 30000
-    bootstrap_port: int = 0
-    """0 picks a free port."""
-    worker_base_port: int = 31000
-    """First port tried for workers; a taken one is skipped."""
-    device: str = "auto"
-    tp: int = 1
-    policy: str = "pair_cost"
-    slo: str = ""
-    """Seconds a request may take to its first token and per further token: ``ttft=2,tpot=0.05``."""
-    start_method: str = "auto"
-    """``fork``: workers are forked from one preloaded process (CPU only); ``spawn``: each imports SGLang."""
-    log_dir: str = ""
-    """Folder for one log file per process; empty: a new folder under the cache directory."""
-    ready_timeout_s: float = 600.0
-    drain_s: float = 30.0
-    max_restarts: int = 5
-    """Restarts in a row of one worker (a run of 60 s resets the count) before the fleet gives up on it."""
-    sglang_args: tuple[str, ...] = ()
-    prefill_args: tuple[str, ...] = ()
-    decode_args: tuple[str, ...] = ()
-    data_plane: str = "on"
-    """``off``: SGLang's own NIXL path, for comparison."""
-    transfer_path: str = "auto"
-    """``direct`` or ``packed`` force one path where the pools allow it."""
-    slab_mb: int = 0
-    """Slab of each rank in MiB; 0: 64 on CPU, 1024 on a GPU."""
-    served_model_name: str = ""
-    """Name in ``/v1/models``; empty: the embedded model's name, or what SGLang makes of ``model``."""
+    model: str = setting(
+        "",
+        "Folder or hub id; `tiny`: a toy for tests.",
+        "name or path",
+        "MODEL",
+        panel=FLEET,
+        empty="the embedded SmolLM2-135M-Instruct",
+    )
+    prefill: int = setting(1, "Prefill servers.", "count", "-p --prefill")
+    decode: int = setting(1, "Decode servers.", "count", "-d --decode")
+    served_model_name: str = setting(
+        "",
+        "Name in /v1/models.",
+        "name",
+        "",
+        empty="the embedded model's name, or what SGLang makes of MODEL",
+    )
+    host: str = setting(
+        "127.0.0.1",
+        "Address of the service; 0.0.0.0 exposes the balancer, never the workers.",
+        "address",
+        "--host",
+        panel=LISTEN,
+    )
+    port: int = setting(30000, "Port of the service.", "port", "--port")
+    bootstrap_port: int = setting(
+        0, "Port of the bootstrap service.", "port", "--bootstrap-port", empty="any free one"
+    )
+    worker_base_port: int = setting(
+        31000, "First port tried for workers; a taken one is skipped.", "port", ""
+    )
+    device: str = setting(
+        "auto",
+        "Where workers run; auto: cuda if there is a GPU.",
+        "name",
+        "--device",
+        panel=ENGINE,
+        choices=DEVICES,
+    )
+    tp: int = setting(1, "Tensor parallel size of each server.", "GPUs", "--tp")
+    sglang_args: tuple[str, ...] = setting(
+        (),
+        'SGLang flags of every worker: ["--page-size", "32"]; on the command line after `--`.',
+        "words",
+        "",
+    )
+    prefill_args: tuple[str, ...] = setting(
+        (), "SGLang flags of prefill servers only.", "one string; words in a file", "--prefill-args"
+    )
+    decode_args: tuple[str, ...] = setting(
+        (), "SGLang flags of decode servers only.", "one string; words in a file", "--decode-args"
+    )
+    policy: str = same_setting(BalancerConfig, "policy")
+    slo: str = setting(
+        "",
+        "Time to first token and per further token that requests need; what cannot meet it is refused.",
+        "seconds",
+        "--slo ttft=S,tpot=S",
+    )
+    data_plane: str = setting(
+        "on",
+        "How KV travels; off: SGLang's own NIXL path.",
+        "name",
+        "--data-plane",
+        panel=TRANSFER,
+        choices=SWITCH,
+    )
+    transfer_path: str = setting(
+        "auto",
+        "direct or packed force one path where the pools allow it; auto: whatever is quicker.",
+        "name",
+        "--transfer-path",
+        choices=TRANSFER_PATHS,
+    )
+    slab_mb: int = setting(0, "Slab of each rank.", "MiB", "--slab-mb", empty="64 on CPU, 1024 on a GPU")
+    start_method: str = setting(
+        "auto",
+        "How workers start; fork: from one preloaded process, quicker, CPU only; spawn: each imports SGLang.",
+        "name",
+        "--start-method",
+        panel=RUN,
+        choices=("auto", "fork", "spawn"),
+    )
+    log_dir: str = setting(
+        "", "Folder with one log per process.", "folder", "--log-dir", empty="a new one in the cache"
+    )
+    ready_timeout_s: float = setting(
+        600.0, "Longest wait until every pair has answered.", "seconds", "--ready-timeout"
+    )
+    drain_s: float = setting(30.0, "How long running requests may finish after Ctrl-C.", "seconds")
+    max_restarts: int = setting(
+        5, "Restarts in a row of one worker (a run of 60 s resets the count) before it is given up.", "count"
+    )
     config_file: str = ""
     """Set by ``--config``: the balancer and the bootstrap service read their sections of it."""
 
@@ -70,16 +149,9 @@ class LaunchConfig:
             raise ConfigError(
                 f"need at least one prefill and one decode server, got -p {self.prefill} -d {self.decode}"
             )
-        if self.device not in DEVICES:
-            raise ConfigError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
-        if self.start_method not in START_METHODS:
-            raise ConfigError(
-                f"start_method must be one of {', '.join(START_METHODS)}, got {self.start_method!r}"
-            )
+        check_choices(self)
         if self.tp < 1:
             raise ConfigError(f"tp must be at least 1, got {self.tp}")
-        if self.data_plane not in SWITCH:
-            raise ConfigError(f"data_plane must be on or off, got {self.data_plane!r}")
         DataPlaneConfig(path=self.transfer_path, slab_mb=self.slab_mb)
         for name in ("port", "bootstrap_port", "worker_base_port"):
             check_port(name, getattr(self, name))
@@ -93,6 +165,31 @@ class LaunchConfig:
             "PDSERVE_SLAB_MB": (str(self.slab_mb), "0"),
         }
         return {name: value for name, (value, default) in wanted.items() if value != default}
+
+
+@dataclass(frozen=True, slots=True)
+class JoinConfig:
+    """One worker that joins a running fleet: what ``pdserve prefill`` and ``pdserve decode`` start."""
+
+    role: Role
+    model_path: str
+    bootstrap_url: str
+    host: str = setting("127.0.0.1", "Address to listen on.", "address", "--host", panel=LISTEN)
+    port: int = setting(0, "Port to listen on.", "port", "--port", empty="first free from 31000")
+    name: str = setting("", "Name in the fleet.", "name", "--name", panel=FLEET, empty="role-hostname-port")
+    advertise_host: str = same_setting(BootstrapConfig, "advertise_host")
+    device: str = same_setting(LaunchConfig, "device")
+    tp: int = same_setting(LaunchConfig, "tp")
+    sglang_args: tuple[str, ...] = ()
+    served_model_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinTarget:
+    """What a joining worker serves, and where, as the command line names it."""
+
+    join: str = setting(MISSING, "Bootstrap service to join.", "address", "--join HOST:PORT", panel=FLEET)
+    model: str = same_setting(LaunchConfig, "model")
 
 
 def check_port(name: str, port: int) -> None:

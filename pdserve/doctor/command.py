@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 
 from pdserve.config.launch import DEVICES, check_port
+from pdserve.config.setting import FLEET, KEYS, MODEL, OUTPUT, RUN, check_choices, setting
 from pdserve.doctor.finding import Report
 from pdserve.doctor.machine import MachineQuestion, machine_groups
 from pdserve.doctor.report import render_json, render_text
@@ -16,46 +18,62 @@ from pdserve.errors import ConfigError
 MAX_SERVERS = 1024
 
 
-def run_doctor(
-    url: str = "",
-    *,
-    model: str = "",
-    device: str = "auto",
-    prefill: int = 1,
-    decode: int = 1,
-    port: int = 30000,
-    as_json: bool = False,
-    deep: bool = False,
-    api_key: str = "",
-) -> int:
-    """Check this machine and, with ``url``, the fleet whose balancer is there; print the report.
+@dataclass(frozen=True, slots=True)
+class DoctorOptions:
+    """What ``pdserve doctor`` was asked: the servers that are to run here, and a fleet that runs already."""
 
-    Args:
-        url: balancer, ``http://host:port``; empty: only this machine.
-        model: as MODEL of ``pdserve launch``.
-        device: auto, cpu or cuda.
-        prefill, decode: servers that are to run here.
-        port: of the service that is to run here.
-        as_json: JSON instead of text.
-        deep: import SGLang and apply the hooks too (about 30 s).
-        api_key: admin key of the fleet; else PDSERVE_ADMIN_API_KEY or PDSERVE_API_KEY.
+    url: str = setting("", "Balancer of a running fleet to check as well.", "URL", "URL")
+    model: str = setting(
+        "", "As MODEL of pdserve launch.", "name or path", "--model", panel=MODEL, empty="embedded"
+    )
+    device: str = setting("auto", "Where servers will run.", "name", "--device", panel=FLEET, choices=DEVICES)
+    prefill: int = setting(1, "Prefill workers.", "count", "-p --prefill")
+    decode: int = setting(1, "Decode workers.", "count", "-d --decode")
+    port: int = setting(30000, "Port of the service.", "port", "--port")
+    as_json: bool = setting(False, "Findings as JSON.", "flag", "--json/--text", panel=OUTPUT)
+    deep: bool = setting(
+        False, "Import SGLang and apply our hooks, 30 s.", "flag", "--deep/--no-deep", panel=RUN
+    )
+    api_key: str = setting(
+        "",
+        "Admin key of the fleet; or PDSERVE_ADMIN_API_KEY, PDSERVE_API_KEY.",
+        "text",
+        "--api-key KEY",
+        panel=KEYS,
+    )
+
+    def __post_init__(self) -> None:
+        check_port("--port", self.port)
+        check_choices(self)
+        for option, count in (("-p", self.prefill), ("-d", self.decode)):
+            if not 1 <= count <= MAX_SERVERS:
+                raise ConfigError(f"{option} must be 1..{MAX_SERVERS}, got {count}")
+
+
+def run_doctor(options: DoctorOptions) -> int:
+    """Check this machine and, with ``options.url``, the fleet whose balancer is there; print the report.
 
     Returns:
         0 if nothing is worse than a warning, 1 if there is an error.
-
-    Raises:
-        ConfigError: for a wrong argument.
     """
-    question = MachineQuestion(model, device, prefill, decode, port, deep, is_serving=bool(url))
-    _check(question)
     started_s = time.monotonic()
-    groups = machine_groups(question)
-    if url:
+    groups = machine_groups(
+        MachineQuestion(
+            options.model,
+            options.device,
+            options.prefill,
+            options.decode,
+            options.port,
+            options.deep,
+            is_serving=bool(options.url),
+        )
+    )
+    if options.url:
         from pdserve.doctor.fleet import fleet_groups
 
-        groups += fleet_groups(url, api_key)
+        groups += fleet_groups(options.url, options.api_key)
     report = Report(run_groups(groups), time.monotonic() - started_s)
-    _print(report, as_json)
+    _print(report, options.as_json)
     return report.exit_code
 
 
@@ -64,12 +82,3 @@ def _print(report: Report, as_json: bool) -> None:
     width = shutil.get_terminal_size((100, 24)).columns
     sys.stdout.write(render_json(report) if as_json else render_text(report, width, is_unicode=is_unicode))
     sys.stdout.flush()
-
-
-def _check(question: MachineQuestion) -> None:
-    check_port("--port", question.port)
-    if question.device not in DEVICES:
-        raise ConfigError(f"--device must be one of {', '.join(DEVICES)}, got {question.device!r}")
-    for option, count in (("-p", question.prefill), ("-d", question.decode)):
-        if not 1 <= count <= MAX_SERVERS:
-            raise ConfigError(f"{option} must be 1..{MAX_SERVERS}, got {count}")

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdserve.config.setting import KEYS, LOAD, OUTPUT, RUN, check_choices, setting
 from pdserve.errors import ConfigError
 from pdserve.workload import LengthDistribution
 
@@ -15,48 +16,41 @@ ROUTES = {"generate": "/generate", "completions": "/v1/completions", "chat": "/v
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """One run. Lengths in tokens, times in seconds, rates in requests per second.
+    """One run. Lengths in tokens, times in seconds, rates in requests per second."""
 
-    ``rate`` 0: as fast as ``concurrency`` allows; ``concurrency`` 0: no bound. ``trace``: a file whose
-    lengths, prefixes and, scaled by ``speed``, arrival times are replayed in place of synthetic ones.
-    ``prefixes`` > 0: each request begins with one of so many shared prefixes of ``prefix_tokens``.
-    ``rounds``: with ``vs`` both services are asked in turn, a part of the requests at a time.
-    """
-
-    url: str
-    vs: str = ""
-    route: str = "generate"
-    model: str = ""
-    requests: int = 100
-    rate: float = 0.0
-    concurrency: int = 16
-    cv: float = 1.0
-    input: str = "256"
-    output: str = "64"
-    prefixes: int = 0
-    prefix_tokens: int = 0
-    trace: str = ""
-    speed: float = 1.0
+    url: str = setting("http://127.0.0.1:30000", "The service, any OpenAI or SGLang URL.", "URL", "URL")
+    vs: str = setting("", "A second service, asked in turn.", "URL", "--vs URL", panel=LOAD)
+    route: str = setting("generate", "What is asked.", "name", "--route", choices=tuple(ROUTES))
+    model: str = setting("", "Name for the OpenAI routes.", "name", "--model", empty="the service's first")
+    requests: int = setting(100, "Requests.", "count", "-n --requests")
+    rate: float = setting(0.0, "Arrivals.", "requests/s", "--rate", empty="as --concurrency allows")
+    concurrency: int = setting(16, "At once at most; 0: no bound.", "count", "-c --concurrency")
+    cv: float = setting(1.0, "Spread of the gaps between arrivals; 1 is Poisson.", "factor", "--cv")
+    input: str = setting("256", "Prompt: 256, 128-512 or 256~0.5 (lognormal).", "tokens", "--input")
+    output: str = setting("64", "Answer, likewise.", "tokens", "--output")
+    prefixes: int = setting(0, "Prompts begin with one of this many shared prefixes.", "count", "--prefixes")
+    prefix_tokens: int = setting(0, "Length of those prefixes.", "tokens", "--prefix-tokens")
+    trace: str = setting("", "Replay a Mooncake .jsonl or Azure .csv trace.", "path", "--trace FILE")
+    speed: float = setting(1.0, "Pace of the trace.", "factor", "--speed")
     slo_ttft_s: float = 0.0
     slo_tpot_s: float = 0.0
-    warmup: int = 4
-    rounds: int = 3
-    seed: int = 0
-    vocabulary: int = 1000
-    stream: bool = True
-    flush: bool = False
-    timeout_s: float = 600.0
-    api_key: str = ""
-    json_path: str = ""
-    plot_path: str = ""
+    warmup: int = setting(4, "First requests, not counted.", "count", "--warmup")
+    rounds: int = setting(3, "With --vs: parts sent in turn.", "count", "--rounds")
+    seed: int = setting(0, "Of prompts, lengths and arrivals.", "number", "--seed")
+    vocabulary: int = setting(1000, "Token ids are drawn from 10 to this.", "count", "--vocabulary")
+    stream: bool = setting(True, "Stream answers.", "flag", "--stream/--no-stream")
+    flush: bool = setting(False, "POST /flush_cache before each part.", "flag", "--flush")
+    timeout_s: float = setting(600.0, "Longest silence of the service.", "seconds", "--timeout", panel=RUN)
+    api_key: str = setting("", "The service's key; or PDSERVE_API_KEY.", "text", "--api-key KEY", panel=KEYS)
+    json_path: str = setting("", "Write the figures as JSON.", "path", "--json FILE", panel=OUTPUT)
+    plot_path: str = setting("", "Draw a PNG.", "path", "--plot FILE")
 
     def __post_init__(self) -> None:
         for name in ("url", "vs"):
             value = getattr(self, name)
             if (value or name == "url") and not value.startswith(("http://", "https://")):
                 raise ConfigError(f"{name} must be http://host:port or https://host:port, got {value!r}")
-        if self.route not in ROUTES:
-            raise ConfigError(f"route must be one of {', '.join(ROUTES)}, got {self.route!r}")
+        check_choices(self)
         if self.trace and not Path(self.trace).is_file():
             raise ConfigError(f"trace {self.trace}: no such file")
         for name, least in (("requests", 1), ("rounds", 1), ("vocabulary", 20)):

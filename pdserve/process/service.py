@@ -23,17 +23,9 @@ from pdserve.errors import ConfigError, PdserveError
 from pdserve.process.parent_death import die_with_parent
 from pdserve.telemetry import configure_logging
 
-LOG_LEVELS = ("debug", "info", "warning", "error")
-
 
 def become_service(config: BalancerConfig | BootstrapConfig) -> NoReturn:
-    """Replace this process by the service that ``config`` describes.
-
-    Raises:
-        ConfigError: if the log level is unknown.
-    """
-    if config.log_level not in LOG_LEVELS:
-        raise ConfigError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, got {config.log_level!r}")
+    """Replace this process by the service that ``config`` describes."""
     kind = "balancer" if isinstance(config, BalancerConfig) else "bootstrap"
     fd = _pass_on(msgspec.json.encode(config))
     sys.stdout.flush()

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pdserve.config.setting import FLEET, KEYS, MODEL, OUTPUT, RUN, setting
 from pdserve.errors import ConfigError, WorkerError
 from pdserve.sim.cost import CostModel
 from pdserve.sim.fits import Fit, Row, fit
@@ -33,15 +34,27 @@ class CalibrationOptions:
     """What to calibrate and how far to go. ``prefill`` and ``decode`` name the servers themselves, and
     ``url`` is left alone then; ``out`` empty: write nothing."""
 
-    url: str = ""
-    out: str = ""
-    prefill: tuple[tuple[str, int | None], ...] = ()
-    decode: tuple[str, ...] = ()
-    name: str = ""
-    budget_s: float = 60.0
-    max_tokens: int = 4096
-    max_batch: int = 16
-    api_key: str = ""
+    url: str = setting("", "The service to measure.", "URL", "URL", empty="http://127.0.0.1:30000")
+    out: str = setting("", "Write the cost model.", "path", "--out FILE", panel=OUTPUT)
+    prefill: tuple[tuple[str, int | None], ...] = setting(
+        (),
+        "A prefill server and its bootstrap port, of a service without state document; repeatable.",
+        "URL",
+        "--prefill URL,PORT",
+        panel=FLEET,
+    )
+    decode: tuple[str, ...] = setting((), "A decode server; repeatable.", "URL", "--decode URL")
+    name: str = setting("", "Name of the model.", "text", "--name", panel=MODEL, empty="the served one")
+    budget_s: float = setting(60.0, "Time to measure.", "seconds", "--budget-s", panel=RUN)
+    max_tokens: int = setting(4096, "Longest prompt tried.", "tokens", "--max-tokens")
+    max_batch: int = setting(16, "Largest batch tried.", "count", "--max-batch")
+    api_key: str = setting(
+        "",
+        "Admin key of the service; or PDSERVE_ADMIN_API_KEY, PDSERVE_API_KEY.",
+        "text",
+        "--api-key KEY",
+        panel=KEYS,
+    )
     seed: int = field(default_factory=lambda: random.SystemRandom().getrandbits(32))
     """Of the prompts' tokens; another seed every time, or prefix caches would know them."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from pdserve.config.balancer import BalancerConfig
+from pdserve.config.setting import FLEET, LOAD, MODEL, OUTPUT, ROUTING, RUN, setting
 from pdserve.errors import ConfigError
 from pdserve.sim.baselines import SIMULATED_MAKERS
 from pdserve.sim.cost import CostModel
@@ -23,25 +24,30 @@ from pdserve.workload import TracedRequest, cut, rate_of, read_trace, scaled, sp
 
 @dataclass(frozen=True, slots=True)
 class SimulateOptions:
-    """What ``pdserve simulate`` was asked, as text and numbers from the command line.
+    """What ``pdserve simulate`` was asked, as text and numbers from the command line."""
 
-    ``policy``: names with commas between. ``model``: a published profile or a file. ``rate``: requests per
-    second, 0: as traced. ``requests``: at most so many, 0: all. ``lengths``: who forecasts
-    answers.
-    """
-
-    trace: str = ""
-    policy: str = "least_load"
-    prefill: int = 1
-    decode: int = 1
-    slo: str = "ttft=2,tpot=0.05"
-    model: str = next(iter(PROFILES))
-    rate: float = 0.0
-    requests: int = 0
-    lengths: str = "learned"
-    seed: int = 0
-    json: str = ""
-    plot: str = ""
+    trace: str = setting(MISSING, "Mooncake .jsonl or Azure .csv.", "path", "--trace FILE", panel=LOAD)
+    policy: str = setting("least_load", "Policies to compare.", "names", "--policy NAME,NAME", panel=ROUTING)
+    prefill: int = setting(1, "Prefill workers.", "count", "-p --prefill", panel=FLEET)
+    decode: int = setting(1, "Decode workers.", "count", "-d --decode")
+    slo: str = setting(
+        "ttft=2,tpot=0.05", "What goodput asks for.", "seconds", "--slo ttft=S,tpot=S", panel=OUTPUT
+    )
+    model: str = setting(
+        next(iter(PROFILES)),
+        "Cost model: a published one or what `pdserve calibrate` wrote.",
+        "name or path",
+        "--model NAME|FILE",
+        panel=MODEL,
+    )
+    rate: float = setting(0.0, "Arrivals.", "requests/s", "--rate", panel=LOAD, empty="as traced")
+    requests: int = setting(0, "At most.", "count", "-n --requests", empty="all")
+    lengths: str = setting(
+        "learned", "Who forecasts answers' lengths.", "name", "--lengths", panel=ROUTING, choices=LENGTHS
+    )
+    seed: int = setting(0, "Of whatever is random.", "number", "--seed", panel=RUN)
+    json: str = setting("", "Write the figures as JSON.", "path", "--json FILE", panel=OUTPUT)
+    plot: str = setting("", "Draw a PNG.", "path", "--plot FILE")
 
 
 def run_simulation(options: SimulateOptions, config: BalancerConfig | None = None) -> str:

@@ -1,37 +1,50 @@
-"""The files in configs/ name every setting with its default, and files are read strictly."""
+"""configs/ and docs/options.md are what the settings generate, and files are read strictly."""
 
 from __future__ import annotations
 
 from dataclasses import fields
+from difflib import unified_diff
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from pdserve.cli.reference import format_toml, generated_files
 from pdserve.config.balancer import BalancerConfig
-from pdserve.config.file import load_file, merge
-from pdserve.config.launch import BootstrapConfig, LaunchConfig
+from pdserve.config.file import SECTIONS, load_file, merge
+from pdserve.config.setting import settings_of
 from pdserve.errors import ConfigError
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-NOT_IN_FILES = {"config_file"}
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    ("section", "default"),
-    [("launch", LaunchConfig()), ("balancer", BalancerConfig()), ("bootstrap", BootstrapConfig())],
-)
-def test_example_file_names_every_key_with_its_default(section: str, default: Any) -> None:
-    values = getattr(load_file(CONFIGS / f"{section}.toml"), section)
-    assert set(values) == {field.name for field in fields(default)} - NOT_IN_FILES
-    assert merge(type(default)(), values, {}) == default
+def test_files_and_options_page_are_what_the_settings_generate() -> None:
+    """``python -m pdserve.cli.reference`` writes them."""
+    differences: list[str] = []
+    for path, text in generated_files().items():
+        present = (ROOT / path).read_text() if (ROOT / path).exists() else ""
+        differences += unified_diff(
+            present.splitlines(), text.splitlines(), path, "generated", n=0, lineterm=""
+        )
+    assert not differences
 
 
-def test_every_example_line_has_a_comment() -> None:
-    for path in CONFIGS.glob("*.toml"):
-        for line in path.read_text().splitlines():
-            if "=" in line.partition("#")[0]:
-                assert "#" in line, f"{path.name}: {line}"
+def test_generated_file_names_every_key_with_its_default(tmp_path: Path) -> None:
+    for section, config in SECTIONS.items():
+        path = tmp_path / "defaults.toml"
+        path.write_text(format_toml(section))
+        values = getattr(load_file(path), section)
+        assert set(values) == {field.name for field in fields(config)} - {"config_file"}
+        assert merge(config(), values, {}) == config()
+
+
+def test_every_setting_has_help_and_a_known_panel() -> None:
+    """A field of a section that is no setting could not be documented; a choice must allow its default."""
+    for config in SECTIONS.values():
+        known = {setting.name: setting for setting in settings_of(config)}
+        assert set(known) == {field.name for field in fields(config)} - {"config_file"}
+        for setting in known.values():
+            assert setting.help.endswith(".") and setting.unit and setting.panel, setting
+            assert not setting.choices or setting.default in setting.choices, setting
 
 
 def test_nested_lists_become_tuples(tmp_path: Path) -> None:
@@ -42,9 +55,9 @@ def test_nested_lists_become_tuples(tmp_path: Path) -> None:
     assert config.decode == ("http://b:2",)
 
 
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
+def test_bad_file_is_a_config_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    for text, named in (
         ("[launch]\nprefil = 2\n", "launch.prefil"),
         ("[fleet]\n", "[fleet]"),
         ("[launch\n", "not valid TOML"),
@@ -54,11 +67,8 @@ def test_nested_lists_become_tuples(tmp_path: Path) -> None:
         ("[launch]\nhost = 5\n", "launch.host"),
         ('[launch]\nready_timeout_s = "x"\n', "launch.ready_timeout_s"),
         ('[balancer]\nprefill = [["http://a:1"]]\n', "balancer.prefill"),
-    ],
-)
-def test_bad_file_is_a_config_error_that_names_it(tmp_path: Path, text: str, named: str) -> None:
-    path = tmp_path / "bad.toml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=r"bad\.toml") as caught:
-        load_file(path)
-    assert named in str(caught.value)
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"bad\.toml") as caught:
+            load_file(path)
+        assert named in str(caught.value)
