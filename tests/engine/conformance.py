@@ -14,13 +14,17 @@ import http.client
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 TOLERANCE = 2e-4
 """Of a float32 logprob: another batch shape adds in another order."""
+
+FORBIDDEN = -1e6
+"""A lower logprob is that of a token which a grammar rules out."""
 
 UNCOMPARED = {
     "created": "the second in which the answer began",
@@ -82,6 +86,12 @@ def send(url: str, case: Case, model: str, timeout_s: float = 90.0) -> Reply:
     if case.first is not None:
         _exchange(url, case, case.first, timeout_s)
     return _exchange(url, case, body, timeout_s)
+
+
+def send_all(url: str, cases: Sequence[Case], model: str) -> list[Reply]:
+    """The answers to all cases, eight at a time."""
+    with ThreadPoolExecutor(8) as threads:
+        return list(threads.map(lambda case: send(url, case, model), cases))
 
 
 def _exchange(url: str, case: Case, body: Any, timeout_s: float) -> Reply:
@@ -158,6 +168,8 @@ def canonical(document: Any, names: _Names | None = None) -> Any:
             if key in ID_FIELDS and isinstance(value, str) and not value.startswith("/")
             else _floats(value)
             if key.endswith("_val_flat_b64")
+            else [_untied(top) for top in value]
+            if key.endswith("_top_logprobs") and isinstance(value, list)
             else canonical(value, names)
             for key, value in document.items()
             if key not in LEFT_OUT
@@ -167,6 +179,25 @@ def canonical(document: Any, names: _Names | None = None) -> Any:
     if isinstance(document, str):
         return CLOCK.sub("", document)
     return document
+
+
+def _untied(top: Any) -> Any:
+    """One position's top logprobs without the order of equal ones.
+
+    Where the list ends within a tie, or with tokens that a grammar forbids, which of them it names is chance.
+    """
+    if not isinstance(top, list) or not all(isinstance(row, list) and len(row) == 3 for row in top):
+        return canonical(top)
+    ties: list[list[Any]] = []
+    for row in top:
+        if ties and (row[0] == ties[-1][-1][0] or ties[-1][-1][0] - row[0] <= TOLERANCE):
+            ties[-1].append(row)
+        else:
+            ties.append([row])
+    rows = [row for tie in ties for row in sorted(tie, key=lambda row: int(row[1]))]
+    if ties and (len(ties[-1]) > 1 or ties[-1][0][0] < FORBIDDEN):
+        rows[-len(ties[-1]) :] = [[row[0], "any of a tie"] for row in ties[-1]]
+    return rows
 
 
 def _floats(text: str) -> list[float]:

@@ -1,20 +1,31 @@
 """One real fleet and one real reference for the whole session, all of real SGLang servers over real NIXL.
 
-The reference is a plain SGLang server (no disaggregation). It answers every
-prompt of ``corpus.py`` first and is then stopped, so that at most four SGLang
+The reference is a plain SGLang server (no disaggregation). It answers every prompt of ``corpus.py``
+and every request of the conformance test first and is then stopped, so that at most four SGLang
 servers are up at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pdserve.model.tiny import write_tiny_model
+from tests.engine.conformance import Reply, send_all
+from tests.engine.conformance_cases import CASES
 from tests.engine.corpus import CORPUS
 from tests.engine.fleet import Fleet, Reference, launch_fleet
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What a plain server answered: tokens by prompt name, replies in the order of ``CASES``."""
+
+    tokens: dict[str, list[int]]
+    replies: list[Reply]
 
 
 @pytest.fixture(scope="session")
@@ -24,16 +35,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
-    """What one plain SGLang server answers to each prompt at temperature 0: prompt name → tokens."""
+def plain(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Plain:
+    """One plain SGLang server's answers; to the conformance test's requests only if that test will run."""
+    is_compared = any("answers" in getattr(item, "fixturenames", ()) for item in request.session.items)
     with Reference(tiny_model, tmp_path_factory.mktemp("reference")) as reference:
-        return {prompt.name: reference.generate(prompt) for prompt in CORPUS}
+        replies = send_all(reference.url, CASES, str(tiny_model)) if is_compared else []
+        return Plain({prompt.name: reference.generate(prompt) for prompt in CORPUS}, replies)
 
 
 @pytest.fixture(scope="session")
-def fleet(
-    expected: dict[str, list[int]], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Fleet]:
-    """1 prefill + 2 decode servers behind ``pdserve launch``. Asks for ``expected`` only to run after it."""
+def expected(plain: Plain) -> dict[str, list[int]]:
+    """The plain server's tokens for each prompt at temperature 0: prompt name → tokens."""
+    return plain.tokens
+
+
+@pytest.fixture(scope="session")
+def fleet(plain: Plain, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """1 prefill + 2 decode servers behind ``pdserve launch``. Asks for ``plain`` only to run after it."""
     with launch_fleet(tiny_model, tmp_path_factory.mktemp("fleet"), prefill=1, decode=2) as running:
         yield running

@@ -186,7 +186,7 @@ def join_worker(
         role,
         str(model),
         "--join",
-        fleet.bootstrap_url.split("//")[1],
+        urlsplit(fleet.bootstrap_url).netloc,
     ]
     command += ["--name", name, *options, "--", *ENGINE_FLAGS, *flags]
     with (fleet.logs / f"{name}.log").open("wb") as log:

@@ -30,7 +30,7 @@ from pdserve.types import Role
 from tests.engine.fleet import Fleet, call, launch_fleet, wait_for
 from tests.engine.own_balancer import OwnBalancer
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
 FOLLOWS, TAKES_TURNS = "pair_cost", "round_robin"
 FAMILIES = 5

@@ -143,6 +143,7 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.exhaustive
 def test_balancer_fronts_servers_started_without_pdserve(
     tiny_model: Path, tmp_path: Path, expected: dict[str, list[int]]
 ) -> None:

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.engine.conformance import Case, Reply, differences, send
+from tests.engine.conformance import Case, Reply, differences, send_all
 from tests.engine.conformance_cases import CASES, is_legitimate
-from tests.engine.fleet import Fleet, Reference
+from tests.engine.conftest import Plain
+from tests.engine.fleet import Fleet
 
 pytestmark = pytest.mark.engine
-CONCURRENCY = 8
 
 Answers = dict[str, tuple[Reply, Reply]]
 
 
-def _ask_all(url: str, model: Path) -> Iterator[Reply]:
-    with ThreadPoolExecutor(CONCURRENCY) as threads:
-        yield from list(threads.map(lambda case: send(url, case, str(model)), CASES))
-
-
 @pytest.fixture(scope="module")
-def answers(fleet: Fleet, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+def answers(plain: Plain, fleet: Fleet, tiny_model: Path) -> Answers:
     """Every request's answers: a plain server's, then ours."""
-    with Reference(tiny_model, tmp_path_factory.mktemp("plain")) as plain:
-        theirs = list(_ask_all(plain.url, tiny_model))
-    ours = list(_ask_all(fleet.url, tiny_model))
-    return {case.name: pair for case, *pair in zip(CASES, theirs, ours, strict=True)}
+    ours = send_all(fleet.url, CASES, str(tiny_model))
+    return {case.name: pair for case, *pair in zip(CASES, plain.replies, ours, strict=True)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
