@@ -8,6 +8,7 @@ a heavy package fails: it would make the fast run slow.
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under nohup: children would be deaf to Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--fast"):
         config.option.markexpr = " and ".join(f"not {mark}" for mark in NOT_FAST)
         settings.load_profile("fast")
