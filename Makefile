@@ -24,15 +24,15 @@ demo: setup  ## start 1 prefill + 1 decode server with the embedded model and as
 	$(PY) -m pdserve.cli.demo
 
 test: setup  ## everything that runs without a GPU, real SGLang servers included
-	$(PY) -m pytest -n 2 --dist loadfile -m "not engine and not gpu and not exhaustive"
-	$(PY) -m pytest -m "engine and not exhaustive"
+	$(PY) -m pytest -n 2 --dist loadfile --ignore tests/engine
+	$(PY) -m pytest tests/engine
 
 test-fast: setup  ## the inner loop: no process, no SGLang, no torch
 	$(PY) -m pytest --fast -n 2 --dist loadfile
 
 test-all: setup  ## test, and every combination of what its tests cover once
-	$(PY) -m pytest -n 2 --dist loadfile -m "not engine and not gpu"
-	$(PY) -m pytest -m engine
+	$(PY) -m pytest -n 2 --dist loadfile --ignore tests/engine -m "not gpu"
+	$(PY) -m pytest tests/engine -m "not gpu"
 
 lint: setup  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .

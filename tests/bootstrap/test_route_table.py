@@ -107,6 +107,7 @@ def test_no_row_makes_a_table_that_cannot_answer(changes: dict[str, Any]) -> Non
         assert error.status in (400, 503)
 
 
+@pytest.mark.slow
 @given(
     sizes=st.tuples(*[st.integers(1, 3)] * 4),
     is_system_dp=st.booleans(),
@@ -175,7 +176,7 @@ def _without_null(answer: Any) -> Any:
     return {k: v for k, v in answer.items() if v is not None} if isinstance(answer, dict) else answer
 
 
-@pytest.mark.engine
+@pytest.mark.process
 async def test_answers_equal_those_of_sglangs_own_server() -> None:
     conn = pytest.importorskip("sglang.srt.disaggregation.common.conn", reason="needs sglang")
     with socket.create_server(("127.0.0.1", 0)) as free:

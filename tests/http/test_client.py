@@ -317,6 +317,7 @@ async def test_cancelling_a_fetch_closes_its_socket(pool: HttpClient, worker: Fa
     await until(lambda: worker.disconnects, "the socket is closed")
 
 
+@pytest.mark.slow
 async def test_a_lagging_consumer_holds_up_the_worker(pool: HttpClient, worker: FakeSGLang) -> None:
     worker.behaviour.tokens, worker.behaviour.padding_bytes = 2000, 20_000  # 40 MB in all
     response = await pool.open(worker.url, "POST", "/generate", STREAM, first_byte_s=5, silence_s=0.1)

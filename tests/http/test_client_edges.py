@@ -62,6 +62,7 @@ async def test_a_host_name_that_cannot_be_is_unreachable(pool: HttpClient) -> No
         await pool.fetch("http://a..b:80", "GET", "/", timeout_s=5)
 
 
+@pytest.mark.slow
 async def test_a_thousand_fetches_at_once(pool: HttpClient) -> None:
     async with FakeSGLang() as worker:
         fetches = [pool.fetch(worker.url, "GET", "/v1/models", timeout_s=30) for _ in range(1000)]

@@ -24,6 +24,7 @@ def fake_nvcc(folder: Path, says: str = "", status: int = 0) -> Path:
     return path
 
 
+@pytest.mark.process
 def test_cache_builds_once_per_architecture_and_compiler(tmp_path: Path) -> None:
     nvcc, cache = fake_nvcc(tmp_path), tmp_path / "cache"
     threads = [threading.Thread(target=kernels.build_cached, args=(cache, 90, nvcc)) for _ in range(4)]
@@ -39,6 +40,7 @@ def test_cache_builds_once_per_architecture_and_compiler(tmp_path: Path) -> None
     assert len((tmp_path / "builds").read_text().splitlines()) == 3
 
 
+@pytest.mark.process
 def test_a_failed_or_spilling_build_leaves_no_library(tmp_path: Path) -> None:
     spilling = fake_nvcc(tmp_path, "12 bytes spill stores, 0 bytes spill loads")
     with pytest.raises(ConfigError, match="12 bytes spill stores"):
@@ -62,6 +64,7 @@ def test_missing_tools_and_files_are_named(tmp_path: Path, monkeypatch: pytest.M
         KernelLibrary(tmp_path / "absent.so")
 
 
+@pytest.mark.process
 def test_command_line_reports_a_failed_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nvcc = fake_nvcc(tmp_path, "boom", 1)
     with pytest.raises(SystemExit, match="1"):

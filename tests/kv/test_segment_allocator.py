@@ -159,6 +159,7 @@ def test_pages_that_are_not_held_are_refused_by_name_and_nothing_changes(
     assert allocator.segments() == before
 
 
+@pytest.mark.slow
 def test_runs_stay_few_under_churn_where_a_free_list_scatters() -> None:
     """The same trace on both: a list taken from the head and appended to, as SGLang's between sorts."""
     for seed in range(5):

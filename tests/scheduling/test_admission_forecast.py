@@ -216,6 +216,7 @@ def decode_all(requests: list[tuple[int, int]], *, predicts: bool, capacity: int
     raise AssertionError("not all were served")
 
 
+@pytest.mark.slow
 def test_with_an_exact_predictor_nothing_is_retracted() -> None:
     rng = random.Random(2)
     requests = [(rng.randrange(50, 500), rng.choice([20, 300, 3000, 6000])) for _ in range(200)]

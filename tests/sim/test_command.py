@@ -28,6 +28,7 @@ def trace(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_table_a_json_file_and_a_picture(trace: Path, tmp_path: Path) -> None:
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
     options = SimulateOptions(

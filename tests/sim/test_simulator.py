@@ -169,6 +169,7 @@ def test_a_queue_that_waits_too_long_ends_in_failures() -> None:
     assert report.records[1].queue_s == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", SIMULATED_MAKERS)
 def test_equal_arguments_give_equal_runs_and_every_request_ends_once(policy: str) -> None:
     trace = synthetic(BUSY, seed=7)
@@ -179,6 +180,7 @@ def test_equal_arguments_give_equal_runs_and_every_request_ends_once(policy: str
     assert all(record.ttft_s > 0 and record.e2e_s >= record.ttft_s - 1e-9 for record in first.served)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [MODEL, msgspec.structs.replace(MODEL, has_decode_cache=True)])
 @pytest.mark.parametrize("pool", [4_000, 12_000, 100_000])
 def test_nothing_is_held_when_all_is_over(model: CostModel, pool: int) -> None:
@@ -200,6 +202,7 @@ def test_nothing_is_held_when_all_is_over(model: CostModel, pool: int) -> None:
     assert not run.scheduler.admission.queue
 
 
+@pytest.mark.slow
 def test_rates_are_fitted_from_the_samples_as_in_production() -> None:
     run = simulation(synthetic(replace(BUSY, requests=600), seed=3), MODEL, (1, 1))
     run.run()
@@ -210,6 +213,7 @@ def test_rates_are_fitted_from_the_samples_as_in_production() -> None:
     assert prefill.prefill_tokens_s == pytest.approx(1 / 1.4e-4, rel=0.3)
 
 
+@pytest.mark.slow
 def test_a_faster_link_and_more_workers_are_never_worse() -> None:
     trace = synthetic(BUSY, seed=11)
     base = simulate(trace, MODEL, "least_load", 2, 2)
@@ -222,6 +226,7 @@ def test_a_faster_link_and_more_workers_are_never_worse() -> None:
     assert mean[2] < mean[1]
 
 
+@pytest.mark.slow
 def test_a_large_fleet_makes_no_grid_of_pairs() -> None:
     trace = synthetic(Synthetic(rate=500.0, requests=300), seed=2)
     run = simulation(trace, MODEL, (200, 200))

@@ -447,6 +447,7 @@ async def test_stop_lets_a_request_finish_within_its_drain_time() -> None:
             await stopping
 
 
+@pytest.mark.slow
 async def test_after_any_mixture_of_faults_everything_is_given_back() -> None:
     faults: list[dict[str, Any]] = [
         {},
