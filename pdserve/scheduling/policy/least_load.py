@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 
+from pdserve.scheduling.policy.pair_search import PairSearch
 from pdserve.scheduling.policy.score import decode_cost_s, most_cached, prefill_cost_s
 from pdserve.scheduling.policy.view import Candidates, Choice, PairView, Reason, WorkerView
 from pdserve.scheduling.prefix.tree import Prefix, PromptTree
 from pdserve.types import InstanceId, RequestShape, Role
 
 TIE_SHARE = 0.05
-TIE_S = 0.001
-"""Costs this close (5 % plus 1 ms) count as equal: fitted rates are no better than that, and an
-idle fleet of equal machines must take turns."""
+"""Costs this close count as equal."""
 MIN_PREFIX_BYTES = 256
 """Common prefixes shorter than this, some 64 tokens, are not worth a look."""
 
@@ -35,18 +34,18 @@ class LeastLoad:
     def __init__(self) -> None:
         self._tree = PromptTree(ttl_s=inf)
         self._turn = 0.0
+        self._search = PairSearch(TIE_SHARE)
 
     def choose(self, request: RequestShape, candidates: Candidates) -> Choice:
-        """O(P + D) on a whole grid while links count as alike, else O(pairs)."""
+        """O(P + D) on a whole grid while links count as alike, else best first."""
         prefills, decodes = candidates.prefills, candidates.decodes
         prefix, cached = self._look_up(request, prefills)
         prefill_s = _prefill_costs(request, prefills, cached)
         decode_s = [decode_cost_s(view, request) for view in decodes]
-        link_s = 0.0
-        if candidates.allowed is None and candidates.link_s is None:
-            p, d = _least(prefill_s, prefills), _least(decode_s, decodes)
-        else:
-            p, d, link_s = _least_pair(request, prefill_s, decode_s, candidates)
+        told = candidates.link_s
+        extra = None if told is None else lambda p, d: told(prefills[p], decodes[d], request)
+        p, d = self._search.choose(prefill_s, decode_s, candidates, extra)
+        link_s = extra(p, d) if extra else 0.0
         prefill, decode = prefills[p], decodes[d]
         num_cached = cached[p] if cached else 0
         why = Reason(
@@ -67,11 +66,11 @@ class LeastLoad:
         """The worker where this leg costs least."""
         if role is Role.DECODE:
             costs = [decode_cost_s(view, request) for view in views]
-            best = _least(costs, views)
+            best = self._search.least_of(costs, views)
             return best, Reason("{:.3f}s ({} reqs)", costs[best], views[best].num_reqs)
         prefix, cached = self._look_up(request, views)
         costs = _prefill_costs(request, views, cached)
-        best = _least(costs, views)
+        best = self._search.least_of(costs, views)
         self._remember(prefix, views[best])
         return best, Reason("{:.3f}s ({:.0f} tokens ahead)", costs[best], views[best].queued_tokens)
 
@@ -111,42 +110,3 @@ def _prefill_costs(
     if not cached:
         return [prefill_cost_s(view, request) for view in prefills]
     return [prefill_cost_s(view, request, tokens) for view, tokens in zip(prefills, cached, strict=True)]
-
-
-def _least(cost_s: Sequence[float], views: Sequence[WorkerView]) -> int:
-    """Argmin; of costs that count as equal, fewest in flight, then longest unused."""
-    limit_s = min(cost_s) * (1.0 + TIE_SHARE) + TIE_S
-    best, inflight, turn = -1, 0, 0
-    for index, view in enumerate(views):
-        if cost_s[index] <= limit_s:
-            count = view.inflight
-            if best < 0 or count < inflight or (count == inflight and view.last_turn < turn):
-                best, inflight, turn = index, count, view.last_turn
-    return best
-
-
-def _least_pair(
-    request: RequestShape, prefill_s: Sequence[float], decode_s: Sequence[float], candidates: Candidates
-) -> tuple[int, int, float]:
-    """Argmin over the allowed pairs, its link's seconds last; each term's ties are told by its own cost."""
-    grid, link = candidates.indices(), candidates.link_s
-    prefills, decodes = candidates.prefills, candidates.decodes
-    links_s = [link(prefills[p], decodes[d], request) if link else 0.0 for p, d in grid]
-    totals_s = [prefill_s[p] + decode_s[d] + link_s for (p, d), link_s in zip(grid, links_s, strict=True)]
-    best = totals_s.index(min(totals_s))
-    best_p, best_d = grid[best]
-    limits = [
-        cost * (1.0 + TIE_SHARE) + TIE_S for cost in (prefill_s[best_p], decode_s[best_d], links_s[best])
-    ]
-
-    def rank(index: int) -> tuple[int, int]:
-        prefill, decode = prefills[grid[index][0]], decodes[grid[index][1]]
-        return prefill.inflight + decode.inflight, prefill.last_turn + decode.last_turn
-
-    ties = (
-        index
-        for index, (p, d) in enumerate(grid)
-        if prefill_s[p] <= limits[0] and decode_s[d] <= limits[1] and links_s[index] <= limits[2]
-    )
-    chosen = min(ties, key=rank)
-    return *grid[chosen], links_s[chosen]

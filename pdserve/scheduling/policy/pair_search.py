@@ -16,18 +16,20 @@ from pdserve.scheduling.policy.view import Candidates, WorkerView
 Extra = Callable[[int, int], float]
 """Seconds that a pair, by its two indices, costs beyond its workers' own; never negative."""
 
-TIE_SHARE = 0.02
 TIE_S = 0.001
-"""Costs this close (2 % plus 1 ms) count as equal: an idle fleet of equal machines must take turns,
-and fitted rates are no better than that."""
 
 
 class PairSearch:
-    """Finds the pair. Remembers nothing but the shape of the last grid with holes."""
+    """Finds the pair. Remembers nothing but the shape of the last grid with holes.
 
-    __slots__ = ("_allowed", "_partners")
+    Costs within ``tie_share`` plus 1 ms count as equal: an idle fleet of equal machines must take turns,
+    and fitted rates are no better than that.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_allowed", "_partners", "_tie")
+
+    def __init__(self, tie_share: float = 0.02) -> None:
+        self._tie = 1.0 + tie_share
         self._allowed: Sequence[tuple[int, int]] | None = None
         self._partners: dict[int, set[int]] = {}
 
@@ -44,11 +46,11 @@ class PairSearch:
         """
         prefills, decodes = candidates.prefills, candidates.decodes
         if extra is None and candidates.allowed is None:
-            return _least(prefill_s, prefills), _least(decode_s, decodes)
+            return self.least_of(prefill_s, prefills), self.least_of(decode_s, decodes)
         p, d = self.least(prefill_s, decode_s, candidates, extra)
-        limit_s = _limit_s(extra(p, d)) if extra else 0.0
-        ties_p = _ties(prefill_s, _limit_s(prefill_s[p]), prefills)
-        ties_d = _ties(decode_s, _limit_s(decode_s[d]), decodes)
+        limit_s = self._limit_s(extra(p, d)) if extra else 0.0
+        ties_p = _ties(prefill_s, self._limit_s(prefill_s[p]), prefills)
+        ties_d = _ties(decode_s, self._limit_s(decode_s[d]), decodes)
         partners = self._partners_of(candidates)
         for tie_p in ties_p:
             for tie_d in ties_d:
@@ -87,6 +89,21 @@ class PairSearch:
                     best, best_s = (p, d), cost_s
         return best if best_s < float("inf") else candidates.indices()[0]
 
+    def least_of(self, cost_s: Sequence[float], views: Sequence[WorkerView]) -> int:
+        """Argmin; of costs that count as equal, fewest in flight, then longest unused."""
+        limit_s = self._limit_s(min(cost_s))
+        best, inflight, turn = -1, 0, 0
+        for index, cost in enumerate(cost_s):
+            if cost <= limit_s:
+                view = views[index]
+                count = view.inflight
+                if best < 0 or count < inflight or (count == inflight and view.last_turn < turn):
+                    best, inflight, turn = index, count, view.last_turn
+        return best
+
+    def _limit_s(self, cost_s: float) -> float:
+        return cost_s * self._tie + TIE_S
+
     def _partners_of(self, candidates: Candidates) -> dict[int, set[int]] | None:
         allowed = candidates.allowed
         if allowed is None:
@@ -98,27 +115,9 @@ class PairSearch:
         return self._partners
 
 
-def _limit_s(cost_s: float) -> float:
-    return cost_s * (1.0 + TIE_SHARE) + TIE_S
-
-
 def _ties(cost_s: Sequence[float], limit_s: float, views: Sequence[WorkerView]) -> list[int]:
     """Everybody within the limit, the one to take first in front."""
     ties = [index for index, cost in enumerate(cost_s) if cost <= limit_s]
     if len(ties) > 1:
         ties.sort(key=lambda index: (views[index].inflight, views[index].last_turn))
     return ties
-
-
-def _least(cost_s: Sequence[float], views: Sequence[WorkerView]) -> int:
-    """Argmin; of costs that count as equal, fewest in flight, then longest unused."""
-    least_s = min(cost_s)
-    limit_s = _limit_s(least_s)
-    best, inflight, turn = -1, 0, 0
-    for index, cost in enumerate(cost_s):
-        if cost <= limit_s:
-            view = views[index]
-            count = view.inflight
-            if best < 0 or count < inflight or (count == inflight and view.last_turn < turn):
-                best, inflight, turn = index, count, view.last_turn
-    return best
