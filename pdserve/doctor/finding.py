@@ -29,7 +29,7 @@ class Finding:
 
 
 def ok(check: str, what: str, **values: object) -> Finding:
-    """Looked at, and fine."""
+    """Nothing is wrong."""
     return Finding(check, Level.OK, what, values=values)
 
 

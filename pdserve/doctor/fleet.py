@@ -1,83 +1,115 @@
-"""The checks of a running fleet, by the address of its balancer."""
+"""The checks of a running fleet: what its balancer's state document says, and what in it needs an operator.
+
+The balancer itself sends a real token through every pair and pings every worker: no worker is asked here.
+"""
 
 from __future__ import annotations
 
-import functools
-from urllib.parse import urlsplit
+import time
 
+from pdserve import __version__
 from pdserve.config.worker_env import keys_from_environment
-from pdserve.doctor import fleet_checks, pair_checks
-from pdserve.doctor.finding import Finding
-from pdserve.doctor.fleet_facts import (
-    ALL_PROBES_S,
-    HEALTH_S,
-    INFO_S,
-    STATE_S,
-    FleetFacts,
-    Keys,
-    gather_fleet,
-    gather_pairs,
-)
+from pdserve.doctor.finding import Finding, error, note, ok, warning
 from pdserve.doctor.runner import Check, Group
-from pdserve.errors import ConfigError
+from pdserve.errors import WorkerError, WorkerUnreachable
+from pdserve.state.client import TIMEOUT_S, StateClient
+from pdserve.state.document import StateDocument
+from pdserve.state.problems import find_problems
+from pdserve.state.workers import WorkerEntry
 
-LOOK_S = STATE_S + HEALTH_S + 3 * INFO_S + 10.0
-
-
-def fleet_url(text: str) -> str:
-    """``HOST:PORT`` or a URL as ``http://host:port``.
-
-    Raises:
-        ConfigError: if it is neither.
-    """
-    url = (text if "://" in text else f"http://{text}").rstrip("/")
-    try:
-        parts = urlsplit(url)
-        is_good = bool(parts.hostname) and parts.scheme in ("http", "https") and parts.port != 0
-    except ValueError:
-        is_good = False
-    if not is_good or parts.path or parts.query:
-        raise ConfigError(f"URL must be the balancer's address, http://HOST:PORT, got {text!r}")
-    return url
+MAX_SKEW_S = 1.0
 
 
 def fleet_groups(url: str, api_key: str) -> list[Group]:
     """Every check of the fleet whose balancer is at ``url``.
 
+    ``api_key`` wins over PDSERVE_ADMIN_API_KEY and PDSERVE_API_KEY.
+
     Raises:
         ConfigError: if ``url`` is no address.
     """
-    looks = _FleetLooks(fleet_url(url), Keys.of(api_key, keys_from_environment()))
-    checks = (
-        Check("balancer", lambda: fleet_checks.judge_balancer(looks.facts()), LOOK_S),
-        Check("workers", lambda: looks.health(fleet_checks.judge_workers)),
-        Check("versions", lambda: looks.health(fleet_checks.judge_versions)),
-        Check("clocks", lambda: looks.health(fleet_checks.judge_clocks)),
-        Check("load", lambda: looks.health(fleet_checks.judge_load)),
-        Check("KV layouts", lambda: looks.health(pair_checks.judge_layouts)),
-        Check("pairs", lambda: looks.health(pair_checks.judge_pair_states)),
-        Check("a token", lambda: looks.health(looks.pairs), ALL_PROBES_S + 20.0),
-    )
-    return [Group(f"Fleet at {looks.url}", checks, in_turn=True)]
+    keys = keys_from_environment()
+    client = StateClient(url, api_key or keys.get("admin_api_key", "") or keys.get("api_key", ""))
+    return [Group(f"Fleet at {client.url}", (Check("balancer", lambda: _look(client), 3 * TIMEOUT_S),))]
 
 
-class _FleetLooks:
-    """The fleet is asked once; every health sees the same answers."""
+def _look(client: StateClient) -> list[Finding]:
+    begun_s, wall_s = time.monotonic(), time.time()
+    try:
+        state = client.fetch()
+    except WorkerError as exc:
+        return [_no_state(exc)]
+    finally:
+        client.close()
+    took_s = time.monotonic() - begun_s
+    return judge_fleet(state, took_s, state.now_s - (wall_s + took_s / 2))
 
-    def __init__(self, url: str, keys: Keys) -> None:
-        self.url = url
-        self._keys = keys
-        self.facts = functools.cache(lambda: gather_fleet(url, keys))
 
-    def health(self, health: fleet_checks.Judge) -> list[Finding]:
-        """Nothing is judged of a fleet whose balancer does not answer: that was said already."""
-        facts: FleetFacts = self.facts()
-        return [] if facts.balancer.trouble else health(facts)
+def _no_state(exc: WorkerError) -> Finding:
+    todo = "name a pdserve balancer (workers and other routers have no /pdserve/state), with its admin key"
+    if isinstance(exc, WorkerUnreachable):
+        todo = "start it (`pdserve launch`, `pdserve balance`), or correct the address"
+    return error("balancer", str(exc), "everything about the fleet is asked there", todo)
 
-    def pairs(self, facts: FleetFacts) -> list[Finding]:
-        """A token through every pair that is not known to be impossible."""
-        misfits = {
-            label: f"KV layouts differ ({text})"
-            for label, text in pair_checks.layout_mismatches(facts).items()
-        }
-        return pair_checks.judge_pairs(gather_pairs(facts, self._keys, misfits))
+
+def judge_fleet(state: StateDocument, took_s: float, skew_s: float) -> list[Finding]:
+    """Findings of a state document that came after ``took_s``.
+
+    ``skew_s``: the balancer's wall clock minus this machine's.
+    """
+    problems = find_problems(state)
+    troubled = {problem.subject for problem in problems}
+    findings = [*_balancer(state, took_s, skew_s)]
+    findings += [_worker(worker) for worker in state.workers if worker.worker_id not in troubled]
+    ready = [pair for pair in state.pairs if pair.state == "ready"]
+    if ready:
+        text = f"a real token came through {len(ready)} of {len(state.pairs)} pairs"
+        whole = ok if len(ready) == len(state.pairs) else note
+        findings.append(whole("pairs", text, took_s={pair.label: pair.probe_s for pair in ready}))
+    for problem in problems:
+        level = error if problem.is_error else warning
+        findings.append(level(problem.subject, problem.what, problem.why, problem.what_to_do))
+    if state.queue is not None and (shed := {why: n for why, n in state.queue.shed.items() if n}):
+        named = ", ".join(f"{count} {reason}" for reason, count in sorted(shed.items()))
+        findings.append(note("queue", f"refused since the start: {named}", shed=shed))
+    return findings
+
+
+def _balancer(state: StateDocument, took_s: float, skew_s: float) -> list[Finding]:
+    text = f"pdserve {state.version} serves {state.model or 'no model yet'}, policy {state.policy}"
+    text += f", answers in {took_s * 1e3:.0f} ms"
+    findings = [ok("balancer", text, version=state.version, answer_s=took_s)]
+    if state.version != __version__:
+        findings.append(
+            warning(
+                "versions",
+                f"pdserve differs: {state.version} on the balancer, {__version__} here",
+                "messages between services and workers may differ",
+                "install the same pdserve everywhere",
+            )
+        )
+    if state.now_s and abs(skew_s) > MAX_SKEW_S:
+        findings.append(
+            warning(
+                "clocks",
+                f"the balancer's is {skew_s:+.1f} s away from this machine's",
+                "logs, traces and events of the fleet cannot be put in order; leases do not depend on it",
+                "run chrony or systemd-timesyncd on every machine",
+                skew_s=skew_s,
+            )
+        )
+    service = state.bootstrap
+    if service is None or not service.url:
+        findings.append(note("bootstrap", "none: workers are named to the balancer one by one"))
+    elif service.connected:
+        findings.append(ok("bootstrap", f"connected, {service.url}"))
+    return findings
+
+
+def _worker(worker: WorkerEntry) -> Finding:
+    if worker.draining:
+        what = f"draining, {worker.inflight} requests in flight"
+        return note(worker.worker_id, what, "an operator has taken it out of service")
+    level = ok if worker.state == "ready" else note
+    what = f"{worker.state}, breaker {worker.breaker}, {worker.inflight} in flight"
+    return level(worker.worker_id, what, state=worker.state, breaker=worker.breaker)

@@ -12,7 +12,6 @@ from pdserve.config.worker_env import cache_dir, environment
 from pdserve.doctor.finding import Finding
 from pdserve.doctor.gpu import SMI_S, GpuFacts, gather_gpu, judge_gpu
 from pdserve.doctor.limits import gather_limits, judge_limits
-from pdserve.doctor.loopback import LOOPBACK_S, judge_loopback, send_over_loopback
 from pdserve.doctor.model_files import ModelFacts, gather_model, judge_model, server_bytes
 from pdserve.doctor.ports import gather_ports, judge_ports
 from pdserve.doctor.runner import Check, Group
@@ -25,7 +24,14 @@ from pdserve.doctor.software import (
     not_deep,
 )
 from pdserve.doctor.surroundings import judge_environment
-from pdserve.doctor.transport import UCX_S, gather_transport, judge_transport
+from pdserve.doctor.transport import (
+    LOOPBACK_S,
+    UCX_S,
+    gather_transport,
+    judge_loopback,
+    judge_transport,
+    send_over_loopback,
+)
 
 
 @dataclass(frozen=True, slots=True)

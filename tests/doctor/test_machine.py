@@ -10,11 +10,10 @@ from pdserve.doctor.children import ChildResult
 from pdserve.doctor.finding import Finding, Level
 from pdserve.doctor.gpu import Gpu, GpuFacts, judge_gpu, parse_listing
 from pdserve.doctor.limits import UNLIMITED, LimitFacts, judge_limits
-from pdserve.doctor.loopback import judge_loopback
 from pdserve.doctor.ports import PortFacts, judge_ports
 from pdserve.doctor.software import SoftwareFacts, judge_deep, judge_software
 from pdserve.doctor.surroundings import judge_environment
-from pdserve.doctor.transport import TransportFacts, judge_transport
+from pdserve.doctor.transport import TransportFacts, judge_loopback, judge_transport
 
 GIB = 1 << 30
 SOFTWARE = SoftwareFacts(

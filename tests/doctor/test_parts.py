@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from pdserve.doctor.children import run_child
+from pdserve.doctor.command import render_json, render_text
 from pdserve.doctor.finding import Finding, Level, Report, Section, error, note, ok, warning
 from pdserve.doctor.hook_targets import missing_targets
 from pdserve.doctor.model_files import gather_model, judge_model, kv_bytes_per_token, server_bytes
-from pdserve.doctor.report import render_json, render_text
 from pdserve.doctor.runner import Check, Group, run_groups
 from pdserve.model.tiny import write_tiny_model
 

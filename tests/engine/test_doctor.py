@@ -1,4 +1,4 @@
-"""``pdserve doctor`` against real servers: nothing wrong, a real token through every pair, layouts read."""
+"""``pdserve doctor`` against real servers: nothing wrong, every worker and pair named."""
 
 from __future__ import annotations
 
@@ -19,14 +19,10 @@ async def test_a_real_fleet_is_found_sound(fleet: Fleet) -> None:
     ours = [f for f in run.findings() if f["section"].startswith("Fleet")]
     # other tests may have killed servers of this fleet, or had some join and leave
     assert {f["check"] for f in ours if f["level"] == "ok"} >= {*WORKERS, "balancer", "bootstrap"}, ours
-    assert set(run.finding("a token", "ok")["values"]["took_s"]) == {
+    assert set(run.finding("pairs", "ok")["values"]["took_s"]) == {
         "prefill-0>decode-0",
         "prefill-0>decode-1",
     }
-    assert "equal on 3 workers" in run.finding("KV layouts", "ok")["what"]
-    assert "0.5.23 on every worker" in run.finding("versions", "ok")["what"]
-    skews = run.finding("clocks", "ok")["values"]["skew_s"]
-    assert skews.keys() >= WORKERS
     assert run.finding("loopback DRAM", "ok", "warning")["values"]["bytes_per_s"] > 0
     fleet.wait_empty()
 
