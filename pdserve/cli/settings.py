@@ -1,6 +1,6 @@
 """What the command line means: raw option values and a file in, validated configuration out.
 
-Knows nothing of the terminal; cli/app.py declares the options and calls this.
+Knows nothing of the terminal; cli/commands.py calls this with the options that were given.
 """
 
 from __future__ import annotations

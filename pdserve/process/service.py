@@ -1,9 +1,8 @@
 """A control-plane process free of the command line's libraries: ``-m pdserve.process.service KIND FD``.
 
-``pdserve balance`` and ``pdserve bootstrap`` parse their options and then *become*
-this (same pid, same output): typer brings pydantic and with it compiled Rust into
-the process, which has no place where every request passes. FD is an open file with
-the settings as JSON.
+``pdserve balance`` and ``pdserve bootstrap`` parse their options and then replace themselves by this (same
+pid, same output): typer and rich stay out of the process that every request passes, and keys out of its
+command line. FD is an open file with the settings as JSON.
 """
 
 from __future__ import annotations
