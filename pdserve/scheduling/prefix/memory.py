@@ -1,8 +1,8 @@
-"""What our own dispatches tell of the workers' caches: blocks held and blocks on their way, within bounds.
+"""Blocks that workers hold and blocks on their way, as far as our own dispatches tell.
 
-A block is a place in some prompt: its hash covers all text before its end. For each block one bit a
-worker, and for each worker its blocks in the order of their last use. Three bounds: a worker's KV pool,
-all facts together, and a time to live; in each the least recently used leaves go first.
+A block is a place in some prompt: its hash covers all text before its end. The memory keeps one bit a
+worker for each block, and for each worker its blocks in the order of their last use. Three bounds (a
+worker's KV pool, all facts together, a time to live) drop the least recently used blocks first.
 """
 
 from __future__ import annotations
