@@ -187,6 +187,7 @@ async def test_a_real_balancers_document_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("LINES", "100")  # on a busy machine more happens before the frame is drawn
     async with running_site(decode=2, admin_api_key="s3cret") as site:
         chat = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
         assert (await site.ask("POST", "/v1/chat/completions", chat)).status == 200
