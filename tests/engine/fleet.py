@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from tests.engine.corpus import CHUNK_TOKENS, Prompt
 
-READY_S = 240.0
+READY_S = 600.0
 ENGINE_FLAGS = ("--dtype", "float32", "--chunked-prefill-size", str(CHUNK_TOKENS))
 """float32: with half precision two batch shapes may round an argmax tie differently."""
 

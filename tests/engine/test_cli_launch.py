@@ -22,7 +22,7 @@ from tests.engine.fleet import StockPair, call, free_port, generate_body, launch
 pytestmark = pytest.mark.engine
 
 
-def _launch(*args: str, timeout_s: float = 180.0) -> subprocess.CompletedProcess[str]:
+def _launch(*args: str, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pdserve", "launch", *args],
         capture_output=True,

@@ -193,11 +193,23 @@ async def test_worker_that_dies_at_a_kept_connection_is_found_out(role: Role) ->
 # -- two faults at once --------------------------------------------------------------------------------
 
 
-TWO_WAYS = list(itertools.product((Way.STATUS_400, *LEG_ENDS), repeat=2))
+ENDS = (Way.STATUS_400, *LEG_ENDS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ways", TWO_WAYS, ids=lambda ways: "-and-".join(way.value for way in ways))
+def two_ways() -> list[object]:
+    """Every pair; each end once on either leg with ``make test``, the others with ``make test-all``."""
+    covering = [(Way.STATUS_400, Way.STATUS_400), *zip(ENDS, ENDS[1:] + ENDS[:1], strict=True)]
+    return [
+        pytest.param(
+            ways,
+            id="-and-".join(way.value for way in ways),
+            marks=pytest.mark.slow if ways in covering else pytest.mark.exhaustive,
+        )
+        for ways in itertools.product(ENDS, repeat=2)
+    ]
+
+
+@pytest.mark.parametrize("ways", two_ways())
 async def test_two_faults_at_once_leave_nothing(ways: tuple[Way, Way]) -> None:
     async with running_site(2, 2) as site:
         await site.drop_kept()
