@@ -40,7 +40,7 @@ from typing import Any
 from common import describe_setup, print_result, print_setup
 from replay import Replay, Servers, balancer, replay, servers, sleep_in_forwards
 
-from pdserve.model.tiny import write_tiny_model
+from pdserve.model.tiny import TinyShape, write_tiny_model
 from pdserve.sim.calibrate import CalibrationOptions, calibrate, format_calibration
 from pdserve.sim.cost import CostModel
 from pdserve.sim.report import SimReport
@@ -129,7 +129,7 @@ def _options() -> argparse.Namespace:
 
 
 def _run_setup(setup: Setup, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    model = write_tiny_model(folder / "model", max_position=32768, **setup.shape)
+    model = write_tiny_model(folder / "model", TinyShape(max_position=32768, **setup.shape))
     flags = ["--dtype", "float32", "--chunked-prefill-size", str(setup.chunk_tokens)]
     real: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     simulated: dict[tuple[str, str], list[Outcome]] = defaultdict(list)

@@ -35,7 +35,7 @@ import psutil
 from common import describe_setup, print_result, print_setup, spread
 
 from pdserve.cluster.ports import SystemPorts
-from pdserve.cluster.worker_flags import worker_environment, worker_flags
+from pdserve.cluster.worker_flags import WorkerPlan, worker_environment, worker_flags
 from pdserve.config.worker_env import environment
 from pdserve.model.tiny import write_tiny_model
 from pdserve.types import Role
@@ -123,15 +123,11 @@ def by_hand(model: str, decode: int, folder: Path) -> Run:
 def _stock_server(
     model: str, role: Role, port: int, bootstrap: int, folder: Path, servers: int
 ) -> Iterator[subprocess.Popen[bytes]]:
-    flags = worker_flags(
-        role=role, model_path=model, host="127.0.0.1", port=port, device="cpu", tp=1,
-        served_model_name="", args=(),
+    plan = WorkerPlan(
+        role=role, name="", model_path=model, host="127.0.0.1", port=port, device="cpu", bootstrap_url="",
+        threads=max(1, len(os.sched_getaffinity(0)) // servers), environ=environment(),
     )  # fmt: skip
-    threads = max(1, len(os.sched_getaffinity(0)) // servers)
-    env = worker_environment(
-        role=role, name="", host="127.0.0.1", bootstrap_url="", model_path=model, device="cpu",
-        gpus=(), threads=threads, environ=environment(),
-    )  # fmt: skip
+    flags, env = worker_flags(plan), worker_environment(plan)
     # The platform and the DRAM memory kinds are what stock SGLang lacks on CPU; all else stays stock.
     env |= {"PDSERVE_FORK_CHILDREN": "0", "PDSERVE_STOCK": "1"}
     env["SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS"] = "{}"

@@ -38,7 +38,7 @@ import psutil
 from common import describe_setup, print_result, print_setup
 
 from pdserve.cluster.ports import SystemPorts
-from pdserve.model.tiny import write_tiny_model
+from pdserve.model.tiny import TinyShape, write_tiny_model
 
 SIDES = ("stock", "pdserve")
 POOL_TOKENS = 24_576
@@ -85,9 +85,8 @@ def main() -> None:
     samples: dict[tuple[str, int, str], list[Sample]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        model = write_tiny_model(
-            folder / "model", layers=30, hidden=96, heads=3, kv_heads=3, max_position=32768, dtype="float32"
-        )
+        shape = TinyShape(layers=30, hidden=96, heads=3, kv_heads=3, max_position=32768, dtype="float32")
+        model = write_tiny_model(folder / "model", shape)
         fleets = [stack.enter_context(_fleet(side, model, folder)) for side in SIDES]
         for state in ("fresh", "churned"):
             if state == "churned":

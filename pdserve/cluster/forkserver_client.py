@@ -100,11 +100,6 @@ class ForkServer:
         self._channel = ours
         self._channel.setblocking(False)
 
-    def fileno(self) -> int:
-        """The socket, readable when the forkserver said something; for an event loop's reader."""
-        assert self._channel is not None
-        return self._channel.fileno()
-
     def pump(self, timeout_s: float = 0.0) -> None:
         """Take in what the forkserver said, waiting up to ``timeout_s`` for it."""
         if self._channel is None:

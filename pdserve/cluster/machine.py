@@ -1,4 +1,4 @@
-"""Plans for this very machine: its GPUs, cores, ports and environment put into the pure planner."""
+"""Plans for this machine: calls the planner with its GPUs, cores, free ports and environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from pdserve.cluster.gpus import choose_device, find_gpus
 from pdserve.cluster.ports import SystemPorts
-from pdserve.cluster.spec import ClusterSpec, Ports, ProcessSpec, http_url, plan_cluster, worker_spec
+from pdserve.cluster.spec import ClusterSpec, ProcessSpec, http_url, plan_cluster, worker_spec
+from pdserve.cluster.worker_flags import WorkerPlan
 from pdserve.config.launch import DEVICES, JoinConfig, LaunchConfig, check_port
 from pdserve.config.worker_env import environment
 from pdserve.errors import ConfigError
@@ -27,14 +28,13 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def plan_on_this_machine(config: LaunchConfig, ports: Ports | None = None) -> ClusterSpec:
+def plan_on_this_machine(config: LaunchConfig, ports: SystemPorts | None = None) -> ClusterSpec:
     """The fleet of ``config`` with this machine's GPUs, cores and ports; ``config.model`` is resolved.
 
     Raises:
         ConfigError: as ``plan_cluster``.
     """
     gpus = [] if config.device == "cpu" else find_gpus()
-    choose_device(config.device, gpus)
     return plan_cluster(
         config,
         model_path=config.model,
@@ -45,7 +45,7 @@ def plan_on_this_machine(config: LaunchConfig, ports: Ports | None = None) -> Cl
     )
 
 
-def plan_join(config: JoinConfig, gpus: Sequence[int], ports: Ports) -> ProcessSpec:
+def plan_join(config: JoinConfig, gpus: Sequence[int], ports: SystemPorts) -> ProcessSpec:
     """The one worker process that ``config`` describes; ``gpus`` are the usable ones.
 
     Raises:
@@ -63,7 +63,7 @@ def plan_join(config: JoinConfig, gpus: Sequence[int], ports: Ports) -> ProcessS
         port = ports.claim(config.host, config.port, "--port")
     else:
         port = ports.pick(config.host, FIRST_WORKER_PORT)
-    return worker_spec(
+    plan = WorkerPlan(
         role=config.role,
         name=config.name or f"{config.role}-{socket.gethostname()}-{port}",
         model_path=config.model_path,
@@ -72,13 +72,14 @@ def plan_join(config: JoinConfig, gpus: Sequence[int], ports: Ports) -> ProcessS
         device=device,
         bootstrap_url=config.bootstrap_url,
         tp=config.tp,
-        gpus=gpus[: config.tp] if device == "cuda" else (),
+        gpus=tuple(gpus[: config.tp]) if device == "cuda" else (),
         # Others on this machine need their cores: oversubscribed threads made decode 6 times slower.
         threads=max(1, usable_cores() // (len(live_workers()) + 1)),
         args=config.sglang_args,
         environ=environment(),
         served_model_name=config.served_model_name,
     )
+    return worker_spec(plan)
 
 
 def plan_join_here(config: JoinConfig) -> ProcessSpec:

@@ -20,7 +20,7 @@ _LISTEN = "0A"
 
 
 class SystemPorts:
-    """Ports of this machine; remembers what it gave out. Satisfies ``spec.Ports``."""
+    """Ports of this machine; never gives one out twice."""
 
     def __init__(self) -> None:
         self._given: set[int] = set()

@@ -1,4 +1,4 @@
-"""Which processes make up a fleet and how each is started: a plan, nothing runs here.
+"""Plans a fleet: its processes, their command lines and environments. Starts nothing.
 
 LaunchConfig ──plan_cluster──► ClusterSpec ──► the spawner, or ``--dry-run`` as text
 """
@@ -11,13 +11,10 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from pdserve.cluster.worker_flags import (
-    WILDCARD_HOSTS,
-    worker_environment,
-    worker_flags,
-)
+from pdserve.cluster.gpus import choose_device
+from pdserve.cluster.ports import SystemPorts
+from pdserve.cluster.worker_flags import WILDCARD_HOSTS, WorkerPlan, worker_environment, worker_flags
 from pdserve.config.launch import LaunchConfig
 from pdserve.errors import ConfigError
 from pdserve.types import Role
@@ -70,68 +67,41 @@ class ClusterSpec:
         return (self.bootstrap, self.balancer, *self.workers)
 
 
-class Ports(Protocol):
-    """Where free ports come from; neither method gives out a port twice."""
-
-    def pick(self, host: str, first: int) -> int:
-        """A free port at or above ``first``; 0 means any."""
-        ...
-
-    def claim(self, host: str, port: int, option: str) -> int:
-        """``port`` if it is free, else ConfigError naming its owner and ``option``; 0 means any."""
-        ...
-
-
 def plan_cluster(
     config: LaunchConfig,
     *,
     model_path: str,
     gpus: Sequence[int],
     cores: int,
-    ports: Ports,
+    ports: SystemPorts,
     environ: Mapping[str, str] | None = None,
 ) -> ClusterSpec:
-    """Every process of the fleet that ``config`` describes; pure apart from ``ports``.
+    """Plan every process of the fleet that ``config`` describes; pure apart from ``ports``.
 
     Args:
-        model_path: what SGLang's ``--model-path`` gets; an existing folder is served offline.
-        gpus: usable GPU indices; ``config.device`` "auto" means CUDA if there is one.
-        cores: CPU cores, divided among CPU workers.
+        gpus: usable GPU indices. ``cores``: CPU cores, divided among CPU workers.
         environ: the environment the workers will inherit: a tuning variable set there wins.
 
-    When ``config.host`` is a wildcard only the balancer listens on it: the bootstrap
-    service and the workers have no authentication and stay on loopback.
+    Only the balancer listens on a wildcard host: all else has no authentication and stays on loopback.
 
     Raises:
         ConfigError: a taken port, too few GPUs, a flag that pdserve owns.
     """
-    device = _device(config, gpus)
+    device = choose_device(config.device, gpus)
     if device == "cuda" and config.start_method == "fork":
         raise ConfigError("--start-method fork works on CPU only: a forked CUDA context is not usable")
-    inner_host = inner_address(config.host)
+    host = inner_address(config.host)
     balancer_port = ports.claim(config.host, config.port, "--port")
-    bootstrap_port = ports.claim(inner_host, config.bootstrap_port, "--bootstrap-port")
-    bootstrap_url = http_url(inner_host, bootstrap_port)
-    balancer_url = http_url(inner_host, balancer_port)
-    make_worker = functools.partial(
-        worker_spec,
-        model_path=model_path,
-        host=inner_host,
-        device=device,
-        tp=config.tp,
-        threads=max(1, cores // (config.prefill + config.decode)),
-        bootstrap_url=bootstrap_url,
-        environ=environ,
-        served_model_name=config.served_model_name,
-        fork_children=config.start_method != "spawn",
-        data_plane=config.data_plane_environment,
-    )
-    shares = _gpu_shares(config, device, gpus)
-    bootstrap_address = join_host_port(inner_host, bootstrap_port)
+    bootstrap_port = ports.claim(host, config.bootstrap_port, "--bootstrap-port")
+    balancer_url, bootstrap_url = http_url(host, balancer_port), http_url(host, bootstrap_port)
+    make_plan = functools.partial(
+        WorkerPlan, model_path=model_path, host=host, device=device, bootstrap_url=bootstrap_url,
+        threads=max(1, cores // (config.prefill + config.decode)), environ=environ or {},
+    )  # fmt: skip
     return ClusterSpec(
-        bootstrap=_bootstrap_spec(config, inner_host, bootstrap_port),
-        balancer=_balancer_spec(config, balancer_port, balancer_url, bootstrap_address),
-        workers=tuple(_plan_workers(config, make_worker, shares, inner_host, ports)),
+        bootstrap=_bootstrap_spec(config, host, bootstrap_port),
+        balancer=_balancer_spec(config, balancer_port, balancer_url, join_host_port(host, bootstrap_port)),
+        workers=tuple(_plan_workers(config, make_plan, _gpu_shares(config, device, gpus), ports)),
         device=device,
         balancer_url=balancer_url,
         bootstrap_url=bootstrap_url,
@@ -139,58 +109,17 @@ def plan_cluster(
     )
 
 
-def worker_spec(
-    *,
-    role: Role,
-    name: str,
-    model_path: str,
-    host: str,
-    port: int,
-    device: str,
-    bootstrap_url: str,
-    tp: int = 1,
-    gpus: Sequence[int] = (),
-    threads: int = 1,
-    args: Sequence[str] = (),
-    environ: Mapping[str, str] | None = None,
-    served_model_name: str = "",
-    fork_children: bool = True,
-    data_plane: Mapping[str, str] | None = None,
-) -> ProcessSpec:
-    """One SGLang server; ``device`` is "cpu" or "cuda", ``args`` the user's SGLang flags.
-
+def worker_spec(plan: WorkerPlan) -> ProcessSpec:
+    """The process of one SGLang server.
 
     Raises:
-        ConfigError: if ``args`` hold a flag that pdserve sets itself.
+        ConfigError: if ``plan.args`` hold a flag that pdserve sets itself.
     """
-    flags = worker_flags(
-        role=role,
-        model_path=model_path,
-        host=host,
-        port=port,
-        device=device,
-        tp=tp,
-        served_model_name=served_model_name,
-        args=args,
-    )
-    env = worker_environment(
-        role=role,
-        name=name,
-        host=host,
-        bootstrap_url=bootstrap_url,
-        model_path=model_path,
-        device=device,
-        gpus=gpus,
-        threads=threads,
-        environ=environ or {},
-        tp=tp,
-    )
-    if not fork_children:
-        env["PDSERVE_FORK_CHILDREN"] = "0"
-    env.update(data_plane or {})
+    flags = worker_flags(plan)
     argv = (sys.executable, "-m", "pdserve.plugin.worker", *flags)
-    ready_url = http_url(inner_address(host), port) + "/health"
-    return ProcessSpec(name, ProcessKind.WORKER, argv, env, ready_url, role, tuple(gpus), flags)
+    ready_url = http_url(inner_address(plan.host), plan.port) + "/health"
+    env = worker_environment(plan)
+    return ProcessSpec(plan.name, ProcessKind.WORKER, argv, env, ready_url, plan.role, plan.gpus, flags)
 
 
 def format_plan(spec: ClusterSpec) -> str:
@@ -220,27 +149,32 @@ def inner_address(host: str) -> str:
     return LOOPBACK if host in WILDCARD_HOSTS else host
 
 
-def _device(config: LaunchConfig, gpus: Sequence[int]) -> str:
-    if config.device == "auto":
-        return "cuda" if gpus else "cpu"
-    return config.device
-
-
 def _plan_workers(
     config: LaunchConfig,
-    make_worker: Callable[..., ProcessSpec],
+    make_plan: Callable[..., WorkerPlan],
     shares: Sequence[tuple[int, ...]],
-    host: str,
-    ports: Ports,
+    ports: SystemPorts,
 ) -> Iterator[ProcessSpec]:
+    """One process for each share of the GPUs, prefill workers first."""
     counts = {Role.PREFILL: config.prefill, Role.DECODE: config.decode}
     names = [(role, f"{role}-{i}") for role, count in counts.items() for i in range(count)]
-    first = config.worker_base_port
+    first, host = config.worker_base_port, inner_address(config.host)
     for (role, name), gpus in zip(names, shares, strict=True):
         port = ports.pick(host, first)
         first = min(port + 1, MAX_PORT) if first else 0
-        args = (*config.sglang_args, *_role_args(config, role))
-        yield make_worker(role=role, name=name, port=port, gpus=gpus, args=args)
+        yield worker_spec(
+            make_plan(
+                role=role,
+                name=name,
+                port=port,
+                tp=config.tp,
+                gpus=gpus,
+                args=(*config.sglang_args, *_role_args(config, role)),
+                served_model_name=config.served_model_name,
+                fork_children=config.start_method != "spawn",
+                data_plane=config.data_plane_environment,
+            )
+        )
 
 
 def _role_args(config: LaunchConfig, role: Role) -> tuple[str, ...]:

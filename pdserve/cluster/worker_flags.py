@@ -1,13 +1,14 @@
 """The SGLang flags and the environment of one worker: pdserve's defaults around what the user asked for.
 
-A default is left out when the user gives that flag himself; a flag that would
-break the fleet is refused with the pdserve option to use instead.
+A default is left out if the user passes that flag. A flag that would break the
+fleet is refused; the error names the pdserve option to use instead.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdserve.errors import ConfigError
@@ -36,74 +37,79 @@ _BACKEND_FLAG = "--disaggregation-transfer-backend"
 _POOL_FLAGS = ("--mem-fraction-static", "--max-total-tokens")
 
 
-def worker_flags(
-    *,
-    role: Role,
-    model_path: str,
-    host: str,
-    port: int,
-    device: str,
-    tp: int,
-    served_model_name: str,
-    args: Sequence[str],
-) -> tuple[str, ...]:
-    """Every SGLang flag of one worker; ``args`` (the user's) come last.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """One SGLang server that is to be started. ``device`` is "cpu" or "cuda"."""
+
+    role: Role
+    name: str
+    model_path: str
+    host: str
+    port: int
+    device: str
+    bootstrap_url: str
+    tp: int = 1
+    gpus: tuple[int, ...] = ()
+    threads: int = 1
+    """OpenMP threads of a CPU server."""
+    args: tuple[str, ...] = ()
+    """The user's SGLang flags."""
+    environ: Mapping[str, str] = field(default_factory=dict)
+    """What the process inherits: a tuning variable set there wins."""
+    served_model_name: str = ""
+    fork_children: bool = True
+    data_plane: Mapping[str, str] = field(default_factory=dict)
+
+
+def worker_flags(plan: WorkerPlan) -> tuple[str, ...]:
+    """Every SGLang flag of one worker; the user's come last.
 
     Raises:
-        ConfigError: if ``args`` hold a flag that pdserve sets itself.
+        ConfigError: if ``plan.args`` hold a flag that pdserve sets itself.
     """
-    check_user_flags(args)
-    given = {flag_name(arg) for arg in args if arg.startswith("--")}
-    fixed = ["--model-path", model_path, "--host", host, "--port", str(port)]
-    if device == "cpu":
+    check_user_flags(plan.args)
+    given = {flag_name(arg) for arg in plan.args if arg.startswith("--")}
+    fixed = ["--model-path", plan.model_path, "--host", plan.host, "--port", str(plan.port)]
+    if plan.device == "cpu":
         fixed += ["--device", "cpu"]
-    fixed += ["--disaggregation-mode", role.value, "--tp-size", str(tp)]
-    for flag, value in _defaults(device, served_model_name, given):
+    fixed += ["--disaggregation-mode", plan.role.value, "--tp-size", str(plan.tp)]
+    for flag, value in _defaults(plan.device, plan.served_model_name, given):
         if flag not in given:
             fixed += [flag, value] if value else [flag]
-    return (*fixed, *args)
+    return (*fixed, *plan.args)
 
 
-def worker_environment(
-    *,
-    role: Role,
-    name: str,
-    host: str,
-    bootstrap_url: str,
-    model_path: str,
-    device: str,
-    gpus: Sequence[int],
-    threads: int,
-    environ: Mapping[str, str],
-    tp: int = 1,
-) -> dict[str, str]:
-    """What a worker needs on top of ``environ``; tuning variables that are set there already win."""
+def worker_environment(plan: WorkerPlan) -> dict[str, str]:
+    """What a worker needs on top of ``plan.environ``; tuning variables that are set there win."""
     env = {
         "PDSERVE_ACTIVE": "1",
-        "PDSERVE_ROLE": role.value,
-        "PDSERVE_WORKER_ID": name,
-        "PDSERVE_BOOTSTRAP_URL": bootstrap_url,
+        "PDSERVE_ROLE": plan.role.value,
+        "PDSERVE_WORKER_ID": plan.name,
+        "PDSERVE_BOOTSTRAP_URL": plan.bootstrap_url,
         "SGLANG_PLATFORM": "pdserve",
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
     }
-    if gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    if plan.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, plan.gpus))
         # nvidia-smi, which found them, numbers by bus; CUDA by default the fastest first.
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     tuning = {"TOKENIZERS_PARALLELISM": "false", "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}
-    if host not in WILDCARD_HOSTS:
-        tuning["SGLANG_HOST_IP"] = host
-    if Path(model_path).is_dir():
+    if plan.host not in WILDCARD_HOSTS:
+        tuning["SGLANG_HOST_IP"] = plan.host
+    if Path(plan.model_path).is_dir():
         tuning["HF_HUB_OFFLINE"] = "1"
-    if device == "cpu":
-        tuning["OMP_NUM_THREADS"] = tuning["MKL_NUM_THREADS"] = str(threads)
-        if tp > 1:
+    if plan.device == "cpu":
+        tuning["OMP_NUM_THREADS"] = tuning["MKL_NUM_THREADS"] = str(plan.threads)
+        if plan.tp > 1:
             # SGLang wants a NUMA node per rank unless told which cores each may use: all of them.
             cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
-            tuning["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * tp)
+            tuning["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * plan.tp)
         # SGLang has NIXL start 8 posting threads per prefill server; on host memory they only take cores.
         tuning["SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS"] = '{"num_threads":"0"}'
-    return env | {key: value for key, value in tuning.items() if key not in environ}
+    env |= {key: value for key, value in tuning.items() if key not in plan.environ}
+    if not plan.fork_children:
+        env["PDSERVE_FORK_CHILDREN"] = "0"
+    return {**env, **plan.data_plane}
 
 
 def check_user_flags(args: Sequence[str]) -> None:

@@ -51,15 +51,6 @@ class SegmentAllocator:
         """Maximal runs of free pages."""
         return len(self._by_size)
 
-    @property
-    def largest_segment(self) -> int:
-        """Pages in the longest run; 0 when nothing is free."""
-        return self._by_size[-1][0] if self._by_size else 0
-
-    def segments(self) -> list[tuple[int, int]]:
-        """``(first page, pages)`` of every free segment, by page."""
-        return sorted(self._length_at.items())
-
     def free_pages(self) -> Pages:
         """All free pages in order, ``[num_free]``."""
         return np.flatnonzero(self._is_free).astype(np.int64)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pdserve.kv.coalesce import Completion, Piece, check_piece
+from pdserve.kv.coalesce import Completion, HostPageCopier, PageCopier, Piece, check_piece
 from pdserve.kv.kernels import CopyParams, KernelLibrary
 from pdserve.kv.layout import PagedRegions, PageIds
 
@@ -98,6 +98,11 @@ class CudaPageCopier:
             event = torch.cuda.Event()
             event.record(self._stream)
         return _EventDone(event, (pinned, on_device))
+
+
+def make_copier(regions: PagedRegions, *, is_gpu: bool, device: int, cache_dir: str) -> PageCopier:
+    """The copier for a pool in host memory or on GPU ``device``. Raises as ``CudaPageCopier``."""
+    return CudaPageCopier(regions, device, cache_dir=cache_dir) if is_gpu else HostPageCopier(regions)
 
 
 def _common_alignment(addresses: tuple[int, ...]) -> int:

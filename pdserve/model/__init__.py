@@ -32,10 +32,11 @@ def resolve_model(name: str, progress: Callable[[str], None] | None = None) -> s
 
         return str(build_embedded_model(cache_dir() / "models", progress))
     if name == "tiny":
-        from pdserve.model.tiny import TINY_VERSION, write_tiny_model
+        from pdserve.model.tiny import TINY_VERSION, TinyShape, write_tiny_model
 
         # bfloat16: SGLang's --dtype auto would run a float32 checkpoint in float16.
-        return str(write_tiny_model(cache_dir() / "models" / f"tiny-v{TINY_VERSION}", dtype="bfloat16"))
+        shape = TinyShape(dtype="bfloat16")
+        return str(write_tiny_model(cache_dir() / "models" / f"tiny-v{TINY_VERSION}", shape))
     path = Path(name).expanduser()
     if path.exists():
         return _checked_folder(path)

@@ -43,7 +43,11 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class TinyShape:
-    """Sizes of the model. ``heads`` are query heads; ``head_dim`` is ``hidden // heads``."""
+    """Sizes of the model. ``heads`` are query heads; ``max_position`` is the context length in tokens.
+
+    Raises:
+        ConfigError: if the sizes do not fit together.
+    """
 
     layers: int = 2
     hidden: int = 64
@@ -65,26 +69,15 @@ class TinyShape:
         return self.hidden // self.heads
 
 
-def write_tiny_model(
-    folder: Path | str,
-    *,
-    seed: int = 0,
-    layers: int = 2,
-    hidden: int = 64,
-    heads: int = 4,
-    kv_heads: int = 2,
-    max_position: int = 4096,
-    dtype: ModelDtype = "float32",
-) -> Path:
-    """Write a Hugging Face Llama folder and return its path; a complete folder is left as it is.
+DEFAULT_SHAPE = TinyShape()
+
+
+def write_tiny_model(folder: Path | str, shape: TinyShape = DEFAULT_SHAPE, *, seed: int = 0) -> Path:
+    """Write a Hugging Face Llama folder and return its path; a complete folder is left unchanged.
 
     Equal arguments give equal bytes. Needs neither torch nor the network, and
-    takes a fraction of a second. ``max_position`` is the context length in tokens.
-
-    Raises:
-        ConfigError: if the sizes do not fit together.
+    takes a fraction of a second.
     """
-    shape = TinyShape(layers, hidden, heads, kv_heads, max_position, dtype)
 
     def write(path: Path) -> None:
         weights = _weights(shape, np.random.default_rng(seed))

@@ -44,21 +44,6 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
         self._no_pages = torch.empty(0, dtype=torch.int64, device=self.device)
         self.free_pages = self._no_pages
 
-    @property
-    def num_free_segments(self) -> int:
-        """Maximal runs of free pages; staged frees are not in it yet."""
-        return self._segments.num_segments
-
-    @property
-    def largest_free_segment(self) -> int:
-        """Pages of the longest run."""
-        return self._segments.largest_segment
-
-    @property
-    def mean_free_segment(self) -> float:
-        """Pages of an average run; 0 when nothing is free."""
-        return self._segments.num_free / max(1, self._segments.num_segments)
-
     def available_size(self) -> int:
         """Free tokens, staged frees included."""
         return int((self._segments.num_free + self._num_staged) * self.page_size)

@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from pdserve.config.worker_env import DataPlaneConfig, WorkerEnv
+from pdserve.config.worker_env import WorkerEnv
 from pdserve.errors import RegistrationFailed
-from pdserve.kv.coalesce import HostPageCopier, PageCopier
 from pdserve.kv.layout import PagedRegions
 from pdserve.kv.memory import Buffer
 from pdserve.transfer.engine import MemoryKind
 from pdserve.transfer.inbox import Window
-from pdserve.transfer.messages import PROTOCOL_VERSION, PeerOffer
 from pdserve.transfer.nixl import NixlEngine
 
 logger = logging.getLogger(__name__)
@@ -104,21 +102,13 @@ def make_slab(engine: NixlEngine, nbytes: int, kind: MemoryKind, device: int) ->
                 ) from exc
             logger.warning("no room for a slab of %d MiB, trying half", nbytes >> 20)
             nbytes //= 2
-    spans = np.array([(buffer.address, nbytes, _device_id(kind, device))], dtype=np.uint64)
+    spans = np.array([(buffer.address, nbytes, device_id(kind, device))], dtype=np.uint64)
     engine.register(spans, kind)
     return Slab(buffer.address, nbytes, buffer)
 
 
-def make_copier(regions: PagedRegions, kind: MemoryKind, device: int, config: DataPlaneConfig) -> PageCopier:
-    """The copier for memory of this kind."""
-    if kind is MemoryKind.DRAM:
-        return HostPageCopier(regions)
-    from pdserve.kv.cuda_copy import CudaPageCopier
-
-    return CudaPageCopier(regions, device, cache_dir=config.cache_dir)
-
-
-def _device_id(kind: MemoryKind, device: int) -> int:
+def device_id(kind: MemoryKind, device: int) -> int:
+    """NIXL's device number of memory: host memory is always 0."""
     return device if kind is MemoryKind.VRAM else 0
 
 
@@ -176,29 +166,3 @@ class WindowTable:
     def _window(self, number: int) -> Window:
         place = number % self.count
         return Window(number, self.slab.address + place * self.window_bytes, self.window_bytes)
-
-
-def make_offer(
-    regions: PagedRegions, window: Window | None, *, env: WorkerEnv, kind: MemoryKind, device: int,
-    total_kv_heads: int, tp_size: int, tp_rank: int, model_dtype: str,
-) -> PeerOffer:  # fmt: skip
-    """What this decode rank tells one prefill rank."""
-    return PeerOffer(
-        version=PROTOCOL_VERSION,
-        instance_id=env.instance_id,
-        bases=regions.bases,
-        num_pages=regions.num_pages,
-        page_size=regions.page_size,
-        row_bytes=regions.row_bytes,
-        token_stride=regions.token_stride,
-        num_kv_heads=regions.num_kv_heads,
-        total_kv_heads=total_kv_heads,
-        tp_size=tp_size,
-        tp_rank=tp_rank,
-        memory=str(kind),
-        device=_device_id(kind, device),
-        window=-1 if window is None else window.number,
-        window_address=0 if window is None else window.address,
-        window_bytes=0 if window is None else window.nbytes,
-        model_dtype=model_dtype,
-    )

@@ -28,7 +28,7 @@ from pdserve.transfer.jobs import ChunkJob, Target, TransferRecord
 from pdserve.transfer.messages import Credit, PeerOffer, Void, decode_control, encode
 from pdserve.transfer.nixl import NixlEngine
 from pdserve.transfer.outbox import Outbox
-from pdserve.transfer.peer import OwnPool, PeerLink, connect_peer, page_blocks
+from pdserve.transfer.peer import PeerLink, RankPool, connect_peer, page_blocks
 from pdserve.transfer.plan import Path
 from pdserve.transfer.steps import StepRunner
 from pdserve.transfer.warm_up import warm_up
@@ -46,8 +46,8 @@ class PrefillPlane:
     """Data plane of one prefill rank. ``manager`` is the PdserveKVManager that owns the rooms."""
 
     def __init__(
-        self, manager: Any, engine: NixlEngine, copier: PageCopier, own: OwnPool, slab: Slab,
-        *, rank: int, piece_bytes: int, forced_path: Path | None,
+        self, manager: Any, engine: NixlEngine, copier: PageCopier, own: RankPool, slab: Slab,
+        *, piece_bytes: int, forced_path: Path | None,
     ) -> None:  # fmt: skip
         self._manager = manager
         self._engine = engine
@@ -62,7 +62,7 @@ class PrefillPlane:
         self._records: OrderedDict[int, TransferRecord] = OrderedDict()
         self._records_lock = threading.Lock()
         runner = StepRunner(
-            engine, copier, rank=rank, kind=own.kind, device=own.device,
+            engine, copier, rank=manager._prefill_unique_rank(), kind=own.kind, device=own.device,
             slab_address=slab.address, slab_bytes=slab.nbytes,
         )  # fmt: skip
         self.outbox = Outbox(runner, self, self._send_void)

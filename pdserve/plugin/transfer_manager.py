@@ -34,16 +34,9 @@ from sglang.srt.utils.network import NetworkAddress
 
 from pdserve.config.worker_env import WorkerEnv, ucx_transports
 from pdserve.errors import ProtocolMismatch, RegistrationFailed
+from pdserve.kv.cuda_copy import make_copier
 from pdserve.plugin.abort_acks import DeadPeerWatch
-from pdserve.plugin.dataplane import (
-    BACKENDS,
-    WindowTable,
-    make_copier,
-    make_offer,
-    make_slab,
-    regions_of,
-    unsupported,
-)
+from pdserve.plugin.dataplane import BACKENDS, WindowTable, device_id, make_slab, regions_of, unsupported
 from pdserve.plugin.geometry import rank_index
 from pdserve.plugin.receiving import DecodePlane
 from pdserve.plugin.sending import CONTROL_TAG, PrefillPlane
@@ -51,7 +44,7 @@ from pdserve.plugin.stats import TransferStats
 from pdserve.transfer.engine import MemoryKind
 from pdserve.transfer.messages import PeerOffer, decode_offer, encode
 from pdserve.transfer.nixl import NixlEngine
-from pdserve.transfer.peer import OwnPool
+from pdserve.transfer.peer import RankPool
 from pdserve.transfer.plan import Path
 from pdserve.transfer.ucx import transport_problem
 
@@ -113,7 +106,7 @@ class TransferManager(NixlKVManager):
         self._make_plane()
 
     def _make_plane(self) -> None:
-        env, config, args = self._pdserve_env, self._pdserve_env.data_plane, self.kv_args
+        config, args = self._pdserve_env.data_plane, self.kv_args
         model = ModelConfig.from_server_args(self.server_args)
         is_mla = bool(self.is_mla_backend)
         total_heads = 1 if is_mla else int(model.get_total_num_kv_heads())
@@ -125,26 +118,20 @@ class TransferManager(NixlKVManager):
         dtype = str(args.kv_cache_dtype_str)
         dtype = str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
         engine = NixlEngine(self.agent)
-        copier = make_copier(regions, kind, device, config)
+        copier = make_copier(
+            regions, is_gpu=kind is MemoryKind.VRAM, device=device, cache_dir=config.cache_dir
+        )
         slab = make_slab(engine, (config.slab_mb or DEFAULT_SLAB_MB[kind]) << 20, kind, device)
         piece_bytes = slab.nbytes // config.windows // PIECES_PER_WINDOW
+        pool = RankPool(regions, total_heads, tp_size, tp_rank, kind, device_id(kind, device), dtype)
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
-            own = OwnPool(
-                regions, total_heads, tp_size, tp_rank, kind, device if kind is MemoryKind.VRAM else 0, dtype
-            )
+            forced_path = None if config.path == "auto" else Path(config.path)
             self.prefill_plane = PrefillPlane(
-                self, engine, copier, own, slab,
-                rank=self._prefill_unique_rank(),
-                piece_bytes=piece_bytes,
-                forced_path=None if config.path == "auto" else Path(config.path),
-            )  # fmt: skip
+                self, engine, copier, pool, slab, piece_bytes=piece_bytes, forced_path=forced_path
+            )
         else:
             self.decode_plane = DecodePlane(self, engine, copier, WindowTable(slab, config.windows))
-            self._offer_facts: dict[str, Any] = {
-                "env": env, "kind": kind, "device": device, "total_kv_heads": total_heads,
-                "tp_size": tp_size, "tp_rank": tp_rank, "model_dtype": dtype,
-            }  # fmt: skip
-            self._regions = regions
+            self._rank_pool = pool
         logger.info(
             "data plane on: %d regions of %d pages, slab %d MiB, pieces of %d KiB, path %s",
             regions.num_regions, regions.num_pages, slab.nbytes >> 20, piece_bytes >> 10, config.path,
@@ -318,7 +305,7 @@ class TransferManager(NixlKVManager):
         plane = self.decode_plane
         if plane is None:
             return []
-        offer = make_offer(self._regions, plane.window_for(endpoint), **self._offer_facts)
+        offer = self._rank_pool.offer(plane.window_for(endpoint), self._pdserve_env.instance_id)
         return [encode(offer)]
 
 

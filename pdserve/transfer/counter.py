@@ -75,8 +75,3 @@ class ArrivalCounter:
             for rank, tally in self._rooms.get(room, {}).items()
             if tally.total is not None and not tally.is_complete
         }
-
-    @property
-    def rooms(self) -> list[int]:
-        """The rooms that are expected."""
-        return list(self._rooms)

@@ -179,11 +179,6 @@ class Inbox:
         if free:
             self._send_credit(Credit(agent=self._engine.name, window=void.window, generations=free))
 
-    @property
-    def num_expected(self) -> int:
-        """Rooms being waited for."""
-        return len(self._rooms)
-
     def _run(self) -> None:
         busy_until_s = 0.0
         next_check_s = 0.0

@@ -76,10 +76,6 @@ class Outbox:
         """Make a peer known, or replace what is known of it after it was lost."""
         self._post(lambda: self._set_peer(link))
 
-    def remove_peer(self, name: PeerName) -> None:
-        """Forget a peer that is gone; what is still queued for it fails."""
-        self._post(lambda: self._drop_peer(name))
-
     def submit(self, job: ChunkJob) -> None:
         """Queue a chunk. Chunks of one room must be submitted in token order."""
         self._post(lambda: self._accept(job))
@@ -144,11 +140,6 @@ class Outbox:
                 link.window = known.window
         self._peers[link.name] = link
         self._queues.setdefault(link.name, deque())
-
-    def _drop_peer(self, name: PeerName) -> None:
-        self._peers.pop(name, None)
-        for writes in list(self._queues.pop(name, ())):
-            writes.job.fail(f"decode rank {name} is gone")
 
     def _accept(self, job: ChunkJob) -> None:
         job.per_rank.extend(RankWrites(job, target) for target in job.targets)

@@ -20,15 +20,16 @@ from pdserve.kv.coalesce import Piece
 from pdserve.kv.layout import HeadSlice, PagedRegions, PageIds, head_slice, heads_of_rank, num_runs
 from pdserve.kv.staging import StagingRing
 from pdserve.transfer.engine import DescriptorList, MemoryKind, PeerName, StridedSpans, TransferEngine
-from pdserve.transfer.messages import PeerOffer
+from pdserve.transfer.inbox import Window
+from pdserve.transfer.messages import PROTOCOL_VERSION, PeerOffer
 from pdserve.transfer.plan import Path, PathCosts, split_pieces
 
 Indices = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
-class OwnPool:
-    """The prefill rank's side: its pool, its attention TP place, its memory."""
+class RankPool:
+    """One rank's KV pool: its geometry, its place in attention TP, its memory."""
 
     regions: PagedRegions
     total_kv_heads: int
@@ -38,6 +39,28 @@ class OwnPool:
     device: int
     model_dtype: str = ""
 
+    def offer(self, window: Window | None, instance_id: str) -> PeerOffer:
+        """What a decode rank with this pool tells a prefill rank that may write to ``window``."""
+        return PeerOffer(
+            version=PROTOCOL_VERSION,
+            instance_id=instance_id,
+            bases=self.regions.bases,
+            num_pages=self.regions.num_pages,
+            page_size=self.regions.page_size,
+            row_bytes=self.regions.row_bytes,
+            token_stride=self.regions.token_stride,
+            num_kv_heads=self.regions.num_kv_heads,
+            total_kv_heads=self.total_kv_heads,
+            tp_size=self.tp_size,
+            tp_rank=self.tp_rank,
+            memory=str(self.kind),
+            device=self.device,
+            window=-1 if window is None else window.number,
+            window_address=0 if window is None else window.address,
+            window_bytes=0 if window is None else window.nbytes,
+            model_dtype=self.model_dtype,
+        )
+
 
 @dataclass(slots=True, eq=False)
 class PeerLink:
@@ -45,7 +68,7 @@ class PeerLink:
 
     name: PeerName
     offer: PeerOffer
-    own: OwnPool
+    own: RankPool
     slice: HeadSlice | None
     """Part of each token row that this rank has to send; None when it holds no head of the peer's."""
     blocks: tuple[DescriptorList, DescriptorList] | None
@@ -144,7 +167,7 @@ def connect_peer(
     engine: TransferEngine,
     name: PeerName,
     offer: PeerOffer,
-    own: OwnPool,
+    own: RankPool,
     *,
     source_blocks: DescriptorList,
     max_piece_bytes: int,

@@ -36,11 +36,6 @@ class StepRunner:
         self._num_sent: dict[tuple[int, PeerName], int] = defaultdict(int)
         self._credits_due: dict[tuple[PeerName, int], tuple[RankWrites, float]] = {}
 
-    @property
-    def held_source_bytes(self) -> int:
-        """Bytes of the own slab that gathers or writes still use."""
-        return self._ring.held_bytes
-
     def post_next(self, peer: PeerLink, writes: RankWrites) -> bool:
         """Post the next write; False if it must wait for slab space."""
         if writes.plan is None:

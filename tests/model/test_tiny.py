@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pdserve.errors import ConfigError
-from pdserve.model.tiny import SPECIAL_TOKENS, VOCAB_SIZE, write_tiny_model
+from pdserve.model.tiny import SPECIAL_TOKENS, VOCAB_SIZE, TinyShape, write_tiny_model
 from pdserve.model.weights import bfloat16_bits
 
 pytestmark = pytest.mark.process
@@ -116,7 +116,7 @@ def test_bfloat16_folder_has_rounded_weights(folder: Path, tmp_path: Path) -> No
     import torch
     from safetensors.torch import load_file
 
-    half = write_tiny_model(tmp_path / "half", dtype="bfloat16")
+    half = write_tiny_model(tmp_path / "half", TinyShape(dtype="bfloat16"))
 
     exact = load_file(folder / "model.safetensors")
     for name, rounded in load_file(half / "model.safetensors").items():
@@ -138,14 +138,15 @@ def test_bfloat16_rounds_as_torch_does() -> None:
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="heads=3"):
-        write_tiny_model(tmp_path / "model", heads=3)
+        write_tiny_model(tmp_path / "model", TinyShape(heads=3))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_shapes_load(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    folder = write_tiny_model(tmp_path / "m", layers=4, hidden=256, heads=4, kv_heads=4, max_position=512)
+    shape = TinyShape(layers=4, hidden=256, heads=4, kv_heads=4, max_position=512)
+    folder = write_tiny_model(tmp_path / "m", shape)
     model = LlamaForCausalLM.from_pretrained(folder)
 
     assert model.config.head_dim == 64

@@ -130,8 +130,7 @@ def test_slots_freed_within_a_group_come_back_at_its_end() -> None:
     assert allocator.available_size() == 4 * SIZE
     allocator.free_group_end()
     assert allocator.available_size() == 8 * SIZE
-    assert allocator.num_free_segments == 1
-    assert allocator.largest_free_segment == 8
+    assert allocator._segments.num_segments == 1
 
 
 def test_whole_page_allocation_and_clear() -> None:
@@ -164,16 +163,6 @@ def test_a_page_freed_twice_is_named() -> None:
     allocator.free(slots)
     with pytest.raises(ValueError, match="page 1 is free already"):
         allocator.free(slots)
-
-
-def test_statistics_describe_the_free_runs() -> None:
-    allocator = _make("segment", 8)
-    slots = allocator.alloc(8 * SIZE)
-    assert allocator.mean_free_segment == 0
-    allocator.free(torch.cat((slots[:SIZE], slots[3 * SIZE : 6 * SIZE])))
-    assert allocator.num_free_segments == 2
-    assert allocator.largest_free_segment == 3
-    assert allocator.mean_free_segment == 2
 
 
 def test_on_a_gpu_decode_steps_read_nothing_back_until_pages_run_short() -> None:

@@ -14,7 +14,7 @@ from pdserve.errors import ConfigError, KVLayoutMismatch
 from pdserve.plugin import dataplane
 from pdserve.plugin.dataplane import Slab, WindowTable, regions_of, unsupported
 from pdserve.transfer.engine import MemoryKind, PeerName
-from pdserve.transfer.peer import OwnPool, connect_peer
+from pdserve.transfer.peer import RankPool, connect_peer
 from tests.support.kv_rig import DecodeRank, Geometry, PrefillRank
 from tests.support.loopback import LoopbackFabric
 from tests.support.rows import rows
@@ -164,7 +164,7 @@ def test_another_kv_dtype_is_refused_by_name() -> None:
         DecodeRank(fabric.engine("d"), Geometry(), rng),
         PrefillRank(fabric.engine("p"), Geometry(), rng),
     )
-    own = OwnPool(prefill.pool.regions, 2, 1, 0, MemoryKind.DRAM, 0, "bfloat16")
+    own = RankPool(prefill.pool.regions, 2, 1, 0, MemoryKind.DRAM, 0, "bfloat16")
     with pytest.raises(KVLayoutMismatch, match="same --kv-cache-dtype"):
         connect_peer(
             prefill.engine, PeerName("d"), decode.offer(prefill), own,

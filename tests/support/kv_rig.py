@@ -19,9 +19,9 @@ from pdserve.kv.layout import PagedRegions
 from pdserve.transfer.engine import MemoryKind, PeerName, TransferEngine
 from pdserve.transfer.inbox import Inbox, Window
 from pdserve.transfer.jobs import ChunkJob, Target
-from pdserve.transfer.messages import PROTOCOL_VERSION, Credit, PeerOffer, Void
+from pdserve.transfer.messages import Credit, PeerOffer, Void
 from pdserve.transfer.outbox import Outbox
-from pdserve.transfer.peer import OwnPool, connect_peer, page_blocks
+from pdserve.transfer.peer import RankPool, connect_peer, page_blocks
 from pdserve.transfer.steps import StepRunner
 
 AUX_BYTES = 64
@@ -122,7 +122,7 @@ class Gate:
     def failed(self, job: ChunkJob, *, settled: bool) -> None:
         if job.is_entered and settled:
             self.outstanding[job.room] -= 1
-        self.failures[job.room] = (job.failure or "", settled)
+        self.failures[job.room] = (job.failure, settled)
 
 
 @dataclass
@@ -177,15 +177,13 @@ class DecodeRank:
         self.prefills[number] = prefill
         share = self.slab_bytes // 2
         address = self.slab.ctypes.data + number * share
-        self.inbox.open_window(Window(number, address, share))
-        regions, geometry = self.pool.regions, self.geometry
-        return PeerOffer(
-            version=PROTOCOL_VERSION, instance_id="d", bases=regions.bases, num_pages=regions.num_pages,
-            page_size=regions.page_size, row_bytes=regions.row_bytes, token_stride=regions.token_stride,
-            num_kv_heads=regions.num_kv_heads, total_kv_heads=geometry.total_kv_heads,
-            tp_size=geometry.tp_size, tp_rank=geometry.tp_rank, memory="DRAM", device=0,
-            window=number, window_address=address, window_bytes=share,
-        )  # fmt: skip
+        window = Window(number, address, share)
+        self.inbox.open_window(window)
+        geometry = self.geometry
+        pool = RankPool(
+            self.pool.regions, geometry.total_kv_heads, geometry.tp_size, geometry.tp_rank, MemoryKind.DRAM, 0
+        )
+        return pool.offer(window, "d")
 
 
 class PrefillRank:
@@ -201,7 +199,7 @@ class PrefillRank:
         self.slab = np.zeros(slab_bytes, dtype=np.uint8)
         engine.register(self.pool.spans(), MemoryKind.DRAM)
         engine.register(np.array([(self.slab.ctypes.data, slab_bytes, 0)], dtype=np.uint64), MemoryKind.DRAM)
-        self.own = OwnPool(
+        self.own = RankPool(
             self.pool.regions, geometry.total_kv_heads, geometry.tp_size, geometry.tp_rank, MemoryKind.DRAM, 0
         )
         self.blocks = engine.prepare(None, page_blocks(self.pool.regions, 0), MemoryKind.DRAM)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from pdserve.transfer.engine import PeerName
 from pdserve.transfer.jobs import Target
 from pdserve.transfer.messages import decode_arrival
 from pdserve.transfer.plan import Path
@@ -87,7 +88,7 @@ class Rig:
             lambda: self.prefill.outbox.is_idle and not self.prefill.outbox.held_window_bytes(),
             poll=self.decode.inbox.poll,
         )
-        assert self.prefill.runner.held_source_bytes == 0
+        assert self.prefill.runner._ring.held_bytes == 0
         assert not any(self.prefill.gate.outstanding.values())
 
 
@@ -312,8 +313,8 @@ def test_a_peer_that_dies_fails_its_chunks_and_frees_the_source_slab(rig: Rig) -
     rig.fabric.faults.is_held = False
     wait_until(lambda: 1 in rig.prefill.gate.failures)
     assert rig.prefill.gate.failures[1][1]
-    wait_until(lambda: rig.prefill.runner.held_source_bytes == 0)
-    rig.prefill.outbox.remove_peer(rig.peer)
+    wait_until(lambda: rig.prefill.runner._ring.held_bytes == 0)
+    rig.peer = PeerName("never-connected")
     rig.send(2, 10)
     wait_until(lambda: 2 in rig.prefill.gate.failures)
     assert "not connected" in rig.prefill.gate.failures[2][0]

@@ -1,7 +1,7 @@
 """One prefill and one decode rank in two processes, without SGLang: real pools, slabs and transport.
 
-What ``bench/transfer.py`` measures and the byte-exact tests check: the very
-outbox, inbox and planner that serve, over synthetic KV of any geometry.
+Used by the doctor's transfer check, ``bench/transfer.py`` and the byte-exact tests.
+Outbox, inbox and planner are those that serve; the KV is synthetic, of any geometry.
 
     this process                         child process
     Trial.send ──► outbox ── NIXL ──►    inbox ──► arrival time, checksums
@@ -25,29 +25,21 @@ import numpy as np
 
 from pdserve.config.worker_env import cache_dir
 from pdserve.errors import TransferFailed
-from pdserve.kv.coalesce import HostPageCopier, PageCopier, host_bytes
-from pdserve.kv.layout import PagedRegions, PageIds
+from pdserve.kv.cuda_copy import make_copier
+from pdserve.kv.layout import PageIds
 from pdserve.transfer.engine import MemoryKind, PeerName
 from pdserve.transfer.inbox import Inbox, Window
 from pdserve.transfer.jobs import ChunkJob, Target, TransferRecord
-from pdserve.transfer.messages import (
-    PROTOCOL_VERSION,
-    Credit,
-    PeerOffer,
-    Void,
-    decode_control,
-    decode_offer,
-    encode,
-)
+from pdserve.transfer.messages import Credit, Void, decode_control, decode_offer, encode
 from pdserve.transfer.nixl import AgentTuning, NixlEngine, tune_agents
 from pdserve.transfer.outbox import Outbox
-from pdserve.transfer.peer import OwnPool, PeerLink, connect_peer, page_blocks
+from pdserve.transfer.peer import PeerLink, RankPool, connect_peer, page_blocks
 from pdserve.transfer.plan import Path
 from pdserve.transfer.selftest.pool import PoolSums, TrialGeometry, TrialPool, make_buffer
 from pdserve.transfer.steps import StepRunner
 from pdserve.transfer.warm_up import warm_up
 
-__all__ = ["SendReport", "Trial", "TrialGeometry", "copy_rate_bytes_per_s"]
+__all__ = ["SendReport", "Trial", "TrialGeometry"]
 
 SEND_S = 120.0
 """Longest wait for one room; a trial that takes longer has hung."""
@@ -89,50 +81,44 @@ _REPLIES: msgspec.msgpack.Decoder[_Hello | _Arrived | PoolSums] = msgspec.msgpac
 )
 
 
-def _engine(name: str, geometry: TrialGeometry) -> NixlEngine:
-    if geometry.kind is MemoryKind.DRAM:
-        tune_agents(lambda: AgentTuning(has_progress_thread=False))
-    return NixlEngine.create(name=name)
+class _Rank:
+    """Pool, slab and transport of one side."""
 
-
-def make_copier(regions: PagedRegions, geometry: TrialGeometry) -> PageCopier:
-    """The copier for the geometry's memory, as the plugin makes it."""
-    if geometry.kind is MemoryKind.DRAM:
-        return HostPageCopier(regions)
-    from pdserve.kv.cuda_copy import CudaPageCopier
-
-    return CudaPageCopier(regions, geometry.device, cache_dir=str(cache_dir() / "kernels"))
+    def __init__(self, name: str, geometry: TrialGeometry) -> None:
+        self.memory = TrialPool(geometry)
+        self.slab = make_buffer(geometry, geometry.slab_bytes)
+        if geometry.kind is MemoryKind.DRAM:
+            tune_agents(lambda: AgentTuning(has_progress_thread=False))
+        self.engine = NixlEngine.create(name=name)
+        self.engine.register(self.memory.spans(), geometry.kind)
+        slab = np.array([(self.slab.address, geometry.slab_bytes, geometry.device)], dtype=np.uint64)
+        self.engine.register(slab, geometry.kind)
+        self.pool = RankPool(
+            self.memory.regions, geometry.heads, geometry.tp_size, geometry.tp_rank,
+            geometry.kind, geometry.device,
+        )  # fmt: skip
+        self.copier = make_copier(
+            self.memory.regions, is_gpu=geometry.gpu >= 0, device=geometry.device,
+            cache_dir=str(cache_dir() / "kernels"),
+        )  # fmt: skip
 
 
 class _DecodeRank:
-    """The child: answers commands, reports arrivals."""
+    """The child process: answers commands, reports arrivals."""
 
     def __init__(self, geometry: TrialGeometry, commands: Connection, reports: Connection) -> None:
-        self._geometry = geometry
         self._commands, self._reports = commands, reports
         self._send_lock = threading.Lock()
-        self.pool = TrialPool(geometry)
-        self.slab = make_buffer(geometry, geometry.slab_bytes)
-        self.engine = _engine("trial-decode", geometry)
-        self.engine.register(self.pool.spans(), geometry.kind)
-        slab = np.array([(self.slab.address, geometry.slab_bytes, geometry.device)], dtype=np.uint64)
-        self.engine.register(slab, geometry.kind)
-        self.inbox = Inbox(self.engine, make_copier(self.pool.regions, geometry), self, self._credit)
-        self.inbox.open_window(Window(0, self.slab.address, geometry.slab_bytes))
+        self._rank = _Rank("trial-decode", geometry)
+        self._window = Window(0, self._rank.slab.address, geometry.slab_bytes)
+        self.inbox = Inbox(self._rank.engine, self._rank.copier, self, self._report)
+        self.inbox.open_window(self._window)
         self.inbox.expect_connection()
         self.inbox.start()
 
     def serve(self) -> None:
-        offer = PeerOffer(
-            version=PROTOCOL_VERSION, instance_id="trial", bases=self.pool.regions.bases,
-            num_pages=self.pool.regions.num_pages, page_size=self.pool.regions.page_size,
-            row_bytes=self.pool.regions.row_bytes, token_stride=self.pool.regions.token_stride,
-            num_kv_heads=self._geometry.num_kv_heads, total_kv_heads=self._geometry.heads,
-            tp_size=self._geometry.tp_size, tp_rank=self._geometry.tp_rank, memory=str(self._geometry.kind),
-            device=self._geometry.device,
-            window=0, window_address=self.slab.address, window_bytes=self._geometry.slab_bytes,
-        )  # fmt: skip
-        self._commands.send_bytes(encode(_Hello(self.engine.describe(), encode(offer))))
+        offer = self._rank.pool.offer(self._window, "trial")
+        self._commands.send_bytes(encode(_Hello(self._rank.engine.describe(), encode(offer))))
         while True:
             match _COMMANDS.decode(self._commands.recv_bytes()):
                 case _Expect(room, pages):
@@ -140,7 +126,7 @@ class _DecodeRank:
                     self._commands.send_bytes(b"")
                 case _Digest(pages, num_tokens, first_head, num_heads):
                     ids = np.array(pages, dtype=np.int32)
-                    sums = self.pool.digest(ids, num_tokens, first_head, num_heads)
+                    sums = self._rank.memory.digest(ids, num_tokens, first_head, num_heads)
                     self._commands.send_bytes(encode(sums))
                 case _Stop():
                     self.inbox.close()
@@ -155,9 +141,6 @@ class _DecodeRank:
 
     def failed(self, room: int, reason: str) -> None:
         self._report(_Arrived(room, time.perf_counter(), self.inbox.stats.scatter_s, reason))
-
-    def _credit(self, credit: Credit) -> None:
-        self._report(credit)
 
     def _report(self, message: msgspec.Struct) -> None:
         with self._send_lock:
@@ -202,37 +185,33 @@ class Trial:
         self._child = context.Process(target=_serve, args=(self.target, commands, reports), daemon=True)
         self._child.start()
         reports.close()
-        self.pool = TrialPool(source)
-        self._slab = make_buffer(source, source.slab_bytes)
-        self._engine = _engine("trial-prefill", source)
-        self._engine.register(self.pool.spans(), source.kind)
-        slab = np.array([(self._slab.address, source.slab_bytes, source.device)], dtype=np.uint64)
-        self._engine.register(slab, source.kind)
+        self._rank = _Rank("trial-prefill", source)
+        self.pool = self._rank.memory
         self._flights: dict[int, _Flight] = {}
         self._next_room = 1
         self._scatter_s = 0.0
-        own = OwnPool(
-            self.pool.regions, source.heads, source.tp_size, source.tp_rank, source.kind, source.device
-        )
-        hello = _REPLIES.decode(self._commands.recv_bytes())
-        assert isinstance(hello, _Hello)
-        peer = self._engine.connect(hello.engine)
-        self.link: PeerLink = connect_peer(
-            self._engine, peer, decode_offer(hello.offer), own,
-            source_blocks=self._engine.prepare(None, page_blocks(own.regions, source.device), source.kind),
-            max_piece_bytes=min(piece_bytes, source.slab_bytes),
-        )  # fmt: skip
-        warm_up(self._engine, self.link, self._slab.address)
+        self.link = self._connect(min(piece_bytes, source.slab_bytes))
         runner = StepRunner(
-            self._engine, make_copier(self.pool.regions, source),
-            rank=0, kind=source.kind, device=source.device,
-            slab_address=self._slab.address, slab_bytes=source.slab_bytes,
+            self._rank.engine, self._rank.copier, rank=0, kind=source.kind, device=source.device,
+            slab_address=self._rank.slab.address, slab_bytes=source.slab_bytes,
         )  # fmt: skip
         self._outbox = Outbox(runner, self, self._send_void)
         self._outbox.add_peer(self.link)
         self._outbox.start()
         self._reader = threading.Thread(target=self._read_reports, name="pdserve-trial", daemon=True)
         self._reader.start()
+
+    def _connect(self, max_piece_bytes: int) -> PeerLink:
+        hello = _REPLIES.decode(self._commands.recv_bytes())
+        assert isinstance(hello, _Hello)
+        engine, pool = self._rank.engine, self._rank.pool
+        link = connect_peer(
+            engine, engine.connect(hello.engine), decode_offer(hello.offer), pool,
+            source_blocks=engine.prepare(None, page_blocks(pool.regions, pool.device), pool.kind),
+            max_piece_bytes=max_piece_bytes,
+        )  # fmt: skip
+        warm_up(engine, link, self._rank.slab.address)
+        return link
 
     def __enter__(self) -> Trial:
         return self
@@ -344,14 +323,3 @@ class Trial:
             flight = self._flights[arrived.room]
             flight.arrived, flight.failure = arrived, arrived.failure or flight.failure
             flight.done.set()
-
-
-def copy_rate_bytes_per_s(nbytes: int = 256 << 20) -> float:
-    """Plain memory copy on this machine, the ceiling of any host transfer."""
-    source, target = np.ones(nbytes, dtype=np.uint8), np.zeros(nbytes, dtype=np.uint8)
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        np.copyto(host_bytes(target.ctypes.data, nbytes), source)
-        times.append(time.perf_counter() - begin)
-    return nbytes / sorted(times)[2]
