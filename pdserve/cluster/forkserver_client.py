@@ -1,4 +1,4 @@
-"""The launcher's half of the forkserver: start it, ask it to fork workers, learn how they ended.
+"""Client of the forkserver: starts it, asks it to fork workers, collects their exit statuses.
 
 The protocol is one JSON object a line over a Unix socket pair, see
 plugin/forkserver.py. Everything here is called from the launcher's main thread;
@@ -27,7 +27,7 @@ SPAWN_S = 30.0
 
 
 class ForkedChild:
-    """A worker forked by the forkserver. Same protocol as a child the launcher forks itself."""
+    """A worker process that the forkserver has forked; implements ``spawn.Child``."""
 
     def __init__(self, forkserver: ForkServer, pid: int) -> None:
         self.pid = pid
@@ -101,7 +101,7 @@ class ForkServer:
         self._channel.setblocking(False)
 
     def pump(self, timeout_s: float = 0.0) -> None:
-        """Take in what the forkserver said, waiting up to ``timeout_s`` for it."""
+        """Read the forkserver's messages, waiting up to ``timeout_s`` for one."""
         if self._channel is None:
             return
         readable, _, _ = select.select([self._channel], [], [], max(timeout_s, 0.0))
@@ -148,7 +148,7 @@ class ForkServer:
         return ForkedChild(self, self._spawned.pop(request_id))
 
     def returncode(self, pid: int) -> int | None:
-        """How the child ended, None while it runs; a child of a dead forkserver was killed with it."""
+        """Exit status of a forked process, None while it runs; it was killed if the forkserver has died."""
         self.pump()
         if pid in self._exits:
             return self._exits[pid]

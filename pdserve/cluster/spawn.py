@@ -110,7 +110,7 @@ class ExecSpawner:
 
 
 class ForkServerSpawner:
-    """Forks workers from one process that has SGLang imported; a dead forkserver is started anew."""
+    """Forks workers from one process that has SGLang imported; a dead forkserver is started again."""
 
     def __init__(self, env: Mapping[str, str], log_path: Path) -> None:
         self._env = {key: value for key, value in env.items() if key not in _PERSONAL}
@@ -126,7 +126,7 @@ class ForkServerSpawner:
         """Fork a worker once the forkserver is ready. Raises StartupError if the forkserver cannot start."""
         env = child_environment(spec, instance_id)
         for _ in range(2):
-            forkserver = await self._ready_nursery()
+            forkserver = await self._ready_forkserver()
             try:
                 return forkserver.spawn(argv=spec.argv, flags=spec.flags, env=env, log_path=log_path)
             except (StartupError, OSError) as exc:
@@ -141,12 +141,12 @@ class ForkServerSpawner:
         forkserver, self._forkserver = self._forkserver, None
         if forkserver is None:
             return
-        # One that still imports hears nothing for seconds, and Ctrl-C would wait for it.
+        # One that still imports reads no request for seconds, and Ctrl-C would wait for it.
         if forkserver.is_alive and (is_forced or not forkserver.is_ready):
             os.kill(forkserver.pid, signal.SIGKILL)
         forkserver.close()
 
-    async def _ready_nursery(self) -> ForkServer:
+    async def _ready_forkserver(self) -> ForkServer:
         if self._forkserver is not None and not self._forkserver.is_alive and self._forkserver.is_ready:
             self._forkserver.close()
             self._forkserver = None

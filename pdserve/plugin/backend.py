@@ -28,8 +28,9 @@ from pdserve.config.worker_env import WorkerEnv
 from pdserve.errors import PdserveError
 from pdserve.plugin.dataplane import unsupported
 from pdserve.plugin.geometry import describe_layout, rank_index
+from pdserve.plugin.receiving import PdserveKVReceiver
 from pdserve.plugin.stats import TransferStats
-from pdserve.plugin.transfer_manager import PdserveKVReceiver, TransferManager
+from pdserve.plugin.transfer_manager import TransferManager
 from pdserve.transfer.nixl import AgentTuning, tune_agents
 from pdserve.types import InstanceId, Role
 

@@ -53,8 +53,8 @@ PRELOAD = (
 
 
 def main() -> None:
-    """Import, say ready, then serve spawn requests until the launcher closes its end."""
-    # First of all: it remembers where argv and the environment lie, to write the title there later.
+    """Import SGLang, report ready, then serve spawn requests until the launcher closes its end."""
+    # Must come first: setproctitle notes where argv and the environment lie, to write the title there.
     setproctitle.setproctitle("pdserve forkserver")
     channel = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent(WorkerEnv.from_environ().parent_pid or os.getppid())
@@ -79,7 +79,7 @@ def preload() -> None:
 
 
 def _serve(channel: socket.socket) -> None:
-    children: set[int] = set()
+    worker_pids: set[int] = set()
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
@@ -91,7 +91,7 @@ def _serve(channel: socket.socket) -> None:
         readable, _, _ = select.select(waiting, [], [])
         if wake_read in readable:
             os.read(wake_read, 4096)
-        _reap(channel, children)
+        _reap(channel, worker_pids)
         if channel not in readable:
             continue
         data = channel.recv(65536)
@@ -101,19 +101,19 @@ def _serve(channel: socket.socket) -> None:
         while b"\n" in buffer:
             line, buffer = buffer.split(b"\n", 1)
             pid = _fork_worker(channel, json.loads(line), (wake_read, wake_write))
-            children.add(pid)
+            worker_pids.add(pid)
 
 
-def _reap(channel: socket.socket, children: set[int]) -> None:
-    for pid in list(children):
+def _reap(channel: socket.socket, worker_pids: set[int]) -> None:
+    for pid in list(worker_pids):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            children.discard(pid)
+            worker_pids.discard(pid)
             _send(channel, {"event": "exit", "pid": pid, "returncode": os.waitstatus_to_exitcode(status)})
 
 
 def _fork_worker(channel: socket.socket, request: dict[str, Any], wake: tuple[int, int]) -> int:
-    """Fork one worker; the parent answers with its pid, the child never returns."""
+    """Fork one worker; the forkserver sends its pid, the forked process never returns."""
     forkserver_pid = os.getpid()
     pid = os.fork()
     if pid:
@@ -151,7 +151,7 @@ def _become_worker(
     os.dup2(log, 1)
     os.dup2(log, 2)
     replace_environ(request["env"])
-    # A fork copies the generators' state: without this all workers would draw the same ports and names.
+    # A fork copies the generator's state: without this all workers would draw the same ports and names.
     random.seed()
     setproctitle.setproctitle(f"pdserve {request['env'].get('PDSERVE_WORKER_ID', 'worker')}")
     _renew_zmq_context()

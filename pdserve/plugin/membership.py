@@ -16,8 +16,7 @@ from typing import Any
 from pdserve import __version__
 from pdserve.bootstrap.client import LeaseKeeper
 from pdserve.config.worker_env import WorkerEnv
-from pdserve.plugin.stats import TransferStats
-from pdserve.plugin.transfer_metrics import publish
+from pdserve.plugin.stats import TransferStats, publish
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
 
 logger = logging.getLogger(__name__)

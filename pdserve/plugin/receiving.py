@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.nixl.conn import NixlKVReceiver
 
 from pdserve.errors import ProtocolMismatch
 from pdserve.kv.coalesce import PageCopier
@@ -85,3 +86,41 @@ class DecodePlane:
             return
         host, _, port = endpoint.rpartition(":")
         self._manager.send_control(host, int(port), [b"PDSERVE", encode(credit)])
+
+
+class PdserveKVReceiver(NixlKVReceiver):
+    """SGLang's receiver; announces its rooms to the inbox and offers a slab window."""
+
+    def _register_kv_args(self) -> bool:
+        if self.bootstrap_infos is None:
+            return False
+        message = self.kv_mgr.build_receiver_registration_message()
+        for info in self.bootstrap_infos:
+            frames = self.kv_mgr.offer_frames(f"{info['rank_ip']}:{info['rank_port']}")
+            if not self._send_bootstrap_message(
+                bootstrap_info=info, message=[*message, *frames], operation="_register_kv_args"
+            ):
+                return False
+        return True
+
+    def send_metadata(self, kv_indices: Any, *args: Any, **kwargs: Any) -> None:
+        """Expect the room before its prefill learns the pages."""
+        plane = self.kv_mgr.decode_plane
+        if plane is not None:
+            plane.expect(self.bootstrap_room, kv_indices)
+        super().send_metadata(kv_indices, *args, **kwargs)
+
+    def _send_abort_notification(self, *, force_arm: bool = False) -> None:
+        super()._send_abort_notification(force_arm=force_arm)
+        if self._abort_generation is None:
+            return  # nothing was announced to the prefill, so no page waits for an acknowledgement
+        infos = self.bootstrap_infos or []
+        endpoints = [(str(info["rank_ip"]), int(info["rank_port"])) for info in infos]
+        self.kv_mgr.dead_peer_watch.watch(self.bootstrap_room, endpoints)
+
+    def clear(self) -> None:
+        """The room is over: later messages of it are nobody's."""
+        plane = self.kv_mgr.decode_plane
+        if plane is not None:
+            plane.inbox.forget(self.bootstrap_room)
+        super().clear()

@@ -25,7 +25,6 @@ from sglang.srt.disaggregation.nixl.conn import (
     GUARD,
     KVArgsRegisterInfo,
     NixlKVManager,
-    NixlKVReceiver,
     TransferInfo,
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
@@ -35,8 +34,15 @@ from sglang.srt.utils.network import NetworkAddress
 from pdserve.config.worker_env import WorkerEnv, ucx_transports
 from pdserve.errors import ProtocolMismatch, RegistrationFailed
 from pdserve.kv.cuda_copy import make_copier
-from pdserve.plugin.abort_acks import DeadPeerWatch
-from pdserve.plugin.dataplane import BACKENDS, WindowTable, device_id, make_slab, regions_of, unsupported
+from pdserve.plugin.dataplane import (
+    BACKENDS,
+    DeadPeerWatch,
+    WindowTable,
+    device_id,
+    make_slab,
+    regions_of,
+    unsupported,
+)
 from pdserve.plugin.geometry import rank_index
 from pdserve.plugin.receiving import DecodePlane
 from pdserve.plugin.sending import CONTROL_TAG, PrefillPlane
@@ -307,44 +313,6 @@ class TransferManager(NixlKVManager):
             return []
         offer = self._rank_pool.offer(plane.window_for(endpoint), self._pdserve_env.instance_id)
         return [encode(offer)]
-
-
-class PdserveKVReceiver(NixlKVReceiver):
-    """SGLang's receiver; announces its rooms to the inbox and offers a slab window."""
-
-    def _register_kv_args(self) -> bool:
-        if self.bootstrap_infos is None:
-            return False
-        message = self.kv_mgr.build_receiver_registration_message()
-        for info in self.bootstrap_infos:
-            frames = self.kv_mgr.offer_frames(f"{info['rank_ip']}:{info['rank_port']}")
-            if not self._send_bootstrap_message(
-                bootstrap_info=info, message=[*message, *frames], operation="_register_kv_args"
-            ):
-                return False
-        return True
-
-    def send_metadata(self, kv_indices: Any, *args: Any, **kwargs: Any) -> None:
-        """Expect the room before its prefill learns the pages."""
-        plane = self.kv_mgr.decode_plane
-        if plane is not None:
-            plane.expect(self.bootstrap_room, kv_indices)
-        super().send_metadata(kv_indices, *args, **kwargs)
-
-    def _send_abort_notification(self, *, force_arm: bool = False) -> None:
-        super()._send_abort_notification(force_arm=force_arm)
-        if self._abort_generation is None:
-            return  # nothing was announced to the prefill, so no page waits for an acknowledgement
-        infos = self.bootstrap_infos or []
-        endpoints = [(str(info["rank_ip"]), int(info["rank_port"])) for info in infos]
-        self.kv_mgr.dead_peer_watch.watch(self.bootstrap_room, endpoints)
-
-    def clear(self) -> None:
-        """The room is over: later messages of it are nobody's."""
-        plane = self.kv_mgr.decode_plane
-        if plane is not None:
-            plane.inbox.forget(self.bootstrap_room)
-        super().clear()
 
 
 def _read_offer(frames: list[bytes]) -> PeerOffer | None:

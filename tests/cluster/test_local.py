@@ -181,7 +181,7 @@ async def test_dead_balancer_comes_back(fleet: SmallFleet) -> None:
         await until(lambda: pid.read_text() not in ("", former))
 
 
-class _NoNursery:
+class _NoForkServer:
     """A spawner whose preparation fails, as when SGLang cannot be imported."""
 
     def start(self) -> None: ...
@@ -193,7 +193,7 @@ class _NoNursery:
 
 
 async def test_failed_spawner_shows_its_own_log(fleet: SmallFleet) -> None:
-    cluster = LocalCluster(fleet.config, fleet.spec(), fleet.folder, Recorder(), _NoNursery())
+    cluster = LocalCluster(fleet.config, fleet.spec(), fleet.folder, Recorder(), _NoForkServer())
     cluster.start()
     try:
         with pytest.raises(StartupError, match="no module named sglang") as e:
@@ -203,7 +203,7 @@ async def test_failed_spawner_shows_its_own_log(fleet: SmallFleet) -> None:
         await cluster.kill_and_wait()
 
 
-def test_nursery_that_still_imports_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_forkserver_that_still_imports_is_not_waited_for(tmp_path: Path) -> None:
     spawner = ForkServerSpawner(dict(os.environ), tmp_path / "forkserver.log")
     spawner.start()
     began = time.monotonic()

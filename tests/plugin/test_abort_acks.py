@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from pdserve.plugin import abort_acks as module
-from pdserve.plugin.abort_acks import DeadPeerWatch, refuses_connections
+from pdserve.plugin import dataplane as module
+from pdserve.plugin.dataplane import DeadPeerWatch, refuses_connections
 from tests.support.kv_rig import wait_until
 
 GONE, ALIVE = ("127.0.0.1", 1), ("127.0.0.1", 2)
@@ -15,8 +15,8 @@ GONE, ALIVE = ("127.0.0.1", 1), ("127.0.0.1", 2)
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(module, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(module, "ACK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(module, "ACK_POLL_S", 0.01)
 
 
 def test_room_is_released_once_all_its_ranks_are_dead() -> None:

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.plugin.stats import COUNTERS
-from pdserve.plugin.transfer_metrics import _HELP, _SECONDS
+from pdserve.plugin.stats import _HELP, _SECONDS, COUNTERS
 
 pytestmark = pytest.mark.process
 
 PROGRAM = """
-from pdserve.plugin.stats import TransferStats
-from pdserve.plugin.transfer_metrics import TransferMetrics
+from pdserve.plugin.stats import TransferMetrics, TransferStats
 stats = TransferStats.create()
 metrics = TransferMetrics(stats)
 stats.add(0, kv_bytes=1000, transfers=1, wait_us=250_000)

@@ -1,25 +1,33 @@
-"""SGLang's paged allocator with pages chosen by the segment allocator.
+"""SGLang's paged allocator with pages chosen by the segment allocator, and its KV pools on CPU.
 
-SGLang's kernels take pages from the head of ``free_pages`` in the order of the
-requests. So the pages are chosen here, on the host, and handed to them as
+Allocator: SGLang's kernels take pages from the head of ``free_pages`` in the order
+of the requests. The pages are chosen here, on the host, and handed to them as
 exactly that tensor; between calls ``free_pages`` is empty and the host-side
-segments are the truth.
+segments are the truth. On a GPU frees arrive as device tensors. They stay staged
+until the host's own count is too small or the next prompt comes; its copy to the
+host brings the requests' last pages too. A decode step reads nothing back: a
+growing request takes from the smallest segment there, not the page after its last one.
 
-On a GPU frees arrive as device tensors. They stay staged until the host's own
-count is too small or the next prompt comes; its copy to the host brings the
-requests' last pages too. A decode step reads nothing back: a growing request
-takes from the smallest segment there, not the page after its last one.
+Pools: on CPU a pool is refused before it is allocated if the machine cannot hold it.
+Linux grants the memory and kills a process later; on a GPU the allocator itself
+refuses. Servers that start together check and allocate one after the other, so
+that the second sees what the first has taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import psutil
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from pdserve.kv.allocator import Pages, SegmentAllocator
+from pdserve.process.scratch import SHARED_MEMORY
 
 SLACK_PAGES = 8
 """Free pages wished for around a new run, for outputs to grow into: 128 tokens at pages of 16.
@@ -157,3 +165,51 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
         host = torch.from_numpy(pages)
         # A copy from pageable memory synchronises the stream; one from pinned memory does not.
         return host if self._is_host else host.pin_memory().to(self.device, non_blocking=True)
+
+
+RESERVE_SHARE = 0.05
+"""Part of the machine's memory that no pool may take: weights' temporaries, page tables, the kernel."""
+
+
+class PdserveMHAPool(MHATokenToKVPool):
+    """``MHATokenToKVPool`` after a look at the free memory."""
+
+    def _create_buffers(self) -> None:
+        slots = int(self.size + self.page_size)
+        row = int(self.head_num * (self.head_dim + self.v_head_dim) * self.store_dtype.itemsize)
+        with _one_server_at_a_time():
+            _check_this_machine(slots * row * int(self.layer_num), slots)
+            super()._create_buffers()
+
+
+class PdserveMLAPool(MLATokenToKVPool):
+    """``MLATokenToKVPool`` after a look at the free memory."""
+
+    def _create_buffers(self) -> None:
+        slots = int(self.size + self.page_size)
+        row = int(self.kv_cache_dim * self.store_dtype.itemsize)
+        with _one_server_at_a_time():
+            _check_this_machine(slots * row * int(self.layer_num), slots)
+            super()._create_buffers()
+
+
+def check_fits(pool_bytes: int, num_tokens: int, free_bytes: int) -> None:
+    """Raise RuntimeError, in the words the launcher looks for, if the pool is larger than what is free."""
+    if pool_bytes > free_bytes:
+        raise RuntimeError(
+            f"Not enough memory: a KV pool of {num_tokens} tokens needs {pool_bytes / 1e9:.1f} GB, "
+            f"this machine has {free_bytes / 1e9:.1f} GB to give; use a lower --max-total-tokens"
+        )
+
+
+def _check_this_machine(pool_bytes: int, num_tokens: int) -> None:
+    memory = psutil.virtual_memory()
+    check_fits(pool_bytes, num_tokens, int(memory.available - RESERVE_SHARE * memory.total))
+
+
+@contextlib.contextmanager
+def _one_server_at_a_time() -> Iterator[None]:
+    # The kernel lets go of the lock when the holder dies, however it dies.
+    with (SHARED_MEMORY / "pdserve-pools.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
