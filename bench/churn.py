@@ -47,7 +47,7 @@ def make_allocator(kind: str, num_pages: int, page_size: int) -> Any:
     import torch
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
-    from pdserve.plugin.mem_cache import PdservePagedAllocator
+    from pdserve.plugin.kv_pool import PdservePagedAllocator
 
     class AsOnGpu(PdservePagedAllocator):
         _is_host = False

@@ -21,7 +21,7 @@ from pdserve.errors import RegistrationFailed
 from pdserve.kv.layout import PagedRegions
 from pdserve.kv.memory import Buffer
 from pdserve.transfer.engine import MemoryKind
-from pdserve.transfer.inbox import Window
+from pdserve.transfer.messages import Window
 from pdserve.transfer.nixl import NixlEngine
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ class SegmentedPools:
         env = WorkerEnv.from_environ()
         if env.stock or not env.data_plane.is_on:
             return None
-        from pdserve.plugin.mem_cache import PdservePagedAllocator
+        from pdserve.plugin.kv_pool import PdservePagedAllocator
 
         return PdservePagedAllocator
 
@@ -39,7 +39,7 @@ class PdservePlatform(SegmentedPools, CpuDeviceMixin, SRTPlatform):
 
     def get_kv_pool_cls(self, *, kind: str) -> type[Any] | None:
         """SGLang's pools with a check of the free memory first."""
-        from pdserve.plugin.mem_cache import PdserveMHAPool, PdserveMLAPool
+        from pdserve.plugin.kv_pool import PdserveMHAPool, PdserveMLAPool
 
         return {"mha": PdserveMHAPool, "mla": PdserveMLAPool}.get(kind)
 

@@ -13,8 +13,8 @@ from pdserve.kv.coalesce import PageCopier
 from pdserve.kv.layout import PageIds
 from pdserve.plugin.dataplane import WindowTable
 from pdserve.plugin.idle import wake_scheduler
-from pdserve.transfer.inbox import Inbox, Window
-from pdserve.transfer.messages import Credit, Void, decode_control, encode
+from pdserve.transfer.inbox import Inbox
+from pdserve.transfer.messages import Credit, Void, Window, decode_control, encode
 from pdserve.transfer.nixl import NixlEngine
 
 logger = logging.getLogger(__name__)

@@ -22,9 +22,8 @@ from typing import Protocol
 from pdserve.errors import PdserveError
 from pdserve.kv.coalesce import Completion, PageCopier
 from pdserve.kv.layout import PageIds
-from pdserve.transfer.counter import ArrivalCounter
 from pdserve.transfer.engine import PeerName, TransferEngine
-from pdserve.transfer.messages import Arrival, Credit, Void, decode_arrival
+from pdserve.transfer.messages import Arrival, Credit, Void, Window, decode_arrival
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +50,6 @@ class RoomOwner(Protocol):
 
     def failed(self, room: int, reason: str) -> None:
         """The room cannot complete."""
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A part of the slab that one prefill rank writes to."""
-
-    number: int
-    address: int
-    nbytes: int
 
 
 @dataclass(slots=True)
@@ -93,6 +83,75 @@ class InboxStats:
 class _Due:
     generations: list[int] = field(default_factory=list)
     scatter_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Tally:
+    seen: set[int] = field(default_factory=set)
+    num_counted: int = 0
+    total: int | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        return self.total is not None and self.num_counted >= self.total
+
+
+class ArrivalCounter:
+    """Counts the messages of expected rooms, in any order. Not thread-safe: one owner.
+
+    As TransferEngine's ImmCounter (arXiv 2510.27656), but early messages are kept: the
+    total is known only with a rank's last chunk. A message may come more than once.
+    """
+
+    def __init__(self) -> None:
+        self._rooms: dict[int, dict[int, _Tally]] = {}
+
+    def expect(self, room: int) -> None:
+        """Start counting a room; what it had before is forgotten."""
+        self._rooms[room] = {}
+
+    def forget(self, room: int) -> None:
+        """Stop counting; later messages of the room are unknown."""
+        self._rooms.pop(room, None)
+
+    def is_expected(self, room: int) -> bool:
+        """True between ``expect`` and ``forget``."""
+        return room in self._rooms
+
+    def claim(self, room: int, rank: int, seq: int) -> bool:
+        """True for the first copy of a message of an expected room: its bytes may be acted on, once."""
+        tallies = self._rooms.get(room)
+        if tallies is None:
+            return False
+        tally = tallies.setdefault(rank, _Tally())
+        if seq in tally.seen:
+            return False
+        tally.seen.add(seq)
+        return True
+
+    def count(self, room: int, rank: int, total: int) -> bool:
+        """Count a claimed message as dealt with; True if it completed the rank's share, which happens once.
+
+        Args:
+            total: how many messages the rank sends in all, or 0 when this message does not tell.
+        """
+        tallies = self._rooms.get(room)
+        if tallies is None:
+            return False
+        tally = tallies.setdefault(rank, _Tally())
+        was_complete = tally.is_complete
+        tally.num_counted += 1
+        if total:
+            tally.total = total
+        return tally.is_complete and not was_complete
+
+    def missing(self, room: int) -> dict[int, int]:
+        """Messages still missing per rank whose total is known."""
+        return {
+            rank: tally.total - tally.num_counted
+            for rank, tally in self._rooms.get(room, {}).items()
+            if tally.total is not None and not tally.is_complete
+        }
 
 
 class Inbox:

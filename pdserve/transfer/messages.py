@@ -8,6 +8,7 @@ arrival was never acted on.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
@@ -21,6 +22,15 @@ _T = TypeVar("_T")
 
 PROTOCOL_VERSION = 1
 """1: first. Both sides must be equal: a prefill treats another version as a stock decode server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A part of the slab that one prefill rank writes to."""
+
+    number: int
+    address: int
+    nbytes: int
 
 
 class PeerOffer(msgspec.Struct, tag=True, frozen=True, kw_only=True):

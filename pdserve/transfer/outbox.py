@@ -210,8 +210,13 @@ class Outbox:
             peer = self._peers.get(writes.target.peer)
             for step in list(writes.in_flight):
                 has_moved |= self._reap_step(peer, writes, step)
+        unfinished: set[int] = set()
         for job in dict.fromkeys(writes.job for writes in self._active):
-            has_moved |= self._finish_if_over(job)
+            # A room's last chunk makes it a success: only after the earlier ones, whose pages are then free.
+            if (job.room in unfinished and not job.has_failed) or not self._finish_if_over(job):
+                unfinished.add(job.room)
+            else:
+                has_moved = True
         return has_moved
 
     def _reap_step(self, peer: PeerLink | None, writes: RankWrites, step: Step) -> bool:

@@ -20,8 +20,7 @@ from pdserve.kv.coalesce import Piece
 from pdserve.kv.layout import HeadSlice, PagedRegions, PageIds, head_slice, heads_of_rank, num_runs
 from pdserve.kv.staging import StagingRing
 from pdserve.transfer.engine import DescriptorList, MemoryKind, PeerName, StridedSpans, TransferEngine
-from pdserve.transfer.inbox import Window
-from pdserve.transfer.messages import PROTOCOL_VERSION, PeerOffer
+from pdserve.transfer.messages import PROTOCOL_VERSION, PeerOffer, Window
 from pdserve.transfer.plan import Path, PathCosts, split_pieces
 
 Indices = npt.NDArray[np.int32]

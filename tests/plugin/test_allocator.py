@@ -19,7 +19,7 @@ def _make(kind: str, num_pages: int, *, need_sort: bool = True) -> Any:
     """``staged`` is pdserve's allocator as on a GPU: frees stay tensors, reads to the host are counted."""
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
-    from pdserve.plugin.mem_cache import PdservePagedAllocator
+    from pdserve.plugin.kv_pool import PdservePagedAllocator
 
     class Staged(PdservePagedAllocator):
         num_reads = 0

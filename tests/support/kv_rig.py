@@ -17,9 +17,9 @@ import numpy.typing as npt
 from pdserve.kv.coalesce import HostPageCopier
 from pdserve.kv.layout import PagedRegions
 from pdserve.transfer.engine import MemoryKind, PeerName, TransferEngine
-from pdserve.transfer.inbox import Inbox, Window
+from pdserve.transfer.inbox import Inbox
 from pdserve.transfer.jobs import ChunkJob, Target
-from pdserve.transfer.messages import Credit, PeerOffer, Void
+from pdserve.transfer.messages import Credit, PeerOffer, Void, Window
 from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import RankPool, connect_peer, page_blocks
 from pdserve.transfer.steps import StepRunner

@@ -31,6 +31,8 @@ class LoopbackFaults:
 
     is_held: bool = False
     """Writes stay pending, nothing is copied, until this is False again."""
+    holds: Callable[[bytes], bool] = lambda message: False
+    """Writes whose message this picks stay pending."""
     fails: Callable[[bytes], bool] = lambda message: False
     """Writes whose message this picks end as FAILED, with nothing copied."""
     drops: Callable[[bytes], bool] = lambda message: False
@@ -136,7 +138,7 @@ class LoopbackEngine:
         """Carry the write out now, unless writes are held."""
         write: _Write = handle.raw
         faults = self._fabric.faults
-        if write.state is not TransferState.PENDING or faults.is_held:
+        if write.state is not TransferState.PENDING or faults.is_held or faults.holds(write.message):
             return write.state
         if self._fabric.engines.get(write.target.name) is not write.target or faults.fails(write.message):
             write.state = TransferState.FAILED

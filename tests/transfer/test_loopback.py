@@ -266,6 +266,17 @@ def test_a_forgotten_room_is_not_scattered_and_its_space_comes_back(rig: Rig) ->
     assert rig.decode.inbox.stats.num_stray > 0
 
 
+def test_a_room_is_a_success_only_after_its_earlier_chunks_whatever_ends_first(rig: Rig) -> None:
+    rig.fabric.faults.holds = lambda message: decode_arrival(message).seq == 0
+    rig.send(6, 48, path=Path.DIRECT, chunks=3)
+    wait_until(lambda: sum(len(writes.in_flight) for writes in rig.prefill.outbox._active) == 1)
+    assert not rig.prefill.gate.done
+    rig.fabric.faults.holds = lambda message: False
+    rig.receive(6)
+    rig.settle()
+    assert [job.is_last for job in rig.prefill.gate.done] == [False, False, True]
+
+
 def test_a_full_window_ends_in_direct_writes_not_in_a_wait() -> None:
     # Nobody polls the inbox, so no credit ever comes back while the chunk is sent.
     rig = Rig(window_bytes=8192)

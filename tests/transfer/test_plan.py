@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pdserve.errors import ProtocolMismatch
-from pdserve.transfer.counter import ArrivalCounter
+from pdserve.transfer.inbox import ArrivalCounter
 from pdserve.transfer.messages import (
     PROTOCOL_VERSION,
     Arrival,

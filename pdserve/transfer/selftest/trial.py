@@ -28,9 +28,9 @@ from pdserve.errors import TransferFailed
 from pdserve.kv.cuda_copy import make_copier
 from pdserve.kv.layout import PageIds
 from pdserve.transfer.engine import MemoryKind, PeerName
-from pdserve.transfer.inbox import Inbox, Window
+from pdserve.transfer.inbox import Inbox
 from pdserve.transfer.jobs import ChunkJob, Target, TransferRecord
-from pdserve.transfer.messages import Credit, Void, decode_control, decode_offer, encode
+from pdserve.transfer.messages import Credit, Void, Window, decode_control, decode_offer, encode
 from pdserve.transfer.nixl import AgentTuning, NixlEngine, tune_agents
 from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import PeerLink, RankPool, connect_peer, page_blocks
