@@ -56,10 +56,10 @@ class Installed:
         )
 
     @asynccontextmanager
-    async def balancer(self, *args: str) -> AsyncIterator[str]:
-        """``pdserve balance ARGS`` on a free port, until the block ends; its URL."""
+    async def serving(self, *args: str) -> AsyncIterator[str]:
+        """``pdserve ARGS``, balance or bootstrap, on a free port until the block ends; its URL."""
         process = await asyncio.create_subprocess_exec(
-            *(self.bin / "pdserve", "balance", "--host", "127.0.0.1", "--port", "0", *args),
+            *(self.bin / "pdserve", *args, "--host", "127.0.0.1", "--port", "0"),
             stderr=asyncio.subprocess.PIPE,
             env=self.environ,
             cwd=self.bin,
@@ -70,10 +70,11 @@ class Installed:
             async with asyncio.timeout(60):
                 while b"listening on" not in said:
                     said = await process.stderr.readline()
-                    assert said, "the balancer ended"
-            yield said.decode().split(" on ")[1].strip()
+                    assert said, "it ended"
+            yield said.decode().split(" on ")[1].split()[0]
         finally:
-            process.terminate()
+            if process.returncode is None:
+                process.terminate()
             await process.communicate()
 
 
@@ -167,7 +168,10 @@ def test_doctor_and_simulate_work_on_the_core_alone(installed: Installed, tmp_pa
 async def test_balancer_serves_through_two_servers_and_is_watched(installed: Installed) -> None:
     async with FakeSGLang(Role.PREFILL) as prefill, FakeSGLang(Role.DECODE) as decode:
         servers = ("--prefill", prefill.url, "8998", "--decode", decode.url)
-        async with installed.balancer(*servers) as url:
+        async with (
+            installed.serving("bootstrap") as bootstrap,
+            installed.serving("balance", "--bootstrap", bootstrap, *servers) as url,
+        ):
             load = ("bench", url, "-n", "3", "--warmup", "1", "--input", "8", "--output", "4")
             for args in (load, ("monitor", url, "--json"), ("chat", "--url", url, "hello")):
                 done = await asyncio.to_thread(installed.run, *args)
