@@ -5,7 +5,7 @@ Why: every request waits for this. Targets: 50 us a pick at 8 prefill x 8 decode
 Set-up: random fleets (queues, batches, pools partly full, rates that differ by a few per cent), prompts of
 --prompt bytes of which a half is shared with an earlier one, prompt trees filled by --warm requests
 before. ``pick`` is ``Policy.choose`` and the ends of both legs; ``reserve`` is the
-balancer's own way: Scheduler.reserve, both legs' ends. ``links``: workers on as many hosts as there
+balancer's own way: Scheduler.try_now, both legs' ends. ``links``: workers on as many hosts as there
 are pairs of rows, so that every choice weighs same-host against other-host links; ``one host``: links alike.
 
 Output: set-up, a table in microseconds (median over fleets of each fleet's median, and the worst fleet's 99th
@@ -31,7 +31,6 @@ from pdserve.scheduling.load_sample import Sample
 from pdserve.scheduling.policy import Policy, make_policy
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.scheduler import Scheduler
-from pdserve.scheduling.workers import PairKey
 from pdserve.sim.baselines import SIMULATED_MAKERS
 from pdserve.types import (
     Forecast,
@@ -120,7 +119,7 @@ class Bench:
         """Fill trees and queues; a few requests stay under way on each worker."""
         for _ in range(requests):
             self._now_s += 0.01
-            reservation = self.admission.try_now(self.shape(), frozenset())
+            reservation = self.scheduler.try_now(self.shape())
             assert reservation is not None, "the fleet is full"
             self._open.append(reservation)
             if len(self._open) > OPEN * len(self.rows):
@@ -156,10 +155,10 @@ class Bench:
 
     def reserve(self) -> float:
         """Seconds of the balancer's whole way: reserve, prefill finished, release."""
-        shape, nobody = self.shape(), frozenset[PairKey]()
+        shape = self.shape()
         self._now_s += 0.01
         started_s = time.perf_counter()
-        reservation = self.admission.try_now(shape, nobody)
+        reservation = self.scheduler.try_now(shape)
         assert reservation is not None, "the fleet is full"
         self._end(reservation)
         return time.perf_counter() - started_s

@@ -19,9 +19,10 @@ import uvloop
 
 from pdserve.balancer.api.auth import KeyRing
 from pdserve.balancer.api.routes import BalancerApi, build_routes
-from pdserve.balancer.fleet.fleet import Membership, WorkerFleet
+from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.balancer.proxy.dispatcher import PairDispatcher
+from pdserve.bootstrap.client import FleetWatcher
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
 from pdserve.http import sockets
@@ -55,7 +56,7 @@ class Balancer:
         ConfigError: if traces are asked for and cannot be sent.
     """
 
-    def __init__(self, config: BalancerConfig, membership: Membership | None = None) -> None:
+    def __init__(self, config: BalancerConfig, membership: FleetWatcher | None = None) -> None:
         self.config = config
         self.pool = HttpClient(connect_s=config.connect_s)
         self.metrics = WorkerMetrics()

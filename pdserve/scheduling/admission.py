@@ -67,12 +67,16 @@ class Admission:
         self._explain = explain
         self._favoured: Waiter | None = None
         self._observed_s = float("-inf")
+        self._is_stopping = False
 
     # -- getting a pair ----------------------------------------------------------------------
 
-    def try_now(self, shape: RequestShape, exclude: frozenset[PairKey]) -> Reservation | None:
-        """A pair at once, without waiting; None if others wait already or there is no room."""
-        if self.queue or self.placement.num_open >= self._max_open:
+    def try_now(self, shape: RequestShape, exclude: frozenset[PairKey] = frozenset()) -> Reservation | None:
+        """A pair at once, without waiting; None if others wait already or there is no room.
+
+        ``exclude``: (prefill, decode) instance ids that the request must not get again.
+        """
+        if self.queue or self._is_stopping or self.placement.num_open >= self._max_open:
             return None
         if self._objective.is_late(shape, self.placement):
             return None
@@ -156,7 +160,8 @@ class Admission:
         self.queue.least_tokens = least
 
     def stop(self) -> None:
-        """End every wait."""
+        """End every wait; no request gets a pair any more."""
+        self._is_stopping = True
         self.shed["stopping"] += len(self.queue)
         self.queue.dismiss(lambda: NoWorkerError("the balancer is stopping"))
 
@@ -178,16 +183,25 @@ class Admission:
             self._observe(now_s)
         if self.placement.sampled(worker):
             self._capacity_changed()
-        self.serve()
-
-    def prefill_finished(self, reservation: Reservation) -> None:
-        """The prefill leg no longer loads its worker. Does nothing if it has ended before."""
-        if reservation.is_open and reservation.is_prefilling:
-            self._end_prefill(reservation, is_whole=True)
+        if self.queue:
             self.serve()
 
+    def prefill_finished(self, reservation: Reservation) -> None:
+        """The prefill server has answered: its part of the load is over, decode goes on. Idempotent.
+
+        Optional, but without it a long answer counts as prefill work until it ends.
+        """
+        if reservation.is_open and reservation.is_prefilling:
+            self._end_prefill(reservation, is_whole=True)
+            if self.queue:
+                self.serve()
+
     def end(self, reservation: Reservation, *, prefill_ok: bool | None, decode_ok: bool | None) -> None:
-        """End both legs, once; call ``serve`` when what follows from it is known."""
+        """Both legs are over, once. True: a leg ended well; False: it failed; None: not known.
+
+        Follow with ``serve`` once the fleet's health knows the results: a request that waits must not
+        get a worker that has just failed.
+        """
         self.completions.total += 1
         if reservation.is_prefilling:
             self._end_prefill(reservation, is_whole=bool(prefill_ok))
@@ -241,6 +255,8 @@ class Admission:
         return self._refusal("slo", f"no first token within {self._objective.slo_s:g} s: {why}")
 
     def _join(self, shape: RequestShape, exclude: frozenset[PairKey], grant: Grant[Reservation]) -> Waiter:
+        if self._is_stopping:
+            raise NoWorkerError(self._explain(exclude, shape))
         now_s, work, objective = self._clock(), self.work.of(shape), self._objective
         tokens = self.placement.tokens_needed(shape)
         due_s, is_hopeless = objective.due_s(now_s, work), objective.is_hopeless(work)

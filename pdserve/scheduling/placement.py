@@ -266,7 +266,7 @@ class Placement:
         grown = decode.growth.add(legs[1], shape, tokens) if self._predicts else 0
         if grown > decode.calm_tokens or not is_calm(decode):
             self._tight.add(decode)
-        return Reservation(slots.pair, choice, slots, legs, tokens)
+        return Reservation(key, slots.pair, choice, slots, legs, tokens)
 
     def _measure(self) -> None:
         workers = (*self.ready_pairs.prefills, *self.ready_pairs.decodes)

@@ -12,11 +12,13 @@ from pdserve.types import Pair
 class Reservation(msgspec.Struct, eq=False):
     """Both legs of one request; whoever holds it gives it back to the scheduler that made it.
 
-    ``pair`` is as it was described at the time; ``choice`` is the policy's. ``legs`` are the
-    load table's numbers, ``tokens`` what was promised of each worker's KV.
+    ``key`` is as ``Scheduler.try_now`` takes it in ``exclude``; ``pair`` as it was described at the
+    time; ``choice`` is the policy's. ``legs`` are the load table's numbers, ``tokens`` what was
+    promised of each worker's KV.
     ``is_open`` until the legs have ended. Not a dataclass: one is made for each request, in C.
     """
 
+    key: PairKey
     pair: Pair
     choice: Choice
     slots: PairSlots
@@ -29,8 +31,3 @@ class Reservation(msgspec.Struct, eq=False):
     def why(self) -> Reason:
         """Why the policy chose this pair."""
         return self.choice.why
-
-    @property
-    def key(self) -> PairKey:
-        """(prefill, decode) instance ids, as ``Scheduler.reserve`` takes them in ``exclude``."""
-        return self.pair.prefill.instance_id, self.pair.decode.instance_id

@@ -2,8 +2,8 @@
 
     fleet:    add_worker · set_ready_pairs · sampled ─┐
                                                       ├─► LoadTable · Admission ─► Placement ─► Policy
-    requests: foresee · reserve · prefill_finished ───┤
-              end · serve · learn ────────────────────┘
+    requests: foresee · try_now · wait ───────────────┤
+              prefill_finished · end · serve · learn ─┘
 
 The balancer and the simulator run exactly this object. It opens no socket and reads only the clock
 it is given.
@@ -17,20 +17,18 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from pdserve.config.balancer import BalancerConfig
-from pdserve.errors import NoWorkerError
 from pdserve.scheduling.admission import Admission
 from pdserve.scheduling.kv_room import committed_tokens
 from pdserve.scheduling.lengths import LengthPredictor, Lengths
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.load_sample import Sample
 from pdserve.scheduling.policy import PairCost, Policy, PromptTree, policy_of
-from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.workers import PairKey, WorkerSlots
 from pdserve.types import InstanceId, RequestShape, Role, WorkerInfo
 
 NO_EXCLUDE: frozenset[PairKey] = frozenset()
 NUM_NAMED = 4
-"""Full workers described one by one; of more, the client is told only how many there are."""
+"""Full workers described one by one; of more, only the number is given."""
 
 
 class Scheduler:
@@ -55,7 +53,11 @@ class Scheduler:
         self.table = LoadTable()
         self.policy = policy if policy is not None else policy_of(config)
         self.lengths = lengths or (LengthPredictor() if config.predict_lengths else None)
-        self.admission = Admission(config, self.table, self.policy, self.explain, clock)
+        self.admission = admission = Admission(config, self.table, self.policy, self.explain, clock)
+        # The admission's own methods, which it documents: every request calls them, so no call lies between.
+        self.try_now, self.wait, self.serve = admission.try_now, admission.wait, admission.serve
+        self.prefill_finished, self.end = admission.prefill_finished, admission.end
+        self.enqueue, self.leave, self.timed_out = admission.enqueue, admission.leave, admission.timed_out
         self._why_none_ready = why_none_ready
         self._max_open = config.max_concurrent_requests
         self._is_stopping = False
@@ -113,45 +115,6 @@ class Scheduler:
         """An answer (of a batch: the mean of its answers) is over; ``is_cut``: it did not end by itself."""
         if self.lengths is not None:
             self.lengths.learn(shape, output_tokens, is_cut)
-
-    async def reserve(
-        self, shape: RequestShape, *, exclude: frozenset[PairKey] = NO_EXCLUDE, timeout_s: float
-    ) -> Reservation:
-        """Hold the pair the policy picks among those with room, waiting in the queue for one if need be.
-
-        Args:
-            shape: what is known of the request.
-            exclude: (prefill, decode) instance ids that the request must not get again.
-            timeout_s: longest wait.
-
-        Raises:
-            NoWorkerError: if the queue is full, or no pair had room in time; the message says why.
-        """
-        if self._is_stopping:
-            raise NoWorkerError(self.explain())
-        reservation = self.admission.try_now(shape, exclude)
-        if reservation is not None:
-            return reservation
-        return await self.admission.wait(shape, exclude, timeout_s)
-
-    def prefill_finished(self, reservation: Reservation) -> None:
-        """The prefill server has answered: its part of the load is over, decode goes on.
-
-        Optional, but without it a long answer counts as prefill work until it ends.
-        """
-        self.admission.prefill_finished(reservation)
-
-    def end(self, reservation: Reservation, *, prefill_ok: bool | None, decode_ok: bool | None) -> None:
-        """Both legs are over, once. True: a leg ended well; False: it failed; None: not known.
-
-        Follow with ``serve``, after the fleet's health was told: a request that waits must not
-        get a worker that has just failed.
-        """
-        self.admission.end(reservation, prefill_ok=prefill_ok, decode_ok=decode_ok)
-
-    def serve(self) -> None:
-        """Give waiting requests what has become free."""
-        self.admission.serve()
 
     def stop(self) -> None:
         """Refuse waiting requests, and all that come; open reservations may still end."""

@@ -142,7 +142,6 @@ class Simulation:
         )
         self.workers = [self.scheduler.add_worker(info) for info in (*prefills, *decodes)]
         self.scheduler.set_ready_pairs((p.instance_id, d.instance_id) for p in prefills for d in decodes)
-        self._admission = self.scheduler.admission
         self._model = model
         self._config = config
         self._oracle = lengths if isinstance(lengths, OracleLengths) else None
@@ -177,12 +176,12 @@ class Simulation:
         if index + 1 < len(trace):
             self.clock.at(trace[index + 1].arrival_s, self._arrive, index + 1)
         request = SimRequest(index, trace[index], self._shape(trace[index]))
-        reservation = self._admission.try_now(request.shape, NO_EXCLUDE)
+        reservation = self.scheduler.try_now(request.shape)
         if reservation is not None:
             self._start(request, reservation)
             return
         try:
-            request.waiter = self._admission.enqueue(request.shape, NO_EXCLUDE, _Grant(self, request))
+            request.waiter = self.scheduler.enqueue(request.shape, NO_EXCLUDE, _Grant(self, request))
         except NoWorkerError as error:
             self._fail(request, str(error))
             return
@@ -214,7 +213,7 @@ class Simulation:
     def _leave_queue(self, request: SimRequest) -> None:
         waiter, request.waiter = request.waiter, None
         if waiter is not None:
-            self._admission.leave(waiter)
+            self.scheduler.leave(waiter)
         if request.reservation is not None:
             self._start(request, request.reservation)
         else:
@@ -224,8 +223,8 @@ class Simulation:
         waiter = request.waiter
         if waiter is None or waiter.grant.done():
             return
-        error = self._admission.timed_out(waiter, self._config.queue_timeout_s)
-        self._admission.leave(waiter)
+        error = self.scheduler.timed_out(waiter, self._config.queue_timeout_s)
+        self.scheduler.leave(waiter)
         request.waiter = None
         self._fail(request, str(error))
 
@@ -320,7 +319,7 @@ class Simulation:
             use=use,
             span_s=self.clock.now_s,
             num_events=self.clock.num_events,
-            shed=dict(self._admission.shed),
+            shed=dict(self.scheduler.admission.shed),
         )
 
 

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pdserve.balancer.fleet.fleet import Membership, WorkerFleet
+from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.proxy.attempts import Reservations
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerError, WorkerUnreachable
@@ -128,7 +128,7 @@ D0, D1 = worker(Role.DECODE, 0), worker(Role.DECODE, 1)
 
 @asynccontextmanager
 async def running_fleet(
-    network: Network, membership: Membership | None = None, **settings: object
+    network: Network, membership: Any = None, **settings: object
 ) -> AsyncIterator[WorkerFleet]:
     """A started fleet over ``network``, stopped at the end; no task may survive it."""
     fleet = WorkerFleet(BalancerConfig(**{"load_poll_s": 0.02, **settings}), network, membership)  # type: ignore[arg-type]

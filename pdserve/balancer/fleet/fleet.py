@@ -14,8 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from typing import Protocol
+from collections.abc import Coroutine, Sequence
 
 from pdserve.balancer.fleet.breaker import Breaker
 from pdserve.balancer.fleet.events import EventLog, FleetEvent
@@ -26,7 +25,6 @@ from pdserve.balancer.fleet.transfer_poll import TransferListener, TransferPolle
 from pdserve.balancer.fleet.worker import PairRecord, PairState, Worker, WorkerState
 from pdserve.balancer.fleet.worker_monitor import WorkerMonitor
 from pdserve.bootstrap.client import FleetWatcher
-from pdserve.bootstrap.messages import FleetView
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError, WorkerError
 from pdserve.http.client import HttpClient
@@ -37,24 +35,6 @@ from pdserve.types import InstanceId, WorkerId, WorkerInfo
 logger = logging.getLogger(__name__)
 
 MONITOR = "monitor"
-
-
-class Membership(Protocol):
-    """Where members come from; ``bootstrap.client.FleetWatcher`` is the one in production."""
-
-    @property
-    def is_connected(self) -> bool:
-        """True while the bootstrap service answers."""
-        ...
-
-    @property
-    def epoch(self) -> str:
-        """The service's present start; empty before the first answer."""
-        ...
-
-    def watch(self) -> AsyncIterator[FleetView]:
-        """Each view as it changes; outlives restarts of the service."""
-        ...
 
 
 class WorkerFleet:
@@ -69,15 +49,13 @@ class WorkerFleet:
         self,
         config: BalancerConfig,
         pool: HttpClient,
-        membership: Membership | None = None,
+        membership: FleetWatcher | None = None,
         transfers: TransferListener | None = None,
     ) -> None:
         self.config = config
         self.scheduler = Scheduler(config, self._why_none_ready)
         self.started_s = time.monotonic()
-        self.watcher: Membership | None = membership or (
-            FleetWatcher(config.bootstrap_url) if config.bootstrap_url else None
-        )
+        self.watcher = membership or (FleetWatcher(config.bootstrap_url) if config.bootstrap_url else None)
         self._static = static_workers(config)
         self._pool = pool
         self._transfers = transfers
@@ -139,11 +117,12 @@ class WorkerFleet:
 
     def pair_reserved(self, reservation: Reservation) -> None:
         """A request was given a pair: a monitor that dozes polls at once."""
-        members = self._roster.members
-        workers = [worker for key in reservation.key if (worker := members.get(key))]
-        if any(worker.is_dozing for worker in workers):
-            for worker in workers:
-                worker.wake.set()
+        if self.health.dozing:
+            members = self._roster.members
+            workers = {worker for instance_id in reservation.key if (worker := members.get(instance_id))}
+            if workers & self.health.dozing:
+                for worker in workers:
+                    worker.wake.set()
 
     def legs_ended(
         self,
@@ -158,8 +137,9 @@ class WorkerFleet:
 
     def notice_drained(self) -> None:
         """Draining workers may have nothing in flight any more."""
-        for worker in [worker for worker in self._draining if not worker.num_inflight]:
-            self._drained(worker)
+        if self._draining:
+            for worker in [worker for worker in self._draining if not worker.num_inflight]:
+                self._drained(worker)
 
     # -- membership --------------------------------------------------------------------------
 
@@ -252,7 +232,7 @@ class WorkerFleet:
                 self._dismissed.add(worker.instance_id)
             self._remove(worker, "removed by an operator")
 
-    async def _watch(self, watcher: Membership) -> None:
+    async def _watch(self, watcher: FleetWatcher) -> None:
         async for view in watcher.watch():
             self.apply(view.workers)
 

@@ -40,6 +40,8 @@ class HealthTracker:
     """Changes the states of workers and pairs, and sets the scheduler's ready pairs by them."""
 
     def __init__(self, roster: Roster, scheduler: Scheduler, log: EventLog, pool: HttpClient) -> None:
+        self.dozing: set[Worker] = set()
+        """Workers whose monitors make a long pause, which a reserved pair ends."""
         self._is_paused = False
         self._roster = roster
         self._scheduler = scheduler
@@ -71,6 +73,11 @@ class HealthTracker:
                 503 of its own, which says that it is full.
         """
         members = self._roster.members
+        if prefill_ok and decode_ok:
+            for instance_id in key:
+                if (worker := members.get(instance_id)) is not None:
+                    worker.breaker.succeed()
+            return
         results = [(members.get(key[0]), prefill_ok), (members.get(key[1]), decode_ok)]
         if prefill_ok is False and decode_ok is False:
             known = [each for each in results if each[0] is None or not each[0].breaker.is_closed]

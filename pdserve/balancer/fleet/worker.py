@@ -62,7 +62,7 @@ class Worker:
 
     ``answers`` is set while the worker is believed to answer at all, ``serves``
     while it is not draining; probes of its pairs wait for both. ``wake`` ends the pause of its
-    monitor, which is four times as long while ``is_dozing``. ``tasks`` are its background tasks by name.
+    monitor. ``tasks`` are its background tasks by name.
 
     ``is_leaving``: it is removed when it is drained; ``has_left``: it is no member any more.
     ``stalled_s`` is how long it has had work and made no progress, as last seen.
@@ -75,7 +75,6 @@ class Worker:
     breaker: Breaker = field(default_factory=Breaker)
     last_error: str = ""
     needs_ping: bool = False
-    is_dozing: bool = False
     is_leaving: bool = False
     has_left: bool = False
     num_probes: int = 0

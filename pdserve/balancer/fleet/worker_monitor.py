@@ -211,9 +211,11 @@ class WorkerMonitor:
         worker = self._worker
         if not worker.answers.is_set() or await _woken(worker, delay_s) or worker.num_inflight:
             return
-        worker.is_dozing = True
-        await _woken(worker, delay_s * (IDLE_FACTOR - 1))
-        worker.is_dozing = False
+        self._health.dozing.add(worker)
+        try:
+            await _woken(worker, delay_s * (IDLE_FACTOR - 1))
+        finally:
+            self._health.dozing.discard(worker)
 
 
 class _ModelInfo(msgspec.Struct):

@@ -8,6 +8,7 @@ any other end than a normal one ─► POST /abort_request to both workers, in t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -20,24 +21,22 @@ from pdserve.balancer.fleet.worker import PairState
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.record import RequestRecord
 from pdserve.balancer.proxy.relay import LegFailed, PairRelay, Relayed
+from pdserve.balancer.request.headers import JSON_LINE
 from pdserve.balancer.request.ids import RequestIds, RoomAllocator
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused
 from pdserve.balancer.request.transforms import ResponseSink, renaming_of
 from pdserve.config.balancer import BalancerConfig
-from pdserve.errors import NoWorkerError, WorkerRejected, WorkerTimeout
+from pdserve.errors import NoWorkerError, WorkerError, WorkerRejected, WorkerTimeout
 from pdserve.http.client import HttpClient
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.scheduler import Scheduler
 from pdserve.scheduling.workers import PairKey
-from pdserve.types import RequestShape, Role
+from pdserve.types import Pair, RequestShape, Role
 
 if TYPE_CHECKING:
     from pdserve.balancer.tracing.trace import RequestTrace, RunTrace
-import asyncio
 
-from pdserve.balancer.request.headers import JSON_LINE
-from pdserve.errors import WorkerError
-from pdserve.types import Pair
+logger = logging.getLogger(__name__)
 
 ABORT_S = 5.0
 """Limit per worker and request."""
@@ -121,12 +120,18 @@ class Reservations:
     async def take(
         self, shape: RequestShape, *, exclude: frozenset[PairKey] = frozenset(), timeout_s: float
     ) -> Reservation:
-        """As ``Scheduler.reserve``."""
-        try:
-            reservation = await self._scheduler.reserve(shape, exclude=exclude, timeout_s=timeout_s)
-        except asyncio.CancelledError:
-            self._fleet.notice_drained()  # the scheduler may have taken a pair back
-            raise
+        """A pair for a request, at once or from the queue.
+
+        Raises:
+            NoWorkerError: if the queue is full, or no pair had room within ``timeout_s``.
+        """
+        reservation = self._scheduler.try_now(shape, exclude)
+        if reservation is None:
+            try:
+                reservation = await self._scheduler.wait(shape, exclude, timeout_s)
+            except asyncio.CancelledError:
+                self._fleet.notice_drained()  # the scheduler may have taken a pair back
+                raise
         self._fleet.pair_reserved(reservation)
         return reservation
 
@@ -178,8 +183,6 @@ class Reservations:
         else:  # both silent: have both pinged
             self.release(reservation, prefill_ok=False, decode_ok=False, error=str(failure.error))
 
-
-logger = logging.getLogger(__name__)
 
 ABORTED_STATUS = 499
 """nginx's for a request that its client ended; SGLang has none for one that ends before it ran."""

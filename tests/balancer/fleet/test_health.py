@@ -117,7 +117,7 @@ async def test_an_idle_worker_is_polled_slowly_and_at_once_when_a_request_comes(
     async with running_fleet(network, load_poll_s=0.05) as fleet:
         fleet.apply([P0, D0])
         await all_ready(fleet)
-        await until(lambda: all(member.is_dozing for member in fleet.workers()))
+        await until(lambda: fleet.health.dozing == set(fleet.workers()))
         polls = network[P0].calls["/v1/loads"]
         await reserve(fleet, SHAPE, timeout_s=1)
         assert fleet.workers()[0].wake.is_set()
