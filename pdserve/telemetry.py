@@ -25,10 +25,10 @@ LOG_FORMATS = ("text", "json")
 
 
 class TokenMeter(Protocol):
-    """What hears of a stream while it runs."""
+    """Counts the events of a stream while it is relayed."""
 
     def passed(self, num_events: int, gap_s: float | None) -> None:
-        """So many events (tokens) more have gone by; ``gap_s`` is the time between two of them, if it
+        """``num_events`` more events (tokens) were relayed; ``gap_s`` is the time between two of them, if it
         was measured."""
         ...
 
@@ -36,7 +36,7 @@ class TokenMeter(Protocol):
 class RequestTimeline(msgspec.Struct):
     """Stage times of one request. ``paired_s`` and ``prefill_done_s`` are the last attempt's.
 
-    ``meter`` hears of the events of its stream.
+    ``meter`` counts the events of its stream.
     """
 
     received_s: float
@@ -94,8 +94,8 @@ _OURS = frozenset(("time", "level", "logger", "message", "exception"))
 class JsonFormatter(logging.Formatter):
     """Each log line as one JSON object: time, level, logger, message, and fields.
 
-    Fields are the ``name=value`` words of the message (values without closing punctuation), or what
-    an argument's ``log_fields`` tells, where ``event`` is the message. They never replace the first
+    Fields are the ``name=value`` words of the message (values without closing punctuation), or those that an
+    argument's ``log_fields()`` returns, where ``event`` is the message. They never replace the first
     four. ``time`` is UTC, ISO 8601.
     """
 

@@ -21,7 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pdserve.errors import PdserveError, StartupError
+from pdserve.errors import PdserveError, StartupError, WorkerError
+from pdserve.state.client import StateClient
 
 QUESTION, EXPECTED = "What is the capital of France?", "Paris"
 READY_S = 600.0  # imports of two servers on a slow machine are minutes
@@ -70,8 +71,8 @@ def run_demo(argv: list[str], port: int, log: Path) -> None:
         before = _kv_bytes_sent(url)
         answer = _ask(url)
         moved = _until(lambda: _kv_bytes_sent(url) - before)
-        recent = _until(lambda: _get(url, "/pdserve/state")["recent"])
-        print(f"  Q  {QUESTION}\n  A  {answer}\n\n  pair            {recent[-1]['pair'] if recent else '?'}")
+        recent = _until(lambda: StateClient(url).fetch().recent)
+        print(f"  Q  {QUESTION}\n  A  {answer}\n\n  pair            {recent[-1].pair if recent else '?'}")
         print(f"  KV over NIXL    {moved / 1e6:.2f} MB\n")
         if EXPECTED not in answer:
             raise StartupError(f"the answer lacks {EXPECTED!r}: {answer!r}")
@@ -96,14 +97,14 @@ def _wait_ready(launcher: subprocess.Popen[bytes], url: str) -> None:
     while time.monotonic() < deadline:
         if (status := launcher.poll()) is not None:
             raise StartupError(f"the launcher ended with status {status} before the fleet was ready")
-        with suppress(OSError, ValueError):
-            state = _get(url, "/pdserve/state")
-            stages = [f"{worker['worker_id']} {worker['state']}" for worker in state["workers"]]
-            stages += [f"{pair['prefill']}>{pair['decode']} {pair['state']}" for pair in state["pairs"]]
+        with suppress(WorkerError):
+            state = StateClient(url).fetch()
+            stages = [f"{worker.worker_id} {worker.state}" for worker in state.workers]
+            stages += [f"{pair.label} {pair.state}" for pair in state.pairs]
             if (line := " · ".join(stages) or "balancer is up, no worker yet") != shown:
                 print(f"  {line}", flush=True)
                 shown = line
-            if state["pairs"] and all(pair["state"] == "ready" for pair in state["pairs"]):
+            if state.pairs and all(pair.state == "ready" for pair in state.pairs):
                 return
         time.sleep(_POLL_S)
     raise StartupError(f"the fleet was not ready within {READY_S:.0f} s; last seen: {shown or 'no state'}")
@@ -111,10 +112,8 @@ def _wait_ready(launcher: subprocess.Popen[bytes], url: str) -> None:
 
 def _kv_bytes_sent(url: str) -> int:
     """KV bytes that the prefill servers have sent over NIXL so far, by their own count."""
-    workers = _get(url, "/pdserve/state")["workers"]
-    instances = [
-        _get(worker["url"], "/pdserve/instance") for worker in workers if worker["role"] == "prefill"
-    ]
+    workers = StateClient(url).fetch().workers
+    instances = [_get(worker.url, "/pdserve/instance") for worker in workers if worker.role == "prefill"]
     return sum(int(instance["transfer"]["kv_bytes"]) for instance in instances)
 
 

@@ -32,7 +32,7 @@ class ChildResult:
 
     @property
     def is_good(self) -> bool:
-        """It ended by itself, with status 0."""
+        """The child ended by itself with status 0."""
         return self.returncode == 0
 
     def json(self) -> dict[str, Any] | None:

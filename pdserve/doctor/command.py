@@ -95,7 +95,7 @@ def _print(report: Report, as_json: bool) -> None:
 def render_text(report: Report, width: int, *, is_unicode: bool = True) -> str:
     """Sections with one line per finding, reasons and remedies below what is not fine, a summary last.
 
-    The level is told by a word, not by the mark or a colour alone.
+    The level stands there as a word, not only as a mark or colour.
     """
     width = max(MIN_WIDTH, min(width, MAX_WIDTH))
     marks = MARKS if is_unicode else PLAIN_MARKS

@@ -39,12 +39,12 @@ def note(check: str, what: str, why: str = "", what_to_do: str = "", **values: o
 
 
 def warning(check: str, what: str, why: str, what_to_do: str, **values: object) -> Finding:
-    """It works, but slower or less safely than it could."""
+    """Something works, but slower or less safely than it could."""
     return Finding(check, Level.WARNING, what, why, what_to_do, values)
 
 
 def error(check: str, what: str, why: str, what_to_do: str, **values: object) -> Finding:
-    """It will not work."""
+    """Something will not work."""
     return Finding(check, Level.ERROR, what, why, what_to_do, values)
 
 

@@ -107,7 +107,7 @@ def _max_processes() -> int:
 
 
 def _num_processes() -> int:
-    """Threads of every process, the kernel's count; 0 if it is not told."""
+    """Threads of every process, the kernel's count; 0 if it is unknown."""
     try:
         running = Path("/proc/loadavg").read_text().split()[3]
     except (OSError, IndexError):

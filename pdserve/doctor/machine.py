@@ -1,4 +1,4 @@
-"""The checks of this machine: which facts go to which health, and how long each may take."""
+"""The checks of this machine: which facts each one judges, and how long it may take."""
 
 from __future__ import annotations
 

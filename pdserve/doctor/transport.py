@@ -118,7 +118,7 @@ def _link_state(device: Path) -> str:
 
 
 def judge_transport(facts: TransportFacts, *, on_gpu: bool) -> list[Finding]:
-    """Whether KV can travel, as far as can be told without moving any."""
+    """Whether KV can be sent, as far as settings and libraries show it."""
     kind = MemoryKind.VRAM if on_gpu else MemoryKind.DRAM
     return [
         *_judge_nixl(facts),

@@ -72,7 +72,7 @@ class MonitorDisplay:
         self._is_closing = False
 
     def stage(self, name: str, *, role: str, url: str, stage: str, log_file: str) -> None:
-        """A process reached another stage; under the monitor only its return to life is told."""
+        """A process reached another stage; while the monitor is open it is a note there."""
         if self._is_open:
             self._note(logging.INFO, f"{name}: {stage}")
         else:

@@ -12,7 +12,7 @@ from pdserve.monitor.view_state import Pane, ViewState, order_of
 
 SELECTED = "reverse"
 WIDE = 104
-"""From so many columns on, names and queues are shown in full."""
+"""Columns from which names and queues are shown in full."""
 Shown = tuple[list[Line], str]
 """Lines below a list's title, and which part of its rows that is (empty: all of them)."""
 

@@ -184,7 +184,7 @@ class Watch:
         try:
             os.write(self._write_fd, what)
         except (BlockingIOError, OSError):
-            pass  # full: enough is waiting to be heard; closed: nobody listens any more
+            pass  # full: a wake-up is pending already; closed: the loop has ended
 
     def _close(self) -> None:
         read_fd, write_fd, self._read_fd, self._write_fd = self._read_fd, self._write_fd, -1, -1
@@ -250,7 +250,7 @@ class Feed:
             with self._wake:
                 if self._is_stopped:
                     return
-                # Paused: until told otherwise. A pause that began while asking is seen here.
+                # Paused: until ``pause(False)``. A pause that began while asking is seen here.
                 self._wake.wait(None if self._is_paused else wait_s)
 
     def _ask(self, failures: int) -> bool:

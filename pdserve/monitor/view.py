@@ -22,10 +22,10 @@ from pdserve.monitor.view_state import Pane, ViewState
 from pdserve.state.document import StateDocument
 
 MIN_COLUMNS = 40
-"""A narrower screen shows the left part of a frame of so many columns."""
+"""A narrower screen shows the left part of a frame of this width."""
 TWO_COLUMNS = 150
 TALL = 34
-"""From so many rows on, what needs attention may take three lines."""
+"""Rows from which "needs attention" may take three lines."""
 _LEAST = {Pane.WORKERS: 3, Pane.PAIRS: 3, Pane.REQUESTS: 4, Pane.EVENTS: 2}
 _SHARE = {Pane.WORKERS: 4, Pane.PAIRS: 2, Pane.REQUESTS: 3, Pane.EVENTS: 2}
 _KEYS = (

@@ -217,7 +217,7 @@ class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_troubled(self) -> bool:
-        """It takes no traffic although nobody took it out."""
+        """True if the worker takes no traffic and no operator has drained it."""
         return self.state == "suspect" or self.breaker not in ("closed", "")
 
 

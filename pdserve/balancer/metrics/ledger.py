@@ -75,7 +75,10 @@ class RequestLedger:
         return RequestRecord(route, RequestTimeline(received_s=now_s, meter=meter))
 
     def close(self, record: RequestRecord, outcome: Outcome) -> None:
-        """It ended. The first close counts: it comes before the last byte, so a client finds itself."""
+        """The request ended. Only the first call counts.
+
+        It comes before the last byte is sent: a client that has its answer is in the state document.
+        """
         timeline = record.timeline
         if timeline.finished_s is not None:
             return

@@ -1,4 +1,4 @@
-"""What each pair carried: prompt tokens, whose KV travelled, and how long decode's first byte took. Pure.
+"""Prompt tokens whose KV each pair carried, and the time to decode's first byte. Pure.
 
 Bytes follow from tokens where the prefill worker told its KV layout. Memory is bounded: the pairs
 used last are remembered, each with its last requests.
@@ -24,7 +24,7 @@ class PairFlow(msgspec.Struct, eq=False):
     """One pair since it was first used.
 
     ``tokens_s``: prompt tokens per second of the last minute; ``transfer_p50_s``: median of its last
-    streams' ``transfer_s``, None before the first. Both are told anew at each step, not to each reader
+    streams' ``transfer_s``, None before the first. Both are computed once a step, not for each reader
     of the state document: there may be thousands of pairs. ``marks`` are (time, prompt tokens until then).
     """
 
@@ -37,7 +37,7 @@ class PairFlow(msgspec.Struct, eq=False):
     is_fresh: bool = True
 
     def mark(self, now_s: float) -> None:
-        """A step is over."""
+        """Compute rate and median at the end of a step."""
         if self.marks:
             since_s, tokens = self.marks[0]
             self.tokens_s = (self.prompt_tokens - tokens) / max(now_s - since_s, 1.0)

@@ -93,11 +93,11 @@ class RunTrace(msgspec.Struct, eq=False):
     cached_tokens: int | None = None
 
     def waits(self) -> None:
-        """It asks for a pair, for the first time or again."""
+        """The run asks for a pair, for the first time or again."""
         self.waiting_s = time.monotonic() if self.attempts else self.first_wait_s
 
     def begin_attempt(self, record: RequestRecord) -> AttemptTrace:
-        """It holds the pair that ``record`` names."""
+        """The run holds the pair that ``record`` names."""
         started_s = time.monotonic() if record.timeline.paired_s is None else record.timeline.paired_s
         queued_s = started_s if self.waiting_s is None else self.waiting_s
         self.waiting_s = None
