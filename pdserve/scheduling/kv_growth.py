@@ -50,8 +50,12 @@ class _Leg:
 
 def expected_answer(shape: RequestShape, reserve: int) -> int:
     """Tokens to expect of a request's answers together; ``reserve`` if no forecast was learned."""
-    told = shape.forecast
-    return reserve if told is None or not told.is_learned else shape.num_prompts * math.ceil(told.mean)
+    forecast = shape.forecast
+    return (
+        reserve
+        if forecast is None or not forecast.is_learned
+        else shape.num_prompts * math.ceil(forecast.mean)
+    )
 
 
 MIN_STEP_S = 1e-4
@@ -77,15 +81,15 @@ class KvGrowth:
     def add(self, leg: int, shape: RequestShape, promise: tuple[int, int]) -> int:
         """A leg with its prompt's tokens and those with SGLang's reserve; returns ``tokens``."""
         prompt, num = promise[0], shape.num_prompts
-        told = shape.forecast
-        if told is None or not told.is_learned or not promise[1]:
+        forecast = shape.forecast
+        if forecast is None or not forecast.is_learned or not promise[1]:
             reserve = promise[1] - prompt
             limit = num * shape.max_new_tokens if reserve else 0
             each = _Leg(prompt, reserve, 0, reserve, limit, reserve)
         else:
-            mean, deviation = num * math.ceil(told.mean), (told.high - told.low) / SPREAD
+            mean, deviation = num * math.ceil(forecast.mean), (forecast.high - forecast.low) / SPREAD
             variance, limit = num * math.ceil(deviation * deviation), num * shape.max_new_tokens
-            each = _Leg(prompt, mean, variance, num * math.ceil(told.high), limit, mean)
+            each = _Leg(prompt, mean, variance, num * math.ceil(forecast.high), limit, mean)
         self._legs[leg] = each
         self._mean += prompt + each.mean
         self._added += prompt + each.mean

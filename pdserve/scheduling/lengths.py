@@ -112,7 +112,7 @@ class LengthPredictor:
         return Forecast(mean, min(shortest, mean), max(longest, mean), True)
 
     def learn(self, shape: RequestShape, output_tokens: int, is_cut: bool) -> None:
-        """An answer of ``output_tokens`` is over. Judges ``shape.forecast``, if that was learned."""
+        """An answer of ``output_tokens`` is over. Scores ``shape.forecast`` by it, if that was learned."""
         if output_tokens < 0 or (is_cut and output_tokens == 0):
             return
         self._rate(shape, output_tokens, is_cut)

@@ -1,4 +1,4 @@
-"""How fast a worker is, told from SGLang's cumulative counters.
+"""Fits the speed of each worker from SGLang's cumulative counters.
 
 Prefill: tokens per busy second from the growth of ``total_prefill_uncached_tokens``
 and ``total_prefill_busy_us``. Decode: step time ``a + b * batch`` by least squares

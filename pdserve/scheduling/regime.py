@@ -71,7 +71,7 @@ class RegimeChange:
 
 
 class RegimeMonitor:
-    """Smoothed load scores and the state they come to.
+    """Smoothed load scores and the state that they lead to.
 
     ``observe`` returns the state and costs about a microsecond a worker; ``changes`` are the last ones.
 

@@ -59,8 +59,8 @@ class WorkEstimate:
 
     def of(self, shape: RequestShape) -> Work:
         """What this request will probably take."""
-        told = shape.forecast
-        mean = min(shape.max_new_tokens, UNKNOWN_TOKENS) if told is None else told.mean
+        forecast = shape.forecast
+        mean = min(shape.max_new_tokens, UNKNOWN_TOKENS) if forecast is None else forecast.mean
         return Work(self.prefill_s(shape), shape.num_prompts * mean * self._decode_token_s)
 
     def prefill_s(self, shape: RequestShape) -> float:
@@ -101,7 +101,7 @@ MARK_EVERY_S = 1.0
 NUM_MARKS = 30
 """The rate is that of the last half minute."""
 UNKNOWN_S = 5.0
-"""Told while nothing has ended yet: a worker that joins is tested within seconds."""
+"""The answer while nothing has ended yet: a worker that joins is tested within seconds."""
 MIN_S, MAX_S = 1.0, 300.0
 
 

@@ -1,4 +1,4 @@
-"""Does a worker that has work get on with it? Told from SGLang's cumulative counters. Pure.
+"""Detects a worker that hangs or makes no progress, from SGLang's cumulative counters. Pure.
 
 A worker is stalled while no counter moves, no byte of an answer comes, requests of ours are in
 flight, and

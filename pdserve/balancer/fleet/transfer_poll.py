@@ -74,7 +74,7 @@ class TransferPoller:
                 self._worker.url, "GET", INSTANCE_PATH, headers=self._headers, timeout_s=ANSWER_S
             )
         except WorkerError:
-            return True  # its other keeper sees to that
+            return True  # its monitor sees to that
         if answer.status != 200:
             return answer.status >= 500
         try:
