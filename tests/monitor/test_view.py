@@ -379,6 +379,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 def test_texts_of_workers_cannot_break_the_frame() -> None:
     for evil in HOSTILE:
         _draw_poisoned(evil)

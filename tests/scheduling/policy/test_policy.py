@@ -79,6 +79,7 @@ def test_split_policy_lets_each_leg_choose_its_own_way() -> None:
     assert choice.reason.startswith("round_robin prefill-1: longest unused; least_load decode-1: ")
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @pytest.mark.parametrize("decode_policy", POLICIES)
 @pytest.mark.parametrize("prefill_policy", POLICIES)
