@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from pdserve.balancer.api.auth import KeyRing
-from pdserve.balancer.api.routes import BalancerApi, build_routes
+from pdserve.balancer.api.forward import WorkerAsker
+from pdserve.balancer.api.routes import BalancerApi, DataPlane, build_routes
 from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.balancer.proxy.dispatcher import PairDispatcher
@@ -88,7 +89,9 @@ class Balancer:
         config = self.config
         tls = tls_context(config.tls_cert_path, config.tls_key_path)
         self._socket = bind(config.host, config.port)
-        routes = build_routes(self.fleet, self.pool, self.dispatcher, self.metrics, config)
+        dispatcher = self.dispatcher
+        plane = DataPlane(dispatcher.dispatch, dispatcher.give_up, dispatcher.ledger)
+        routes = build_routes(WorkerAsker(self.fleet, self.pool, config), plane, self.metrics)
         app = BalancerApi(routes, KeyRing(config.api_key, config.control_key))
         await self.fleet.start()
         self._looking = asyncio.create_task(self._look(), name="worker-metrics")

@@ -1,4 +1,4 @@
-"""Who may ask: bearer keys of clients and of operators. Pure.
+"""Bearer-token authentication for client and admin routes. Pure.
 
 The rules are SGLang's own (utils/auth.py): the admin key, where there is one, is
 the only key of control routes; the client key opens everything else.

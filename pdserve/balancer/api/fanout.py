@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -29,8 +29,8 @@ from pdserve.balancer.api.forward import (
     fields_of,
     passed_on,
 )
-from pdserve.balancer.api.health import DataPlane, HealthControl
 from pdserve.balancer.fleet.worker import Worker
+from pdserve.balancer.api.health import HealthControl
 from pdserve.errors import WorkerError
 from pdserve.http.answer import Answer, json_answer
 from pdserve.http.incoming import IncomingRequest
@@ -52,12 +52,17 @@ _CAN_DEREGISTER = ("mooncake", "mooncake_tcp", "ascend", "fake")
 
 
 class FanOutControl:
-    """The endpoints that change workers."""
+    """The endpoints that change workers.
 
-    def __init__(self, asker: WorkerAsker, health: HealthControl, data_plane: DataPlane) -> None:
+    ``give_up`` ends the retries of the live request of that name and returns the workers' rids of it.
+    """
+
+    def __init__(
+        self, asker: WorkerAsker, health: HealthControl, give_up: Callable[[str], list[str]]
+    ) -> None:
         self._asker = asker
         self._health = health
-        self._data_plane = data_plane
+        self._give_up = give_up
         self._request_s = asker.config.request_s
 
     # -- to all ------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ class FanOutControl:
         """Every worker aborts the request; its client may name it by its own rid or X-Request-Id."""
         fields = fields_of(body)
         name = fields.get("rid")
-        rids: list[Any] = self._data_plane.give_up(name) if isinstance(name, str) else []
+        rids: list[Any] = self._give_up(name) if isinstance(name, str) else []
         workers = self._asker.fleet.workers()
         replies: Sequence[Reply] = []
         for rid in rids or [name]:

@@ -8,7 +8,6 @@ present: every ready server must generate a token for itself.
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
 
 from pdserve.balancer.api.errors import error_answer
 from pdserve.balancer.api.forward import Question, WorkerAsker, why_not
@@ -24,28 +23,15 @@ HEALTH_GENERATE_S = 25.0
 """SGLang looks at its token after 1 s at the earliest and gives up after 20 s."""
 
 
-class DataPlane(Protocol):
-    """What is asked of the dispatcher."""
-
-    @property
-    def ledger(self) -> RequestLedger:
-        """Its books."""
-        ...
-
-    def give_up(self, name: str) -> list[str]:
-        """Never to try the live request again that its client calls ``name``; the workers' rids of it."""
-        ...
-
-
 class HealthControl:
     """Liveness, readiness and the state document."""
 
-    def __init__(self, asker: WorkerAsker, data_plane: DataPlane, metrics: WorkerMetrics) -> None:
+    def __init__(self, asker: WorkerAsker, ledger: RequestLedger, metrics: WorkerMetrics) -> None:
         self.is_paused = False
         """True between ``/pause_generation`` and ``/continue_generation``."""
         self._asker = asker
         self._fleet = asker.fleet
-        self._data_plane = data_plane
+        self._ledger = ledger
         self._metrics = metrics
         self._generating: asyncio.Task[Answer] | None = None
 
@@ -79,7 +65,7 @@ class HealthControl:
 
     async def state(self, client: IncomingRequest, body: bytes) -> Answer:
         """The state document."""
-        return json_answer(render_state(self._fleet, self._metrics, self._data_plane.ledger))
+        return json_answer(render_state(self._fleet, self._metrics, self._ledger))
 
     async def _generate(self, client: IncomingRequest) -> Answer:
         pairs = [record for record in self._fleet.pairs() if record.state is PairState.READY]

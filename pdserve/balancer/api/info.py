@@ -22,10 +22,10 @@ from pdserve.balancer.api.forward import (
     passed_on,
     why_not,
 )
-from pdserve.balancer.api.health import DataPlane
 from pdserve.balancer.fleet.worker import Worker
 from pdserve.balancer.metrics.export import render_metrics
 from pdserve.balancer.metrics.exposition import ExpositionMerger
+from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.http.answer import Answer, json_answer
 from pdserve.http.client import FetchedResponse
@@ -47,10 +47,10 @@ _OLD_NAMES = {"/get_model_info": "/model_info"}
 class InfoControl:
     """The endpoints that only look."""
 
-    def __init__(self, asker: WorkerAsker, data_plane: DataPlane, metrics: WorkerMetrics) -> None:
+    def __init__(self, asker: WorkerAsker, ledger: RequestLedger, metrics: WorkerMetrics) -> None:
         self._asker = asker
         self._fleet = asker.fleet
-        self._data_plane = data_plane
+        self._ledger = ledger
         self._metrics = metrics
 
     # -- one worker --------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class InfoControl:
     # -- answers -----------------------------------------------------------------------------
 
     def _own(self) -> str:
-        return render_metrics(self._fleet, self._metrics, self._data_plane.ledger)
+        return render_metrics(self._fleet, self._metrics, self._ledger)
 
     async def _exposition(
         self, client: IncomingRequest, workers: list[Worker], replies: list[Reply], why: str

@@ -1,6 +1,6 @@
-"""Every path the balancer answers: what it does there and who may ask. Read once at start, asked per request.
+"""The route table: every path the balancer answers, with its methods, its handler and who may use it.
 
-    proxied to a pair · told to all workers · asked of one · answered here · refused with a reason
+A request is proxied to a pair, sent to all workers, sent to one, answered here, or refused with a reason.
 
 The paths and methods are SGLang 0.5.23's (all of entrypoints/http_server.py, by
 their default names) and sglang-router's. Access is SGLang's own ``auth_level``:
@@ -9,29 +9,29 @@ what it calls ADMIN_OPTIONAL is ADMIN here, health and metrics need no key.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from pdserve.balancer.api.auth import Access, KeyRing
 from pdserve.balancer.api.errors import route_error
 from pdserve.balancer.api.fanout import FanOutControl
 from pdserve.balancer.api.forward import ControlRefused, WorkerAsker
-from pdserve.balancer.api.health import DataPlane, HealthControl
+from pdserve.balancer.api.health import HealthControl
 from pdserve.balancer.api.info import InfoControl
 from pdserve.balancer.api.unserved import UNSERVED
 from pdserve.balancer.api.workers import WorkersControl
-from pdserve.balancer.fleet.fleet import WorkerFleet
+from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.balancer.request.request import Route
-from pdserve.config.balancer import BalancerConfig
 from pdserve.http.answer import Answer
-from pdserve.http.client import HttpClient
 from pdserve.http.incoming import IncomingRequest
 
 Handler = Callable[[IncomingRequest, bytes], Awaitable[Answer | None]]
-"""Takes the request with its body; returns the answer, or None if it has answered itself."""
+"""Takes the request with its body; returns the answer, or None if it has answered itself.
+
+May raise ``ControlRefused``."""
 
 GET, POST = ("GET",), ("POST",)
 EITHER = ("GET", "POST")
@@ -47,115 +47,83 @@ class Endpoint:
     """True if the handler always answers by itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Pattern:
-    """``prefix + something + suffix``; only a deep one's something may have slashes."""
-
-    prefix: str
-    suffix: str
-    is_deep: bool
-    methods: Mapping[str, Endpoint]
-
-    def matches(self, path: str) -> bool:
-        if not (path.startswith(self.prefix) and path.endswith(self.suffix)):
-            return False
-        middle = path[len(self.prefix) : len(path) - len(self.suffix)]
-        return bool(middle) and (self.is_deep or "/" not in middle)
-
-
 class RouteMap:
     """The table of paths. ``add`` while it is built, ``find`` from then on."""
 
     def __init__(self) -> None:
         self._paths: dict[str, dict[str, Endpoint]] = {}
-        self._patterns: list[_Pattern] = []
+        self._patterns: list[tuple[re.Pattern[str], dict[str, Endpoint]]] = []
 
     def add(
-        self, path: str, methods: Iterable[str], handle: Handler, access: Access, *, answers: bool = False
+        self, access: Access, methods: Iterable[str], handle: Handler, *paths: str, answers: bool = False
     ) -> None:
-        """Serve a path. ``{id}`` in it stands for one part, ``{id:path}`` for any number of them."""
-        endpoints = {method: Endpoint(handle, access, answers) for method in methods}
-        if path in self._paths:
-            self._paths[path].update(endpoints)
-            return
-        self._paths[path] = endpoints
-        if "{" in path:
-            prefix, _, rest = path.partition("{")
-            name, _, suffix = rest.partition("}")
-            self._patterns.append(_Pattern(prefix, suffix, ":" in name, self._paths[path]))
+        """Serve paths. ``{id}`` in one stands for one part, ``{id:path}`` for any number of them."""
+        endpoint = Endpoint(handle, access, answers)
+        for path in paths:
+            if path not in self._paths and "{" in path:
+                pattern = re.sub(r"\{\w+:path\}", ".+", path)
+                pattern = re.sub(r"\{\w+\}", "[^/]+", pattern)
+                self._paths[path] = {}
+                self._patterns.append((re.compile(pattern, re.DOTALL), self._paths[path]))
+            self._paths.setdefault(path, {}).update(dict.fromkeys(methods, endpoint))
 
     def find(self, path: str) -> Mapping[str, Endpoint] | None:
-        """What is served there, by method; None if there is no such path."""
+        """Return what is served there, by method; None if there is no such path."""
         methods = self._paths.get(path)
         if methods is not None and "{" not in path:
             return methods
-        return next((pattern.methods for pattern in self._patterns if pattern.matches(path)), None)
+        return next((methods for pattern, methods in self._patterns if pattern.fullmatch(path)), None)
 
 
-class Dispatcher(DataPlane, Protocol):
-    """What is asked of the data plane besides."""
+@dataclass(frozen=True, slots=True)
+class DataPlane:
+    """What the routes use of the proxy: serving prompts, ending the retries of a request, the books."""
 
-    async def dispatch(self, route: Route, body: bytes, client: IncomingRequest) -> None:
-        """Serve a prompt by some pair."""
-        ...
-
-
-class _Table:
-    """A surface under construction: control handlers may raise ``ControlRefused``."""
-
-    def __init__(self) -> None:
-        self.routes = RouteMap()
-
-    def add(self, access: Access, methods: Iterable[str], handle: Handler, *paths: str) -> None:
-        for path in paths:
-            self.routes.add(path, methods, partial(_guarded, handle), access)
+    dispatch: Callable[[Route, bytes, IncomingRequest], Awaitable[None]]
+    give_up: Callable[[str], list[str]]
+    ledger: RequestLedger
 
 
-def build_routes(
-    fleet: WorkerFleet,
-    pool: HttpClient,
-    dispatcher: Dispatcher,
-    metrics: WorkerMetrics,
-    config: BalancerConfig,
-) -> RouteMap:
-    """The whole surface over one fleet.
+def build_routes(asker: WorkerAsker, plane: DataPlane, metrics: WorkerMetrics) -> RouteMap:
+    """Build the whole table over one fleet.
 
     Raises:
         ConfigError: if ``worker_hosts`` is malformed.
     """
-    table = _Table()
-    asker = WorkerAsker(fleet, pool, config)
-    health = HealthControl(asker, dispatcher, metrics)
-    _add_prompts(table.routes, dispatcher)
-    _add_health(table, health)
-    _add_info(table, InfoControl(asker, dispatcher, metrics))
-    _add_fan_outs(table, FanOutControl(asker, health, dispatcher))
-    _add_workers(table, WorkersControl(asker))
+    routes = RouteMap()
+    health = HealthControl(asker, plane.ledger, metrics)
+    _add_prompts(routes, plane)
+    _add_health(routes, health)
+    _add_info(routes, InfoControl(asker, plane.ledger, metrics))
+    fan_out = FanOutControl(asker, health, plane.give_up)
+    _add_fan_outs(routes, fan_out)
+    _add_weights(routes, fan_out)
+    _add_workers(routes, WorkersControl(asker))
     for path, (methods, _) in UNSERVED.items():
-        table.add(Access.CLIENT, methods, _unserved, path)
-    return table.routes
+        routes.add(Access.CLIENT, methods, _unserved, path)
+    return routes
 
 
-def _add_prompts(routes: RouteMap, dispatcher: Dispatcher) -> None:
+def _add_prompts(routes: RouteMap, plane: DataPlane) -> None:
     for route in Route:
         methods = ("POST", "PUT") if route is Route.GENERATE else POST
-        routes.add(route, methods, _prompt(dispatcher, route), Access.CLIENT, answers=True)
+        routes.add(Access.CLIENT, methods, _prompt(plane, route), route, answers=True)
 
 
-def _add_health(table: _Table, health: HealthControl) -> None:
-    public = partial(table.add, Access.PUBLIC, GET)
+def _add_health(routes: RouteMap, health: HealthControl) -> None:
+    public = partial(routes.add, Access.PUBLIC, GET)
     public(health.liveness, "/liveness")
     public(health.readiness, "/health", "/readiness", "/ping")
     public(health.acceptance, "/ready")
     public(health.health_generate, "/health_generate")
-    table.add(Access.ADMIN, GET, health.state, "/pdserve/state")
+    routes.add(Access.ADMIN, GET, health.state, "/pdserve/state")
 
 
-def _add_info(table: _Table, info: InfoControl) -> None:
-    table.add(Access.PUBLIC, GET, info.metrics, "/metrics")
-    table.add(Access.PUBLIC, GET, info.own_metrics, "/pdserve/metrics")
-    table.add(Access.PUBLIC, GET, info.engine_metrics, "/engine_metrics")
-    client = partial(table.add, Access.CLIENT)
+def _add_info(routes: RouteMap, info: InfoControl) -> None:
+    routes.add(Access.PUBLIC, GET, info.metrics, "/metrics")
+    routes.add(Access.PUBLIC, GET, info.own_metrics, "/pdserve/metrics")
+    routes.add(Access.PUBLIC, GET, info.engine_metrics, "/engine_metrics")
+    client = partial(routes.add, Access.CLIENT)
     client(GET, info.server_info, "/server_info", "/get_server_info")
     client(GET, info.loads, "/v1/loads", "/get_loads")
     client(GET, info.any_worker, "/v1/responses/{id}")
@@ -166,49 +134,53 @@ def _add_info(table: _Table, info: InfoControl) -> None:
     client(POST, info.any_worker, "/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize")
     client(POST, info.any_worker, "/parse_function_call", "/separate_reasoning")
     client(POST, info.any_worker, "/v1/messages/count_tokens", "/api/show")
-    table.add(Access.ADMIN, EITHER, info.any_worker, "/get_weights_by_name")
+    routes.add(Access.ADMIN, EITHER, info.any_worker, "/get_weights_by_name")
 
 
-def _add_fan_outs(table: _Table, control: FanOutControl) -> None:
-    admin = partial(table.add, Access.ADMIN)
+def _add_fan_outs(routes: RouteMap, control: FanOutControl) -> None:
+    admin = partial(routes.add, Access.ADMIN)
     admin(EITHER, control.flush_cache, "/flush_cache")
     admin(POST, control.abort_request, "/abort_request")
     admin(POST, control.pause, "/pause_generation")
     admin(POST, control.go_on, "/continue_generation")
     admin(("POST", "PUT"), control.fan_out, "/set_internal_state")
     admin(EITHER, control.fan_out, "/configure_logging", "/set_trace_level", "/freeze_gc", "/slow_down")
-    admin(POST, control.fan_out, "/update_weight_version", "/add_external_corpus", "/remove_external_corpus")
+    admin(POST, control.fan_out, "/add_external_corpus", "/remove_external_corpus")
     admin(GET, control.fan_out, "/list_external_corpora", "/is_scaling_elastic_ep")
     admin(("PUT", "DELETE", "GET"), control.fan_out_slow, "/hicache/storage-backend")
-    admin(
-        POST, control.fan_out_slow, "/hicache/storage-backend/clear", "/scale_elastic_ep", "/dumper/{method}"
-    )
+    admin(POST, control.fan_out_slow, "/hicache/storage-backend/clear")
+    admin(POST, control.fan_out_slow, "/scale_elastic_ep", "/dumper/{method}")
     admin(EITHER, control.fan_out_slow, "/start_profile", "/stop_profile")
-    record = "expert_distribution_record"
-    admin(EITHER, control.fan_out_slow, f"/start_{record}", f"/stop_{record}", f"/dump_{record}")
-    update = "/update_weights_from_"
-    admin(
-        POST, control.fan_out_slow, *(update + source for source in ("disk", "tensor", "distributed", "ipc"))
-    )
-    admin(POST, control.fan_out_slow, "/begin_weight_update", "/end_weight_update")
-    admin(POST, control.init_weights_update_group, "/init_weights_update_group")
-    admin(POST, control.fan_out_slow, "/destroy_weights_update_group")
-    admin(EITHER, control.fan_out_slow, "/weights_checker", "/resume_memory_occupation")
+    admin(EITHER, control.fan_out_slow, "/start_expert_distribution_record")
+    admin(EITHER, control.fan_out_slow, "/stop_expert_distribution_record")
+    admin(EITHER, control.fan_out_slow, "/dump_expert_distribution_record")
+    admin(EITHER, control.fan_out_slow, "/resume_memory_occupation")
     admin(EITHER, control.release_memory, "/release_memory_occupation")
     admin(POST, control.fan_out_slow, "/load_lora_adapter", "/load_lora_adapter_from_tensors")
     admin(POST, control.fan_out_slow, "/unload_lora_adapter")
     admin(POST, control.one_worker, "/pd_role_switch")
+    # Sessions are the client's own: SGLang asks for no admin key either.
+    routes.add(Access.CLIENT, EITHER, control.open_session, "/open_session")
+    routes.add(Access.CLIENT, EITHER, control.fan_out, "/close_session")
+
+
+def _add_weights(routes: RouteMap, control: FanOutControl) -> None:
+    admin = partial(routes.add, Access.ADMIN)
+    admin(POST, control.fan_out, "/update_weight_version")
+    admin(POST, control.fan_out_slow, "/update_weights_from_disk", "/update_weights_from_tensor")
+    admin(POST, control.fan_out_slow, "/update_weights_from_distributed", "/update_weights_from_ipc")
+    admin(POST, control.fan_out_slow, "/begin_weight_update", "/end_weight_update")
+    admin(POST, control.init_weights_update_group, "/init_weights_update_group")
+    admin(POST, control.fan_out_slow, "/destroy_weights_update_group")
+    admin(EITHER, control.fan_out_slow, "/weights_checker")
     admin(POST, control.one_worker, "/init_weights_send_group_for_remote_instance")
     admin(POST, control.one_worker, "/send_weights_to_remote_instance")
-    engine_info = "remote_instance_transfer_engine_info"
-    admin(GET, control.one_worker, f"/{engine_info}", f"/get_{engine_info}")
-    # Sessions are the client's own: SGLang asks for no admin key either.
-    table.add(Access.CLIENT, EITHER, control.open_session, "/open_session")
-    table.add(Access.CLIENT, EITHER, control.fan_out, "/close_session")
+    admin(GET, control.one_worker, "/remote_instance_transfer_engine_info")
+    admin(GET, control.one_worker, "/get_remote_instance_transfer_engine_info")
 
 
-def _add_workers(table: _Table, workers: WorkersControl) -> None:
-    admin = partial(table.add, Access.ADMIN)
+def _add_workers(routes: RouteMap, workers: WorkersControl) -> None:
+    admin = partial(routes.add, Access.ADMIN)
     admin(GET, workers.list_all, "/workers")
     admin(POST, workers.add, "/workers")
     admin(GET, workers.show, "/workers/{id:path}")
@@ -219,16 +191,9 @@ def _add_workers(table: _Table, workers: WorkersControl) -> None:
     admin(GET, workers.list_urls, "/list_workers")
 
 
-def _prompt(dispatcher: Dispatcher, route: Route) -> Handler:
-    dispatch = dispatcher.dispatch  # the dispatcher's own coroutine: no other around it on the busiest path
+def _prompt(plane: DataPlane, route: Route) -> Handler:
+    dispatch = plane.dispatch  # the dispatcher's own coroutine: no other around it on the busiest path
     return lambda client, body: dispatch(route, body, client)
-
-
-async def _guarded(handle: Handler, client: IncomingRequest, body: bytes) -> Answer | None:
-    try:
-        return await handle(client, body)
-    except ControlRefused as exc:
-        return exc.answer or route_error(client.path, exc.status, str(exc))
 
 
 async def _unserved(client: IncomingRequest, body: bytes) -> Answer:
@@ -269,7 +234,10 @@ class BalancerApi:
 
 
 async def _answered(client: IncomingRequest, handling: Awaitable[Answer | None]) -> None:
-    answer = await handling
+    try:
+        answer = await handling
+    except ControlRefused as exc:
+        answer = exc.answer or route_error(client.path, exc.status, str(exc))
     if answer is not None:
         await client.answer(answer)
 

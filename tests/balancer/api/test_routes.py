@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pdserve.balancer.api.auth import Access
-from pdserve.balancer.api.routes import Endpoint, RouteMap, build_routes
+from pdserve.balancer.api.forward import WorkerAsker
+from pdserve.balancer.api.routes import DataPlane, Endpoint, RouteMap, build_routes
 from pdserve.balancer.api.unserved import UNSERVED
 from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.workers import WorkerMetrics
@@ -31,12 +32,17 @@ PUBLIC = {"/health", "/health_generate", "/ready", "/ping", "/metrics"}
 """What SGLang leaves open, and /ping, which SageMaker asks without a key."""
 
 
-@pytest.fixture
-async def routes() -> RouteMap:
-    config = BalancerConfig()
+def built(config: BalancerConfig) -> RouteMap:
     pool = HttpClient()
     fleet = WorkerFleet(config, pool)
-    return build_routes(fleet, pool, PairDispatcher(config, fleet, pool), WorkerMetrics(), config)
+    dispatcher = PairDispatcher(config, fleet, pool)
+    plane = DataPlane(dispatcher.dispatch, dispatcher.give_up, dispatcher.ledger)
+    return build_routes(WorkerAsker(fleet, pool, config), plane, WorkerMetrics())
+
+
+@pytest.fixture
+async def routes() -> RouteMap:
+    return built(BalancerConfig())
 
 
 def endpoint_of(routes: RouteMap, method: str, path: str) -> Endpoint | None:
@@ -57,19 +63,18 @@ def test_the_committed_list_is_that_of_the_installed_wheel() -> None:
     assert found == parsed(DECORATED)
 
 
-@pytest.mark.parametrize(("method", "path", "is_admin"), OF_SGLANG)
-async def test_every_route_of_sglang_is_answered_with_its_access(
-    routes: RouteMap, method: str, path: str, is_admin: bool
-) -> None:
-    endpoint = endpoint_of(routes, method, path)
-    assert endpoint is not None, f"{method} {path}"
-    wanted = Access.ADMIN if is_admin else Access.PUBLIC if path in PUBLIC else Access.CLIENT
-    assert endpoint.access is wanted
+async def test_every_route_of_sglang_is_answered_with_its_access(routes: RouteMap) -> None:
+    misses = []
+    for method, path, is_admin in OF_SGLANG:
+        endpoint = endpoint_of(routes, method, path)
+        wanted = Access.ADMIN if is_admin else Access.PUBLIC if path in PUBLIC else Access.CLIENT
+        if endpoint is None or endpoint.access is not wanted:
+            misses.append((method, path, wanted, endpoint))
+    assert not misses
 
 
-@pytest.mark.parametrize(("method", "path"), OF_ROUTER)
-async def test_every_route_of_the_router_is_answered(routes: RouteMap, method: str, path: str) -> None:
-    assert endpoint_of(routes, method, path) is not None
+async def test_every_route_of_the_router_is_answered(routes: RouteMap) -> None:
+    assert not [row for row in OF_ROUTER if endpoint_of(routes, *row) is None]
 
 
 async def test_no_method_beyond_sglangs(routes: RouteMap) -> None:
@@ -87,41 +92,27 @@ async def test_every_prompt_route_is_a_clients(routes: RouteMap) -> None:
         assert endpoint.access is Access.CLIENT
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        *(
-            "/workers/",
-            "/v1/responses/",
-            "/v1/responses/a/b",
-            "/v1/responses//cancel",
-            "/dumper/",
-            "/dumper/a/b",
-        ),
-        *("/generate/", "/v1/models/", "/workers/{id:path}", "", "//", "/v1/responses/{id}x/cancel/"),
-    ],
-)
-async def test_near_misses_are_no_paths(routes: RouteMap, path: str) -> None:
-    found = routes.find(path)
-    assert found is None or path == "/workers/{id:path}"  # that one is a worker of an odd name
+async def test_near_misses_are_no_paths(routes: RouteMap) -> None:
+    paths = (
+        *("/workers/", "/v1/responses/", "/v1/responses/a/b", "/v1/responses//cancel", "/dumper/"),
+        *("/dumper/a/b", "/generate/", "/v1/models/", "", "//", "/v1/responses/{id}x/cancel/"),
+    )
+    assert not [path for path in paths if routes.find(path) is not None]
+    assert routes.find("/workers/{id:path}") is routes.find("/workers/x")  # a worker of an odd name
 
 
 async def test_bad_worker_hosts_are_a_config_error() -> None:
-    config = BalancerConfig(worker_hosts=("10.0.0.0/40",))
-    pool = HttpClient()
-    fleet = WorkerFleet(config, pool)
     with pytest.raises(ConfigError, match=r"worker_hosts.*10\.0\.0\.0/40"):
-        build_routes(fleet, pool, PairDispatcher(config, fleet, pool), WorkerMetrics(), config)
+        built(BalancerConfig(worker_hosts=("10.0.0.0/40",)))
 
 
-@pytest.mark.parametrize("path", sorted(UNSERVED))
-async def test_what_a_pair_cannot_serve_is_501_with_what_to_do(path: str) -> None:
+async def test_what_a_pair_cannot_serve_is_501_with_what_to_do() -> None:
     async with control_site(prefill=0, decode=0) as site:
-        method = UNSERVED[path][0][0]
-        reply = await site.ask(method, path, {} if method == "POST" else None)
-    assert reply.status == 501
-    message = reply.json["message"] if path.startswith("/v1/") else reply.json["error"]["message"]
-    assert "plain SGLang server" in message or "use /" in message
+        for path, ((method, *_), _) in UNSERVED.items():
+            reply = await site.ask(method, path, {} if method == "POST" else None)
+            assert reply.status == 501, path
+            message = reply.json["message"] if path.startswith("/v1/") else reply.json["error"]["message"]
+            assert "plain SGLang server" in message or "use /" in message, path
 
 
 async def test_keys_open_what_they_are_for() -> None:
