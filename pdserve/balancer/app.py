@@ -23,7 +23,7 @@ from pdserve.balancer.api.routes import BalancerApi, DataPlane, build_routes
 from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.balancer.proxy.dispatcher import PairDispatcher
-from pdserve.bootstrap.client import FleetWatcher
+from pdserve.bootstrap.watch import FleetWatcher
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
 from pdserve.http import sockets

@@ -1,7 +1,7 @@
 """How a worker joins and stays: a synchronous client and the thread that keeps the lease.
 
 Used inside SGLang's processes and by the launcher, so standard library only.
-The watching side of the protocol is ``watch.FleetWatcher``, offered here too.
+The watching side of the protocol is ``watch.FleetWatcher``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from pdserve.bootstrap.messages import Deregister, Heartbeat, Lease, RankRoute, Refusal, Register
-from pdserve.bootstrap.watch import FleetWatcher
 from pdserve.errors import (
     ConfigError,
     KVLayoutMismatch,
@@ -27,8 +26,6 @@ from pdserve.errors import (
     WorkerUnreachable,
 )
 from pdserve.types import InstanceId, WorkerInfo
-
-__all__ = ["FleetWatcher", "LeaseClient", "LeaseKeeper"]
 
 logger = logging.getLogger(__name__)
 

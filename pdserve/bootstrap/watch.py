@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from urllib.parse import urlsplit
 
 import msgspec
 
 from pdserve.bootstrap.messages import FleetView
+from pdserve.errors import WorkerError
+from pdserve.http.client import HttpClient
 from pdserve.types import WorkerId
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ FILLING_POLL_S = 0.5
 """While a restarted service fills up, ask often: what matters then is its age."""
 ANSWER_S = 10.0
 MAX_BACKOFF_S = 1.0
-MAX_VIEW_BYTES = 64 * 2**20
 
 
 def settled(view: FleetView, lease_s: float) -> bool:
@@ -40,12 +40,10 @@ class FleetWatcher:
     """
 
     def __init__(self, url: str, grace_s: float = 10.0) -> None:
-        parts = urlsplit(url)
         self.url = url
         self.is_connected = False
         self.epoch = ""
         self._grace_s = grace_s
-        self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
         self._version = -1
         self._last: FleetView | None = None
         self._settled_epoch = ""
@@ -53,11 +51,19 @@ class FleetWatcher:
 
     async def watch(self) -> AsyncIterator[FleetView]:
         """Yield the first view and then every changed one, for ever."""
+        pool = HttpClient()
+        try:
+            async for view in self._views(pool):
+                yield view
+        finally:
+            await pool.close()
+
+    async def _views(self, pool: HttpClient) -> AsyncIterator[FleetView]:
         pause_s, is_lost = 0.05, False
         while True:
             try:
-                view = await self._fetch()
-            except (OSError, EOFError, ValueError) as exc:
+                view = await self._fetch(pool)
+            except (WorkerError, ValueError) as exc:
                 if not is_lost:
                     logger.warning("bootstrap service does not answer url=%s: %r", self.url, exc)
                 self.is_connected, is_lost = False, True
@@ -93,40 +99,11 @@ class FleetWatcher:
         self._last = view
         return view
 
-    async def _fetch(self) -> FleetView:
-        """One poll. Raises OSError, EOFError or ValueError for whatever is not a view."""
+    async def _fetch(self, pool: HttpClient) -> FleetView:
+        """One poll. Raises WorkerError or ValueError for whatever is not a view."""
         wait_s = POLL_S if self._settled_epoch == self.epoch else FILLING_POLL_S
-        async with asyncio.timeout(wait_s + ANSWER_S):
-            reader, writer = await asyncio.open_connection(self._host, self._port)
-            try:
-                query = f"epoch={self.epoch}&after={self._version}&wait_s={wait_s if self.epoch else 0}"
-                writer.write(
-                    f"GET /fleet/view?{query} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n"
-                    "Connection: close\r\n\r\n".encode()
-                )
-                await writer.drain()
-                status, length = _parse_head(await reader.readuntil(b"\r\n\r\n"))
-                body = await reader.readexactly(length)
-            except asyncio.LimitOverrunError as exc:
-                raise ValueError(f"answer is not HTTP: {exc}") from exc
-            finally:
-                writer.close()
-        if status != 200:
-            raise ValueError(f"HTTP {status}: {body[:200]!r}")
-        return msgspec.json.decode(body, type=FleetView)
-
-
-def _parse_head(head: bytes) -> tuple[int, int]:
-    """Status and Content-Length of an answer. Raises ValueError if it is not one of the service's."""
-    status_line, *lines = head.split(b"\r\n")
-    parts = status_line.split(b" ", 2)
-    if len(parts) < 2 or not parts[0].startswith(b"HTTP/1."):
-        raise ValueError(f"answer is not HTTP: {status_line[:100]!r}")
-    for line in lines:
-        name, _, value = line.partition(b":")
-        if name.strip().lower() == b"content-length":
-            length = int(value)
-            if not 0 <= length <= MAX_VIEW_BYTES:
-                raise ValueError(f"a view of {length} bytes is too large")
-            return int(parts[1]), length
-    raise ValueError("answer has no Content-Length")
+        query = f"epoch={self.epoch}&after={self._version}&wait_s={wait_s if self.epoch else 0}"
+        answer = await pool.fetch(self.url, "GET", f"/fleet/view?{query}", timeout_s=wait_s + ANSWER_S)
+        if answer.status != 200:
+            raise ValueError(f"HTTP {answer.status}: {answer.body[:200]!r}")
+        return msgspec.json.decode(answer.body, type=FleetView)

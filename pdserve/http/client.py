@@ -55,25 +55,17 @@ class HttpClient:
         can_resend: bool = True,
         label: str = "",
     ) -> ClientResponse:
-        """Send a request and return its response, still empty.
+        """Send a request and return its response, still empty; see ``ClientResponse.error`` for failures.
 
         Args:
-            url: base address of the server, ``http://host:port``.
-            body: sent with its length, also if empty.
             headers: besides ``host`` and ``content-length``; as bytes, lines with their ends.
             limits: seconds to the first byte, and of silence after it.
             on_change: called at each change of the response, whose methods then must not be awaited.
             can_resend: a kept connection that breaks at once may be replaced and the request sent
                 again; not for prompts, whose room the worker may already have taken.
             label: the caller's word for the kind of request, for ``is_busy_with``.
-
-        Never raises for what the server does; see ``ClientResponse.error``.
         """
-        origin = self._origins.get(url)
-        if origin is None:
-            origin = self._origins[url] = Origin(
-                url, self.deadlines, self.connections, self._connect_for, self._expect_idle
-            )
+        origin = self._origins.get(url) or self._new_origin(url)
         lines = headers if isinstance(headers, bytes) else render_headers(headers)
         head = _HEAD % (method.encode(), path.encode(), origin.authority, lines, len(body))
         if on_change is None:
@@ -189,6 +181,11 @@ class HttpClient:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     # -- for origins -------------------------------------------------------------------------
+
+    def _new_origin(self, url: str) -> Origin:
+        origin = Origin(url, self.deadlines, self.connections, self._connect_for, self._expect_idle)
+        self._origins[url] = origin
+        return origin
 
     def _connect_for(self, origin: Origin, response: ClientResponse) -> None:
         """Send over a fresh connection; the task that opens it is ours."""

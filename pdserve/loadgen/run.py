@@ -53,7 +53,7 @@ async def run_asks(
     Requests keep their order. Cancelling ends those that are under way.
     """
     started_s = time.monotonic()
-    gate = asyncio.Semaphore(concurrency) if concurrency else None
+    gate = asyncio.Semaphore(concurrency or len(asks) or 1)
     first_due_s = asks[0].due_s if asks else 0.0
     outcomes: list[RequestResult | None] = [None] * len(asks)
 
@@ -61,8 +61,7 @@ async def run_asks(
         try:
             outcome = outcomes[index] = await client.send(asks[index], due_s)
         finally:
-            if gate is not None:
-                gate.release()
+            gate.release()
         progress.ended += 1
         progress.failed += not outcome.is_ok
         progress.output_tokens += outcome.output_tokens
@@ -73,11 +72,10 @@ async def run_asks(
             due_s = started_s + ask.due_s - first_due_s
             if (wait_s := due_s - time.monotonic()) > 0:
                 await asyncio.sleep(wait_s)
-            if gate is not None:
-                await gate.acquire()
+            await gate.acquire()
             progress.sent += 1
             on_change(progress)
             group.create_task(send(index, due_s if ask.due_s else time.monotonic()))
-    ended = [outcome for outcome in outcomes if outcome is not None]
+    ended = list(filter(None, outcomes))
     last_s = max((outcome.last_s for outcome in ended), default=started_s)
     return RunResult(last_s - started_s, ended)

@@ -13,9 +13,9 @@ import msgspec
 import pytest
 
 from pdserve.bootstrap import watch
-from pdserve.bootstrap.client import FleetWatcher, LeaseClient, LeaseKeeper
+from pdserve.bootstrap.client import LeaseClient, LeaseKeeper
 from pdserve.bootstrap.messages import FleetView
-from pdserve.bootstrap.watch import settled
+from pdserve.bootstrap.watch import FleetWatcher, settled
 from pdserve.errors import ConfigError, KVLayoutMismatch, WorkerRejected
 from pdserve.types import InstanceId, Role
 from tests.support.bootstrap_parts import LAYOUT, TIMEOUT_S, join, report, service, until, worker

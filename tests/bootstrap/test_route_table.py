@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.bootstrap.ports import QUARANTINE_S, PortPlan
+from pdserve.bootstrap.membership import QUARANTINE_S, PortPlan
 from pdserve.bootstrap.prefill_api import prefill_api
 from pdserve.bootstrap.route_table import DP_RANK_TTL_S, RouteError, RouteTable
 from pdserve.bootstrap.web import RouteListener

@@ -24,7 +24,7 @@ from pdserve.balancer.fleet.roster import Roster, explain_shortage, static_worke
 from pdserve.balancer.fleet.transfer_poll import TransferListener, TransferPoller
 from pdserve.balancer.fleet.worker import PairRecord, PairState, Worker, WorkerState
 from pdserve.balancer.fleet.worker_monitor import WorkerMonitor
-from pdserve.bootstrap.client import FleetWatcher
+from pdserve.bootstrap.watch import FleetWatcher
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError, WorkerError
 from pdserve.http.client import HttpClient

@@ -1,6 +1,8 @@
-"""The data plane's front: every request that takes a prompt gets an answer here, or its client has left.
+"""The way of one request that takes a prompt, from its body to the end of its answer.
 
-body ─ parse ─► Attempts (one run, or one per sample of a chat) ─► client, and the books
+    open ─► parse ─► headers for workers ─► relay (Attempts: reserve, both legs, retry) ─► complete ─► close
+
+``PairDispatcher._handle`` is that list; every error has its own answer there.
 """
 
 from __future__ import annotations
@@ -115,6 +117,41 @@ class PairDispatcher:
 
     async def dispatch(self, route: Route, body: bytes, client: IncomingRequest) -> None:
         """Serve one request. The client gets an answer unless it leaves."""
+        call = self._open(route, client)
+        try:
+            with call.presence:
+                await self._handle(route, body, call)
+        except ClientLeft as exc:
+            call.record.status, call.record.error = CLIENT_LEFT, str(exc)
+        except Interrupted as exc:
+            call.record.error = str(exc)
+            await self._say_failed(call, 503, str(exc))
+        finally:
+            self._close(call)
+
+    async def _handle(self, route: Route, body: bytes, call: _Call) -> None:
+        """One request from top to bottom: each line is a step, each ``except`` an answer of its own."""
+        try:
+            request = self._parse(route, body, call)
+            lines = self._lines_for_workers(call)
+            relayed = await self._relay(request, lines, call)
+            self._completed(call, relayed)
+            await relayed.finish(call.client)
+        except RequestRefused as exc:
+            await self._refused(call, exc)
+        except NoWorkerError as exc:
+            await self._shed(call, exc)
+        except LegFailed as exc:
+            await self._leg_failed(call, exc)
+        except Exception as exc:
+            logger.exception("request failed rid=%s", call.record.rid)
+            call.record.error = repr(exc)
+            await self._say_failed(call, 500, "internal error of the balancer; its log has the details")
+
+    # -- the steps ---------------------------------------------------------------------------
+
+    def _open(self, route: Route, client: IncomingRequest) -> _Call:
+        """Enter the request in the books, under the client's name for it if it gave one."""
         if request_id := self._request_id(client):
             client.request_id = request_id.decode("latin-1")
             client.extra = ((b"x-request-id", request_id),)
@@ -124,70 +161,35 @@ class PairDispatcher:
             call.trace = self._tracing.begin(client.headers)
         self._calls.add(call)
         self._is_idle.clear()
-        try:
-            with call.presence:
-                await self._serve(route, body, call)
-        except ClientLeft as exc:
-            call.record.status, call.record.error = CLIENT_LEFT, str(exc)
-        except Interrupted as exc:
-            call.record.error = str(exc)
-            await self._say_failed(call, 503, str(exc))
-        finally:
-            self._ledger.close(call.record, call.outcome)
-            self._calls.discard(call)
-            if self._tracing is not None and call.trace is not None:
-                self._tracing.finish(call.trace, call.record, call.outcome)
-            if self._config.log_requests:
-                logger.info("%s", call.record)
-            if not self._calls:
-                self._is_idle.set()
+        return call
 
-    # -- one request -------------------------------------------------------------------------
-
-    async def _serve(self, route: Route, body: bytes, call: _Call) -> None:
-        record = call.record
-        try:
-            if self._is_closing:
-                raise NoWorkerError("the balancer is stopping")
-            check_content_type(route, call.client.headers)
-            request = parse_request(route, body, wants_prompt=self._fleet.scheduler.policy.needs_prompt)
-            await self._run(request, call)
-        except RequestRefused as exc:
-            record.error = str(exc)
-            if call.client.has_begun:  # a sample of a chat was aborted
-                await self._say_failed(call, exc.status, str(exc))
-                return
-            answer = unreadable_error if exc.is_unreadable else route_error
-            await self._reply(call, answer(route, exc.status, str(exc)), Outcome.FAILED)
-        except NoWorkerError as exc:
-            record.error = str(exc)
-            logger.warning("request shed route=%s: %s", route, exc)
-            await self._shed(call, exc)
-        except LegFailed as exc:
-            await self._leg_failed(call, exc)
-        except Exception as exc:
-            logger.exception("request failed rid=%s", record.rid)
-            record.error = repr(exc)
-            await self._say_failed(call, 500, "internal error of the balancer; its log has the details")
-
-    async def _run(self, request: ParsedRequest, call: _Call) -> None:
-        record, client = call.record, call.client
-        record.is_stream = request.is_stream
-        record.prompt_tokens = request.shape.prompt_tokens
+    def _parse(self, route: Route, body: bytes, call: _Call) -> ParsedRequest:
+        """Read the body. Raises RequestRefused, or NoWorkerError once the balancer is stopping."""
+        if self._is_closing:
+            raise NoWorkerError("the balancer is stopping")
+        check_content_type(route, call.client.headers)
+        request = parse_request(route, body, wants_prompt=self._fleet.scheduler.policy.needs_prompt)
+        call.record.is_stream = request.is_stream
+        call.record.prompt_tokens = request.shape.prompt_tokens
         call.client_rid = request.client_rid
-        self._attempts.budget.deposit()
-        headers, trace = client.headers, call.trace
+        return request
+
+    def _lines_for_workers(self, call: _Call) -> bytes:
+        """Choose the header lines that both legs are sent."""
+        headers = call.client.headers
         if self._tracing is not None:
-            headers = self._tracing.forwarded(headers, trace)
-        lines = forwarded_headers(headers, client.request_id, self._config.worker_api_key)
+            headers = self._tracing.forwarded(headers, call.trace)
+        return forwarded_headers(headers, call.client.request_id, self._config.worker_api_key)
+
+    async def _relay(self, request: ParsedRequest, lines: bytes, call: _Call) -> Relayed:
+        """Reserve a pair, send both legs, relay decode's answer, retry; for each sample of a chat."""
+        self._attempts.budget.deposit()
+        record, client, trace = call.record, call.client, call.trace
         if request.num_requests > 1:
-            relayed = await run_samples(self._attempts, request, lines, client, record, call.runs, trace)
-        else:
-            run = Run(request, lines, client, record, trace=trace)
-            call.runs.append(run)
-            relayed = await self._attempts.run(run)
-        self._completed(call, relayed)
-        await relayed.finish(client)
+            return await run_samples(self._attempts, request, lines, client, record, call.runs, trace)
+        run = Run(request, lines, client, record, trace=trace)
+        call.runs.append(run)
+        return await self._attempts.run(run)
 
     def _completed(self, call: _Call, relayed: Relayed) -> None:
         record, usage = call.record, relayed.usage
@@ -197,9 +199,29 @@ class PairDispatcher:
         record.prompt_tokens = usage.prompt_tokens or record.prompt_tokens
         self._ledger.close(record, call.outcome)
 
-    # -- what the client is told ---------------------------------------------------------------
+    def _close(self, call: _Call) -> None:
+        self._ledger.close(call.record, call.outcome)
+        self._calls.discard(call)
+        if self._tracing is not None and call.trace is not None:
+            self._tracing.finish(call.trace, call.record, call.outcome)
+        if self._config.log_requests:
+            logger.info("%s", call.record)
+        if not self._calls:
+            self._is_idle.set()
+
+    # -- error answers -----------------------------------------------------------------------
+
+    async def _refused(self, call: _Call, error: RequestRefused) -> None:
+        call.record.error = str(error)
+        if call.client.has_begun:  # a sample of a chat was aborted
+            await self._say_failed(call, error.status, str(error))
+            return
+        answer = unreadable_error if error.is_unreadable else route_error
+        await self._reply(call, answer(call.record.route, error.status, str(error)), Outcome.FAILED)
 
     async def _shed(self, call: _Call, error: NoWorkerError) -> None:
+        call.record.error = str(error)
+        logger.warning("request shed route=%s: %s", call.record.route, error)
         if call.client.has_begun:  # a later sample of a chat found no pair
             await self._say_failed(call, 503, str(error))
         else:

@@ -51,6 +51,16 @@ async def run_samples(
         timeline = structs.replace(record.timeline)
         part = record if sink.index == 0 else structs.replace(record, timeline=timeline)
         runs.append(Run(single, lines, sink, part, trace=trace))
+    relayed = await _run_all(attempts, runs, sinks)
+    usage = gathering.usage([item.usage for item in relayed])
+    if not request.is_stream:
+        return Relayed(200, usage, gathering.whole(relayed[0].status))
+    gathering.end(single)
+    return Relayed(relayed[0].status, usage, None)
+
+
+async def _run_all(attempts: Attempts, runs: list[Run], sinks: list[SampleSink]) -> list[Relayed]:
+    """Run the first sample until its prompt is computed, then the others beside it."""
     loop = asyncio.get_running_loop()
     computed: asyncio.Future[None] = loop.create_future()
     runs[0].on_prefilled = lambda: None if computed.done() else computed.set_result(None)
@@ -69,12 +79,7 @@ async def run_samples(
         for task in samples:
             task.cancel()
         await asyncio.gather(*samples, return_exceptions=True)
-    relayed = [task.result() for task in samples]
-    usage = gathering.usage([item.usage for item in relayed])
-    if not request.is_stream:
-        return Relayed(200, usage, gathering.whole(relayed[0].status))
-    gathering.end(single)
-    return Relayed(relayed[0].status, usage, None)
+    return [task.result() for task in samples]
 
 
 async def _one(attempts: Attempts, run: Run, sink: SampleSink) -> Relayed:

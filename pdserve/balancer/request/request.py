@@ -2,7 +2,7 @@
 
     bytes ─ parse_request (parse.py) ─► ParsedRequest ─ render_body(host, port, ids) ─► bytes for both legs
 
-A plain request is only looked into (request/fast_parse.py) and our fields are spliced in
+Of a plain request only typed fields are decoded (parse.py), and our fields are spliced in
 before its last brace: the prompt is never decoded. What must be rewritten
 (batches, samples, a client's own rid) is decoded whole. Pure: no sockets, no clock.
 """
@@ -20,6 +20,9 @@ from pdserve.types import RequestShape
 
 DEFAULT_NEW_TOKENS = 128
 """SGLang's own default of max_new_tokens."""
+
+BYTES_PER_TOKEN = 4
+"""A rule of thumb for English text; the policy needs the magnitude only."""
 
 
 class Route(enum.StrEnum):

@@ -12,9 +12,14 @@ from typing import Any
 
 import msgspec
 
-from pdserve.balancer.request.fast_parse import BYTES_PER_TOKEN
 from pdserve.balancer.request.merge import needs_prefill_answer
-from pdserve.balancer.request.request import DEFAULT_NEW_TOKENS, ParsedRequest, RequestRefused, Route
+from pdserve.balancer.request.request import (
+    BYTES_PER_TOKEN,
+    DEFAULT_NEW_TOKENS,
+    ParsedRequest,
+    RequestRefused,
+    Route,
+)
 from pdserve.types import RequestShape
 
 MAX_SAMPLES = 1024
@@ -33,6 +38,12 @@ _SINGLE_WITH_SAMPLES = ("return_logprob", "logprob_start_len", "top_logprobs_num
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
+_NO_EARLIER_ANSWER = (
+    "previous_response_id is not supported with disaggregated servers: the prefill server does not "
+    "know the earlier answer; send the whole conversation in `input`"
+)
+
+
 def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
     """Decode the whole request and bring it into a form that a pair can serve.
 
@@ -41,11 +52,7 @@ def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
     """
     fields = _document(body)
     if route is Route.RESPONSES and fields.get("previous_response_id"):
-        raise RequestRefused(
-            "previous_response_id is not supported with disaggregated servers: the prefill server does not "
-            "know the earlier answer; send the whole conversation in `input`",
-            501,
-        )
+        raise RequestRefused(_NO_EARLIER_ANSWER, 501)
     options, prompts = fields, fields
     if route is Route.VERTEX:
         fields = _vertex(fields)

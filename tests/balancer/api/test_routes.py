@@ -9,8 +9,7 @@ import pytest
 
 from pdserve.balancer.api.auth import Access
 from pdserve.balancer.api.forward import WorkerAsker
-from pdserve.balancer.api.routes import DataPlane, Endpoint, RouteMap, build_routes
-from pdserve.balancer.api.unserved import UNSERVED
+from pdserve.balancer.api.routes import UNSERVED, DataPlane, Endpoint, RouteMap, build_routes
 from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.balancer.proxy.dispatcher import PairDispatcher

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdserve.balancer.request.fast_parse import parse_plain
 from pdserve.balancer.request.ids import RoomAllocator
-from pdserve.balancer.request.parse import parse_request
+from pdserve.balancer.request.parse import parse_plain, parse_request
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused, Route
 from pdserve.balancer.request.rewrite import rewrite
 from tests.support.examples import n_examples
