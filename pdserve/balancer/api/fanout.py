@@ -29,8 +29,8 @@ from pdserve.balancer.api.forward import (
     fields_of,
     passed_on,
 )
-from pdserve.balancer.fleet.worker import Worker
 from pdserve.balancer.api.health import HealthControl
+from pdserve.balancer.fleet.worker import Worker
 from pdserve.errors import WorkerError
 from pdserve.http.answer import Answer, json_answer
 from pdserve.http.incoming import IncomingRequest
