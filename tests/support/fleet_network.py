@@ -1,7 +1,7 @@
 """An in-memory network of SGLang-like servers in place of ``HttpClient``, for fleet tests.
 
-Real servers are used in ``test_fleet_live.py``; here each answer's moment is in
-the test's hands: ``hold`` a server's /generate, take it ``down``, change its status.
+Each answer's moment is in the test's hands: ``hold`` a server's /generate, take it ``down``, change
+its status.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ environment counts by its default, and ``@auth_level(...)`` means ADMIN. The lis
 what it finds in entrypoints/{http_server,v1_loads,elastic_ep}.py of the released
 wheel. ``/metrics`` (mounted by add_prometheus_middleware) and FastAPI's own pages
 have no decorator and were added by hand.
-test_surface.py makes it again from the installed wheel, without importing it.
+tests/balancer/api/test_routes.py makes it again from the installed wheel, without importing it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     ADMITTED ─ transfer with the twin ─ RECEIVED / ANSWERING ─ first event ─ STREAMING ─ end
 
-``Behaviour`` says how a fake treats every request; a ``Hold`` (fake_pairing.py) ends one
+``Behaviour`` says how a fake treats every request; a ``Hold`` (sglang_pairing.py) ends one
 request in a chosen ``Way`` at a chosen point.
 """
 

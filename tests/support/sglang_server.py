@@ -8,7 +8,7 @@
 
 A pair of fakes meets only through the recorded rooms unless both were given the
 same ``Rendezvous``: then decode waits for prefill as in SGLang, and a test can stop
-a request anywhere by a ``Hold`` (fake_pairing.py). No KV travels. Everything runs on
+a request anywhere by a ``Hold`` (sglang_pairing.py). No KV travels. Everything runs on
 the test's event loop over a real socket; nothing here sleeps to settle.
 """
 
