@@ -86,7 +86,7 @@ PENDING = {
     "features": {"predict_lengths"},
     "importers": {"process.service", "scheduling.policy."},
     "protocols": {"TransferListener", "engine.TransferEngine"},
-}  # fmt: skip
+}
 """Rule → violations that wait for their package's own change."""
 
 
