@@ -161,8 +161,8 @@ def run_point(cell: Cell, row: str, rung: int, seed: int) -> Point:
         config = replace(config, queue_order="fcfs", prefill_queue_s=AT_ONCE_S)
     lengths = variant if variant in ("oracle", "useless") else "learned"
     report = simulate(
-        workload(cell, rate, seed), model_of(cell.model), policy, cell.workers, cell.workers, config, seed,
-        SimOptions(lengths=lengths),
+        workload(cell, rate, seed), model_of(cell.model), policy, cell.workers, cell.workers, config,
+        SimOptions(lengths=lengths, seed=seed),
     )  # fmt: skip
     total = len(report.records)
     counted = report.records[int(total * WARM) : int(total * (1 - COOL))]

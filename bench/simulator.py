@@ -44,7 +44,7 @@ from pdserve.model.tiny import TinyShape, write_tiny_model
 from pdserve.sim.calibrate import CalibrationOptions, calibrate, format_calibration
 from pdserve.sim.cost import CostModel
 from pdserve.sim.report import SimReport
-from pdserve.sim.simulator import simulate
+from pdserve.sim.simulator import SimOptions, simulate
 from pdserve.workload import TracedRequest, cut, read_trace, rearrived, scaled
 
 BLOCK_TOKENS = 16
@@ -244,7 +244,10 @@ def _observed(run: Replay, trace: list[TracedRequest], prefill: int, model: Cost
 
 
 def _simulated(trace: list[TracedRequest], model: CostModel, policy: str, size: tuple[int, int]) -> Outcome:
-    runs = [_of_report(simulate(trace, model, policy, *size, seed=seed)) for seed in range(SEEDS)]
+    runs = [
+        _of_report(simulate(trace, model, policy, *size, options=SimOptions(seed=seed)))
+        for seed in range(SEEDS)
+    ]
     return Outcome(**{name: median(getattr(run, name) for run in runs) for name in asdict(runs[0])})
 
 

@@ -52,8 +52,6 @@ class HttpClient:
         headers: Iterable[tuple[bytes, bytes]] | bytes = (),
         limits: tuple[float, float],
         on_change: Callable[[], None] | None = None,
-        can_resend: bool = True,
-        label: str = "",
     ) -> ClientResponse:
         """Send a request and return its response, still empty; see ``ClientResponse.error`` for failures.
 
@@ -61,9 +59,8 @@ class HttpClient:
             headers: besides ``host`` and ``content-length``; as bytes, lines with their ends.
             limits: seconds to the first byte, and of silence after it.
             on_change: called at each change of the response, whose methods then must not be awaited.
-            can_resend: a kept connection that breaks at once may be replaced and the request sent
-                again; not for prompts, whose room the worker may already have taken.
-            label: the caller's word for the kind of request, for ``is_busy_with``.
+
+        The caller may set ``can_resend`` and ``label`` of the response before it next awaits.
         """
         origin = self._origins.get(url) or self._new_origin(url)
         lines = headers if isinstance(headers, bytes) else render_headers(headers)
@@ -74,7 +71,6 @@ class HttpClient:
             response.wakeup = wakeup
         else:
             response = ClientResponse(url, head, body, limits, self.deadlines, on_change)
-        response.can_resend, response.label = can_resend, label
         now_s = self.deadlines.now()
         connection = origin.take_idle(now_s)
         if connection is not None:
@@ -126,7 +122,8 @@ class HttpClient:
             WorkerTimeout: if it took longer than ``timeout_s`` in all.
         """
         limits = (timeout_s, timeout_s)
-        response = self.start(url, method, path, body, headers=headers, limits=limits, label=label)
+        response = self.start(url, method, path, body, headers=headers, limits=limits)
+        response.label = label
         try:
             async with asyncio.timeout(timeout_s):
                 await response.wait_head()

@@ -72,8 +72,7 @@ def run_simulation(options: SimulateOptions, config: BalancerConfig | None = Non
             options.prefill,
             options.decode,
             replace(config, policy=name),
-            options.seed,
-            SimOptions(lengths=options.lengths),
+            SimOptions(lengths=options.lengths, seed=options.seed),
         )
     summaries = [summary(report, slo) for report in reports.values()]
     if options.json:

@@ -3,7 +3,7 @@
     trace ─► Scheduler (policy, loads, forecasts) ─► decode gives pages ─► prefill ─► link ─► decode steps
                 └────────── samples each load_poll_s, ends of legs ◄──────────────────────────────┘
 
-    simulate(trace, model, policy_name, prefill, decode, config, seed, options) -> SimReport
+    simulate(trace, model, policy_name, prefill, decode, config, options) -> SimReport
 
 Everything runs under one virtual clock and is a function of its arguments: no wall clock, and no
 randomness but the policy's own, which ``seed`` fixes.
@@ -44,11 +44,13 @@ class SimOptions:
     """What a run may differ in besides its arguments.
 
     ``lengths``: which forecasts of answers' lengths: ``learned`` (production), ``oracle``, ``useless`` or
-    ``none``. ``max_new_tokens``: the limit a client sets where the trace has none.
+    ``none``. ``max_new_tokens``: the limit a client sets where the trace has none. ``seed``: of the
+    policy's random choices; different arrivals are made by ``workload.rearrived``.
     """
 
     lengths: str = "learned"
     max_new_tokens: int = 2048
+    seed: int = 0
 
 
 def simulate(
@@ -58,7 +60,6 @@ def simulate(
     prefill: int,
     decode: int,
     config: BalancerConfig | None = None,
-    seed: int = 0,
     options: SimOptions | None = None,
 ) -> SimReport:
     """Run a trace through ``prefill`` and ``decode`` workers of that model under a policy.
@@ -66,7 +67,6 @@ def simulate(
     Args:
         policy_name: as ``--policy`` takes it; both legs' policies of ``config`` are left out of account.
         config: the balancer's settings: queue, poll period, SLOs; None: the defaults.
-        seed: of the policy's random choices. Different arrivals are made by ``workload.rearrived``.
 
     Raises:
         ConfigError: for an unknown policy or ``options.lengths``, no worker of a role or an empty trace.
@@ -79,7 +79,7 @@ def simulate(
     if options.lengths not in LENGTHS:
         raise ConfigError(f"lengths: expected one of {', '.join(LENGTHS)}, got {options.lengths!r}")
     config = replace(config, policy=policy_name, prefill_policy="", decode_policy="")
-    policy = policy_of(config, seed, SIMULATED_MAKERS)
+    policy = policy_of(config, options.seed, SIMULATED_MAKERS)
     lengths = make_lengths(options.lengths if config.predict_lengths else "none")
     return Simulation(trace, model.check(), policy, (prefill, decode), config, lengths, options).run()
 

@@ -173,8 +173,8 @@ def test_a_queue_that_waits_too_long_ends_in_failures() -> None:
 @pytest.mark.parametrize("policy", SIMULATED_MAKERS)
 def test_equal_arguments_give_equal_runs_and_every_request_ends_once(policy: str) -> None:
     trace = synthetic(BUSY, seed=7)
-    first = simulate(trace, MODEL, policy, 2, 3, seed=5)
-    again = simulate(trace, MODEL, policy, 2, 3, seed=5)
+    first = simulate(trace, MODEL, policy, 2, 3, options=SimOptions(seed=5))
+    again = simulate(trace, MODEL, policy, 2, 3, options=SimOptions(seed=5))
     assert first.records == again.records
     assert [record.index for record in first.records] == list(range(len(trace)))
     assert all(record.ttft_s > 0 and record.e2e_s >= record.ttft_s - 1e-9 for record in first.served)

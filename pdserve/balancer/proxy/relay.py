@@ -238,10 +238,12 @@ class PairRelay:
             decode.response.close()
 
     def _send(self, url: str, body: bytes, lines: bytes) -> ClientResponse:
-        return self._pool.start(
+        response = self._pool.start(
             url, "POST", self._request.route.value, body, headers=lines, limits=self._limits,
-            on_change=self._on_change, can_resend=False,
+            on_change=self._on_change,
         )  # fmt: skip
+        response.can_resend = False  # the worker may already have taken the request's room
+        return response
 
     @property
     def prefill_answer(self) -> bytes:

@@ -14,8 +14,7 @@ from pdserve.errors import ConfigError
 from pdserve.scheduling.policy.cache_aware import CacheAware, CacheParams
 from pdserve.scheduling.policy.least_load import LeastLoad
 from pdserve.scheduling.policy.pair_cost import PairCost, PairCostParams
-from pdserve.scheduling.policy.simple import PowerOfTwo, Random, RoundRobin
-from pdserve.scheduling.policy.split import SplitPolicy
+from pdserve.scheduling.policy.simple import PowerOfTwo, Random, RoundRobin, SplitPolicy
 from pdserve.scheduling.policy.view import (
     Candidates,
     Choice,

@@ -13,6 +13,7 @@ from pdserve.balancer.fleet import worker_monitor as keeper
 from pdserve.balancer.fleet.liveness import HUNG_S, MIN_QUESTIONS, HangDetector, StallDetector, patience_s
 from pdserve.errors import WorkerTimeout, WorkerUnreachable
 from pdserve.http.client import HttpClient
+from pdserve.http.client_response import ClientResponse
 from pdserve.scheduling.policy import WorkerView
 from pdserve.types import Role, WorkerLoad
 from tests.support.balancer_client import Site, running_site
@@ -320,16 +321,20 @@ async def test_a_thawed_worker_returns_by_a_probe() -> None:
 # -- the pool --------------------------------------------------------------------------------
 
 
+def start_prompt(pool: HttpClient, url: str) -> ClientResponse:
+    """A request that must not be sent twice."""
+    response = pool.start(url, "POST", "/generate", b'{"text":"a"}', limits=(9, 9))
+    response.can_resend = False
+    return response
+
+
 async def test_fail_worker_ends_what_is_in_flight_there_and_nothing_else() -> None:
     pool = HttpClient()
     async with FakeSGLang() as one, FakeSGLang() as other:
         one.behaviour.hang = other.behaviour.hang = True
-        started = [
-            pool.start(fake.url, "POST", "/generate", b'{"rid":"r"}', limits=(9, 9), can_resend=False)
-            for fake in (one, one, other)
-        ]
+        started = [start_prompt(pool, fake.url) for fake in (one, one, other)]
         await until(lambda: len(one.requests) == 2 and len(other.requests) == 1, "in flight")
-        unsent = pool.start(one.url, "POST", "/generate", b"{}", limits=(9, 9), can_resend=False)
+        unsent = start_prompt(pool, one.url)
         assert pool.fail_worker(one.url, lambda: WorkerTimeout(one.url, "hangs")) == 3
         assert [type(r.error) for r in (*started, unsent)] == [
             WorkerTimeout,
@@ -347,14 +352,13 @@ async def test_the_pool_tells_answers_from_questions_and_commands() -> None:
     async with FakeSGLang() as fake:
         await pool.fetch(fake.url, "GET", "/ping", timeout_s=5)
         assert pool.num_heard(fake.url) == 0
-        response = pool.start(fake.url, "POST", "/generate", b'{"text":"a"}', limits=(9, 9), can_resend=False)
+        response = start_prompt(pool, fake.url)
         await response.read()
         assert pool.num_heard(fake.url) == 1
         thaw = freeze(fake, ("/update_weights_from_disk",))
         assert not pool.is_busy_with(fake.url, "command")
-        command = pool.start(
-            fake.url, "POST", "/update_weights_from_disk", b"{}", limits=(9, 9), label="command"
-        )
+        command = pool.start(fake.url, "POST", "/update_weights_from_disk", b"{}", limits=(9, 9))
+        command.label = "command"
         await until(lambda: pool.is_busy_with(fake.url, "command"), "the command is under way")
         command.close()
         thaw.set()
