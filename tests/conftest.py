@@ -7,6 +7,7 @@ a heavy package fails: it would make the fast run slow.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin while another test has their core
 
 NOT_FAST = ("process", "engine", "slow", "gpu", "exhaustive")
 HEAVY = {"torch", "transformers", "sglang", "anthropic", "openai"}
