@@ -105,13 +105,11 @@ async def test_timeout_says_what_is_missing(tmp_path: Path) -> None:
     fleet.workers[0] = fleet.worker(
         "prefill-0", Role.PREFILL, "import time; print('Load weight begin.', flush=True); time.sleep(99)"
     )
-    cluster = LocalCluster(
-        LaunchConfig(ready_timeout_s=1.5, device="cpu"), fleet.spec(), tmp_path, Recorder()
-    )
+    cluster = LocalCluster(LaunchConfig(ready_timeout_s=4, device="cpu"), fleet.spec(), tmp_path, Recorder())
     cluster.start()
     try:
         with pytest.raises(
-            StartupError, match=r"not ready after 1.5 s; missing: prefill-0 \(loading weights\)"
+            StartupError, match=r"not ready after 4 s; missing: (.*; )?prefill-0 \(loading weights\)"
         ):
             await cluster.wait_ready()
     finally:
