@@ -66,7 +66,7 @@ def main() -> None:
         stack.enter_context(fleet.child)
         bench = Bench(cores, tools.load, fleet, folder)
         contenders = [Contender.parse(name) for name in options.against.split(",")]
-        programs = _programs(contenders, Path(options.env or cache / "env"), tools)
+        programs = _programs(contenders, Path(options.env or cache / "env"), tools, options.before)
         started, missing = _start(stack, contenders, programs, fleet, bench)
         setup = {**_setup(plan, tools, fleet, cores, started, missing), "cores": num_cores}
         print_setup(setup)
@@ -93,6 +93,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--against", default=AGAINST, help=f"NAME[:POLICY], comma-separated (default {AGAINST})"
     )
+    parser.add_argument("--before", default="", help="checkout that the balancer named before runs from")
     parser.add_argument(
         "--env", default="", help="environment of the gateways (default: in pdserve's cache folder)"
     )
@@ -137,13 +138,13 @@ def _plan(options: argparse.Namespace) -> Plan:
     )  # fmt: skip
 
 
-def _programs(contenders: list[Contender], env: Path, tools: Tools) -> Programs:
-    if all(one.name in ("pdserve", "floor") for one in contenders):
-        return Programs(env, "not asked for", tools.floor)
+def _programs(contenders: list[Contender], env: Path, tools: Tools, before: str) -> Programs:
+    if all(one.name in ("pdserve", "before", "floor") for one in contenders):
+        return Programs(env, "not asked for", tools.floor, before)
     try:
-        return Programs(prepare_environment(env), "", tools.floor)
+        return Programs(prepare_environment(env), "", tools.floor, before)
     except Unavailable as exc:
-        return Programs(env, str(exc), tools.floor)
+        return Programs(env, str(exc), tools.floor, before)
 
 
 def _start(

@@ -1,13 +1,14 @@
 """The balancers under test: how each is installed, started and known to serve.
 
-    NAME[:POLICY]     pdserve, sglang-router, smg, mini_lb, floor; POLICY of the gateways is
+    NAME[:POLICY]     pdserve, before, sglang-router, smg, mini_lb, floor; POLICY of the gateways is
                       round_robin unless said, "default" is what they do by themselves
 
-pdserve runs from this checkout with its default settings, everything on. The
-others run from an environment of their own, quiet, and otherwise as their
-documentation starts them. ``floor`` is no balancer but the least that one can
-do (floor.cpp): what is paid to the kernel whatever the language. Only where events
-come faster than they are passed on can a balancer be below it: they go in fewer writes.
+pdserve runs from this checkout with its default settings, everything on; ``before`` is
+pdserve of another checkout (--before), for a change's cost. The others run from an
+environment of their own, quiet, and otherwise as their documentation starts them.
+``floor`` is no balancer but the least that one can do (floor.cpp): what is paid to the
+kernel whatever the language. Only where events come faster than they are passed on can
+a balancer be below it: they go in fewer writes.
 """
 
 from __future__ import annotations
@@ -46,16 +47,22 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """What runs the balancers: their interpreter, or why there is none, and the floor if it was built."""
+    """What runs the balancers: their interpreter, or why there is none, the floor if it was built, and the
+    folder of an earlier checkout of pdserve."""
 
     python: Path
     why_not: str
     floor: str
+    before: str = ""
 
     def find(self, name: str) -> list[str]:
         """The beginning of a balancer's command line. Raises Unavailable."""
         if name == "pdserve":
             return [sys.executable, "-m"]
+        if name == "before":
+            if not self.before:
+                raise Unavailable("no --before FOLDER")
+            return ["env", f"PYTHONPATH={self.before}", sys.executable, "-m"]
         if name == "floor":
             if not self.floor:
                 raise Unavailable("no C++ compiler")
@@ -103,6 +110,7 @@ class Contender:
 COMMANDS: dict[str, tuple[str, ...]] = {
     "floor": (),
     "pdserve": ("pdserve", "balance", "--log-level", "warning"),
+    "before": ("pdserve", "balance", "--log-level", "warning"),
     "sglang-router": ("sglang_router.launch_router", "--pd-disaggregation", "--log-level", "warn"),
     "smg": ("smg", "launch", "--pd-disaggregation", "--log-level", "warn"),
     "mini_lb": ("sglang_router.launch_router", "--pd-disaggregation", "--mini-lb", "--policy", "random"),
