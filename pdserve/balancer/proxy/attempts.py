@@ -316,7 +316,10 @@ class Attempts:
                 self._pool, pair, request, record.timeline, renaming=renaming,
                 silence_s=self._config.request_s, on_prefilled=lambda: self._prefilled(run, reservation),
             )  # fmt: skip
-            relayed = await _relay(run, relay, body, trace)
+            if trace is None:
+                relayed = await relay.run(body, (run.lines, run.lines), run.sink)
+            else:
+                relayed = await _traced(run, relay, body, trace)
             if why := self._reservations.release_ended(reservation, relayed):
                 record.error = why
                 logger.warning("prefill did not end well rid=%s: %s", record.rid, why)
@@ -339,10 +342,8 @@ class Attempts:
             run.on_prefilled()
 
 
-async def _relay(run: Run, relay: PairRelay, body: bytes, trace: RunTrace | None) -> Relayed:
-    """Run the relay; if the request is traced, under a span for each leg."""
-    if trace is None:
-        return await relay.run(body, (run.lines, run.lines), run.sink)
+async def _traced(run: Run, relay: PairRelay, body: bytes, trace: RunTrace) -> Relayed:
+    """Run the relay under a span for each leg."""
     attempt = trace.begin_attempt(run.record)
     try:
         relayed = await relay.run(body, attempt.leg_lines(run.lines), run.sink)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -181,15 +182,15 @@ class PairDispatcher:
             headers = self._tracing.forwarded(headers, call.trace)
         return forwarded_headers(headers, call.client.request_id, self._config.worker_api_key)
 
-    async def _relay(self, request: ParsedRequest, lines: bytes, call: _Call) -> Relayed:
+    def _relay(self, request: ParsedRequest, lines: bytes, call: _Call) -> Coroutine[Any, Any, Relayed]:
         """Reserve a pair, send both legs, relay decode's answer, retry; for each sample of a chat."""
         self._attempts.budget.deposit()
         record, client, trace = call.record, call.client, call.trace
         if request.num_requests > 1:
-            return await run_samples(self._attempts, request, lines, client, record, call.runs, trace)
+            return run_samples(self._attempts, request, lines, client, record, call.runs, trace)
         run = Run(request, lines, client, record, trace=trace)
         call.runs.append(run)
-        return await self._attempts.run(run)
+        return self._attempts.run(run)
 
     def _completed(self, call: _Call, relayed: Relayed) -> None:
         record, usage = call.record, relayed.usage
