@@ -29,6 +29,8 @@ settings.register_profile("full", **UNHURRIED)
 settings.register_profile("fast", max_examples=25, **UNHURRIED)
 settings.load_profile("full")
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of two xdist processes spin for minutes
+
 pytest.register_assert_rewrite("tests.faults", "tests.support")
 
 _unmarked: list[str] = []
