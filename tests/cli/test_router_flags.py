@@ -94,6 +94,7 @@ SAMPLES = {
 }
 
 
+@pytest.mark.slow
 def test_every_flag_is_taken_or_refused_by_name(balance: Balance) -> None:
     wrong = []
     for name, nargs in parsed().items():

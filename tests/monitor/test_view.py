@@ -73,6 +73,7 @@ def test_a_live_frame_fills_the_screen_exactly() -> None:
         assert {len(rows) for rows in frames} == {size[1]}, (name, size)
 
 
+@pytest.mark.slow
 def test_any_other_size_fits_too() -> None:
     columns = (1, 2, 20, 39, 40, 79, 81, 103, 104, 111, 112, 149, 150, 169, 170, 400)
     for size in itertools.product(columns, (1, 2, 4, 5, 6, 9, 10, 19, 20, 24, 200)):
@@ -205,6 +206,7 @@ def test_pairs_sorted_by_rate_are_listed_highest_first() -> None:
     assert pairs[:3] == ["prefill-31>decode-31", "prefill-31>decode-30", "prefill-31>decode-29"]
 
 
+@pytest.mark.slow
 def test_a_large_fleet_is_summed_by_role_and_scrolls() -> None:
     state = large_fleet()
     text = text_of(state, (120, 40))

@@ -70,12 +70,14 @@ async def test_known_costs_come_back() -> None:
     assert model.fit_error < 0.02
 
 
+@pytest.mark.slow
 async def test_kernels_that_compute_a_known_prefix_again_are_told_apart() -> None:
     model = (await calibrated(Costs(prefill=(0.02, 2e-4, 1e-7, 3e-7)))).model
     assert (model.prefill_pair_s, model.prefill_reread_s) == pytest.approx((1e-7, 3e-7), rel=0.05)
     assert (await calibrated(Costs())).model.prefill_reread_s < 1e-9
 
 
+@pytest.mark.slow
 async def test_noise_and_rows_hit_by_others_move_the_model_little() -> None:
     costs = Costs(noise=0.05)
     calibration = await calibrated(costs, decode=2, budget_s=4.0)
