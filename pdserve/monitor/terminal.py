@@ -76,7 +76,8 @@ class Terminal:
 
     def _take(self) -> None:
         mode = termios.tcgetattr(self.input_fd)
-        mode[3] &= ~(termios.ECHO | termios.ICANON)
+        # NOFLSH: at Ctrl-C the kernel would else drop what is not yet read, in the middle of a sequence
+        mode[3] = mode[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH
         mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
         if not self._can_suspend:
             mode[6][termios.VSUSP] = bytes([os.fpathconf(self.input_fd, "PC_VDISABLE") & 0xFF])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import termios
 
 import pytest
 
@@ -67,6 +68,8 @@ def test_signals_end_it_with_the_terminal_restored(number: signal.Signals) -> No
 def test_ctrl_c_typed_ends_it() -> None:
     with monitored(recorded("healthy")) as (session, _):
         session.shows("prefill-0")
+        local = termios.tcgetattr(session.slave)[3]
+        assert local & termios.NOFLSH  # the kernel would drop unread output, in the middle of a sequence
         session.press("\x03")
         session.end(130)
 
