@@ -151,6 +151,8 @@ class Step:
     source: StagingSlab | None = None
     window: StagingSlab | None = None
     is_direct: bool = False
+    is_settled: bool = False
+    """The posted write is over: the transport neither reads its source nor writes its target any more."""
 
 
 class WriteStage(enum.Enum):

@@ -51,6 +51,7 @@ class Outbox:
         self._gate = gate
         self._send_control = send_control
         self._credit_timeout_s = credit_timeout_s
+        self._sweep_every_s = min(1.0, credit_timeout_s / 4)
         self._peers: dict[PeerName, PeerLink] = {}
         self._queues: dict[PeerName, deque[RankWrites]] = {}
         self._active: list[RankWrites] = []
@@ -102,7 +103,7 @@ class Outbox:
 
     def _run(self) -> None:
         pause_s, has_moved = POLL_S[0], False
-        next_sweep_s = time.monotonic() + 1.0
+        next_sweep_s = 0.0
         while True:
             with self._wake:
                 if not has_moved and not self._mail and not self._is_closing:
@@ -118,11 +119,11 @@ class Outbox:
             has_moved |= self._reap()
             pause_s = POLL_S[0] if has_moved else min(POLL_S[1], pause_s * 2)
             if time.monotonic() >= next_sweep_s:
-                next_sweep_s = time.monotonic() + 1.0
+                next_sweep_s = time.monotonic() + self._sweep_every_s
                 self._guarded(self._sweep)
 
     def _idle_wait_s(self) -> float | None:
-        return 1.0 if any(peer.window.num_held for peer in self._peers.values()) else None
+        return self._sweep_every_s if any(peer.window.num_held for peer in self._peers.values()) else None
 
     @staticmethod
     def _guarded(action: Callable[[], None]) -> None:
@@ -225,10 +226,9 @@ class Outbox:
         except Exception as exc:
             if not isinstance(exc, PdserveError):
                 logger.exception("room=%s: unexpected transfer error", writes.job.room)
-            with contextlib.suppress(ValueError):
-                writes.in_flight.remove(step)
             if isinstance(exc, PeerLost) and exc.may_have_written:
                 writes.job.may_have_written = True
+            self._runner.give_up(peer, writes, step)
             writes.job.fail(str(exc))
             return True
 

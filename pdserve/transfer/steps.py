@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +19,15 @@ from pdserve.transfer.jobs import RankWrites, Step, WriteStage
 from pdserve.transfer.messages import Arrival, Credit, SlabPiece, encode
 from pdserve.transfer.peer import PeerLink
 from pdserve.transfer.plan import Path
+
+
+@dataclass(slots=True)
+class _Due:
+    """A piece of a peer's window whose credit has not come."""
+
+    writes: RankWrites
+    settled_s: float | None = None
+    """Since when (monotonic) its write is over; None while its bytes may still land."""
 
 
 class StepRunner:
@@ -34,7 +44,7 @@ class StepRunner:
         self._slab_address = slab_address
         self._ring = StagingRing(slab_bytes)
         self._num_sent: dict[tuple[int, PeerName], int] = defaultdict(int)
-        self._credits_due: dict[tuple[PeerName, int], tuple[RankWrites, float]] = {}
+        self._credits_due: dict[tuple[PeerName, int], _Due] = {}
 
     def post_next(self, peer: PeerLink, writes: RankWrites) -> bool:
         """Post the next write; False if it must wait for slab space."""
@@ -53,24 +63,26 @@ class StepRunner:
         return True
 
     def reap(self, peer: PeerLink | None, writes: RankWrites, step: Step) -> bool:
-        """Post a gathered piece, or collect a finished write. True if something moved."""
+        """Post a gathered piece, or collect a finished write. True if something moved.
+
+        After an error the caller gives the step up (``give_up``).
+        """
         if step.handle is None:
             assert step.gathered is not None
             if not step.gathered.is_done():
                 return False
             if peer is None or writes.job.has_failed:
-                self._abandon(peer, writes, step)
+                self.give_up(peer, writes, step)
             else:
                 self._post_piece(peer, writes, step)
             return True
         state = self._engine.poll(step.handle)
         if state is TransferState.PENDING:
             return False
-        writes.in_flight.remove(step)
-        if step.source is not None:
-            self._ring.free(step.source)
+        self._settle(writes, step)
         if state is TransferState.FAILED:
             raise PeerLost(f"a write to decode rank {writes.target.peer} failed")
+        self._release(writes, step)
         now_s = time.perf_counter()
         if step.is_direct and peer is not None and writes.plan is not None and not writes.is_mixed:
             peer.costs.observe(Path.DIRECT, writes.num_planned, writes.plan.nbytes, now_s - writes.started_s)
@@ -84,12 +96,15 @@ class StepRunner:
         Args:
             now_s: when the credit came (perf_counter).
         """
+        if credit.window != peer.offer.window:
+            return  # of a window that this rank held before: its generations are others
         for generation in credit.generations:
             if not peer.window.free_generation(generation):
                 continue
-            writes, _ = self._credits_due.pop((peer.name, generation), (None, 0.0))
-            if writes is None:
+            due = self._credits_due.pop((peer.name, generation), None)
+            if due is None:
                 continue
+            writes = due.writes
             writes.num_credits_due -= 1
             if writes.num_credits_due or writes.stage is WriteStage.PAYLOAD or writes.is_mixed:
                 continue
@@ -98,19 +113,46 @@ class StepRunner:
                 peer.costs.observe(Path.PACKED, writes.num_planned, writes.plan.nbytes, seconds)
 
     def overdue(self, peer: PeerLink, before_s: float) -> list[int]:
-        """Generations of this peer's window posted before ``before_s`` (monotonic) and not credited yet.
+        """Uncredited generations of this peer's window whose write was over at ``before_s`` (monotonic).
 
-        Each is reported again only after as long again.
+        A write in flight may still land, so its piece is never among them. Each is
+        reported again only after as long again.
         """
-        found = [
-            generation
-            for (name, generation), (_, since_s) in self._credits_due.items()
-            if name == peer.name and since_s < before_s
-        ]
-        for generation in found:
-            writes, _ = self._credits_due[peer.name, generation]
-            self._credits_due[peer.name, generation] = (writes, time.monotonic())
+        found = []
+        for (name, generation), due in self._credits_due.items():
+            if name == peer.name and due.settled_s is not None and due.settled_s < before_s:
+                due.settled_s = time.monotonic()
+                found.append(generation)
         return found
+
+    def give_up(self, peer: PeerLink | None, writes: RankWrites, step: Step) -> None:
+        """Nothing more is done for a step: its gather or its write is over, or its post was refused."""
+        self._release(writes, step)
+        if step.window is None or step.handle is not None:
+            return
+        key = (writes.target.peer, step.window.generation)
+        if key in self._credits_due and writes.job.may_have_written:
+            self._settle(writes, step)  # bytes of a refused post may still land: asked back, much later
+        elif peer is not None:
+            peer.window.free_generation(step.window.generation)
+            if self._credits_due.pop(key, None) is not None:
+                writes.num_credits_due -= 1
+
+    def _release(self, writes: RankWrites, step: Step) -> None:
+        if step in writes.in_flight:
+            writes.in_flight.remove(step)
+        # While a post's outcome is unknown the transport may still read the source.
+        if step.source is not None and (step.handle is None or step.is_settled):
+            self._ring.free(step.source)
+            step.source = None
+
+    def _settle(self, writes: RankWrites, step: Step) -> None:
+        step.is_settled = True
+        if step.window is None:
+            return
+        due = self._credits_due.get((writes.target.peer, step.window.generation))
+        if due is not None:  # its credit may have come before the write was polled
+            due.settled_s = time.monotonic()
 
     def forget(self, writes: RankWrites) -> None:
         """The writes are over: drop the room's message count after its last chunk or its failure."""
@@ -213,7 +255,7 @@ class StepRunner:
         source = np.array([[self._slab_address + step.source.offset, nbytes, self._device]], dtype=np.uint64)
         address = peer.offer.window_address + step.window.offset
         target = np.array([[address, nbytes, peer.offer.device]], dtype=np.uint64)
-        self._credits_due[peer.name, step.window.generation] = (writes, time.monotonic())
+        self._credits_due[peer.name, step.window.generation] = _Due(writes)
         writes.num_credits_due += 1
         step.handle = self._engine.write_spans(
             peer.name, source, target, (self._kind, peer.offer.kind), encode(step.message)
@@ -235,16 +277,6 @@ class StepRunner:
         writes.is_mixed = True
         self._post_direct(peer, writes)
         return True
-
-    def _abandon(self, peer: PeerLink | None, writes: RankWrites, step: Step) -> None:
-        """A piece that was gathered but must not be posted any more."""
-        writes.in_flight.remove(step)
-        if step.source is not None:
-            self._ring.free(step.source)
-        # After a refused post bytes may still land in the window: leave the piece to ``overdue``.
-        if peer is not None and step.window is not None and not writes.job.may_have_written:
-            peer.window.free_generation(step.window.generation)
-            self._credits_due.pop((peer.name, step.window.generation), None)
 
     @staticmethod
     def _count(writes: RankWrites, *, post_s: float, num_descriptors: int) -> None:

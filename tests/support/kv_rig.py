@@ -6,6 +6,9 @@ control messages are handed over in memory, as the ZMQ socket would.
 
 from __future__ import annotations
 
+import enum
+import itertools
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -14,17 +17,75 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pdserve.kv.coalesce import HostPageCopier
-from pdserve.kv.layout import PagedRegions
+from pdserve.kv.coalesce import Completion, HostPageCopier, PageCopier, Piece
+from pdserve.kv.layout import PagedRegions, PageIds
 from pdserve.transfer.engine import MemoryKind, PeerName, TransferEngine
 from pdserve.transfer.inbox import Inbox
 from pdserve.transfer.jobs import ChunkJob, Target
 from pdserve.transfer.messages import Credit, PeerOffer, Void, Window
 from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import RankPool, connect_peer, page_blocks
+from pdserve.transfer.plan import Path
 from pdserve.transfer.steps import StepRunner
+from tests.support.loopback import LoopbackFabric
 
 AUX_BYTES = 64
+
+
+class Pace(enum.Enum):
+    """When copies and writes are over."""
+
+    AT_ONCE = enum.auto()
+    LATE_COPIES = enum.auto()
+    """A copy moves its bytes at its third look, as a stream of a GPU does."""
+    ANY_ORDER = enum.auto()
+    """Copies and writes are over after any number of looks, so in any order."""
+
+
+PACE = Pace.AT_ONCE
+"""Of the rigs made from now on; a test sets it with monkeypatch."""
+
+
+def make_fabric() -> LoopbackFabric:
+    """A fabric whose writes complete at ``PACE``."""
+    return LoopbackFabric(order=random.Random(11) if PACE is Pace.ANY_ORDER else None)
+
+
+def make_copier(regions: PagedRegions) -> PageCopier:
+    """A copier whose copies complete at ``PACE``."""
+    if PACE is Pace.AT_ONCE:
+        return HostPageCopier(regions)
+    rng = random.Random(7)
+    return LateCopier(regions, (lambda: 3) if PACE is Pace.LATE_COPIES else (lambda: rng.randrange(5)))
+
+
+class LateCopier(HostPageCopier):
+    """Copies when its completion has been looked at as often as ``looks`` says, 0: at once."""
+
+    def __init__(self, regions: PagedRegions, looks: Callable[[], int]) -> None:
+        super().__init__(regions)
+        self._looks = looks
+
+    def gather_pages(self, pages: PageIds, piece: Piece, slab_address: int) -> Completion:
+        copy = super().gather_pages
+        return _LateCopy(self._looks(), lambda: copy(pages, piece, slab_address))
+
+    def scatter_pages(self, pages: PageIds, piece: Piece, slab_address: int) -> Completion:
+        copy = super().scatter_pages
+        return _LateCopy(self._looks(), lambda: copy(pages, piece, slab_address))
+
+
+class _LateCopy:
+    def __init__(self, looks: int, copy: Callable[[], object]) -> None:
+        self._looks, self._copy = looks, copy
+        self._is_copied = False
+
+    def is_done(self) -> bool:
+        self._looks -= 1
+        if self._looks <= 0 and not self._is_copied:
+            self._is_copied = True
+            self._copy()
+        return self._is_copied
 
 
 @dataclass(frozen=True)
@@ -40,6 +101,9 @@ class Geometry:
     gap_bytes: int = 0
     tp_size: int = 1
     tp_rank: int = 0
+
+
+SAME = Geometry()
 
 
 class Pool:
@@ -162,7 +226,7 @@ class DecodeRank:
         self.owner = Owner()
         self.prefills: dict[int, PrefillRank] = {}
         self.inbox = Inbox(
-            engine, HostPageCopier(self.pool.regions), self.owner, self._credit,
+            engine, make_copier(self.pool.regions), self.owner, self._credit,
             arrival_timeout_s=arrival_timeout_s,
         )  # fmt: skip
         self.num_credit_messages = 0
@@ -207,7 +271,7 @@ class PrefillRank:
         self.max_piece_bytes = max_piece_bytes
         self.peers: dict[PeerName, DecodeRank] = {}
         self.runner = StepRunner(
-            engine, HostPageCopier(self.pool.regions), rank=rank, kind=MemoryKind.DRAM, device=0,
+            engine, make_copier(self.pool.regions), rank=rank, kind=MemoryKind.DRAM, device=0,
             slab_address=self.slab.ctypes.data, slab_bytes=slab_bytes,
         )  # fmt: skip
         self.outbox = Outbox(self.runner, self.gate, self._void, credit_timeout_s=credit_timeout_s)
@@ -249,3 +313,77 @@ def wait_until(
         assert time.monotonic() < deadline_s, "condition not reached in time"
         poll()
         time.sleep(0.0005)
+
+
+class Rig:
+    """One prefill and one decode rank on a loopback fabric."""
+
+    def __init__(
+        self, seed: int = 0, source: Geometry = SAME, target: Geometry = SAME, **kwargs: object
+    ) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.fabric = make_fabric()
+        decode_kwargs = {k: kwargs.pop(k) for k in ("arrival_timeout_s",) if k in kwargs}
+        slab = kwargs.pop("window_bytes", 1 << 19)
+        self.decode = DecodeRank(
+            self.fabric.engine("d"),
+            target,
+            self.rng,
+            slab_bytes=2 * int(str(slab)),
+            **decode_kwargs,  # type: ignore[arg-type]
+        )
+        self.prefill = PrefillRank(self.fabric.engine("p"), source, self.rng, **kwargs)  # type: ignore[arg-type]
+        self.peer = self.prefill.connect(self.decode)
+        self.prefill.outbox.start()
+
+    def close(self) -> None:
+        self.prefill.outbox.close()
+
+    def send(
+        self, room: int, num_tokens: int, *, path: Path | None = None, chunks: int = 1,
+        within: range | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """Submit a room in ``chunks`` chunks from random pages to random pages, these ``within`` a range."""
+        size, target_size = self.prefill.geometry.page_size, self.decode.geometry.page_size
+        source = self.rng.permutation(np.arange(1, self.prefill.geometry.num_pages))[: -(-num_tokens // size)]
+        allowed = within or range(1, self.decode.geometry.num_pages)
+        target = self.rng.permutation(np.array(allowed))[: -(-num_tokens // target_size)]
+        source, target = source.astype(np.int32), target.astype(np.int32)
+        self.decode.inbox.expect(room, target)
+        bounds = [len(source) * part // chunks for part in range(chunks + 1)]
+        for begin, end in itertools.pairwise(bounds):
+            is_last = end == len(source)
+            aux = self.decode.pool.aux_span(2) if is_last else None
+            self.prefill.outbox.submit(
+                self.prefill.job(
+                    room,
+                    source[begin:end],
+                    begin * size,
+                    is_last,
+                    [Target(self.peer, target, aux)],
+                    forced_path=path,
+                )
+            )
+        return source, target
+
+    def receive(self, *rooms: int) -> None:
+        wait_until(
+            lambda: all(self.decode.owner.arrived[room] for room in rooms), poll=self.decode.inbox.poll
+        )
+
+    def check(self, source: np.ndarray, target: np.ndarray, num_tokens: int) -> None:
+        for region in range(self.prefill.geometry.num_regions):
+            np.testing.assert_array_equal(
+                self.prefill.pool.tokens(region, source, num_tokens),
+                self.decode.pool.tokens(region, target, num_tokens),
+            )
+        np.testing.assert_array_equal(self.prefill.pool.aux[1], self.decode.pool.aux[2])
+
+    def settle(self) -> None:
+        """Nothing is held any more, on either side."""
+        wait_until(
+            lambda: self.prefill.outbox.is_idle and not self.prefill.outbox.held_window_bytes(),
+            poll=self.decode.inbox.poll,
+        )
+        assert self.prefill.runner._ring.held_bytes == 0
+        assert not any(self.prefill.gate.outstanding.values())

@@ -6,6 +6,7 @@ A test can reorder, repeat or lose messages, fail a write, or keep it pending. H
 from __future__ import annotations
 
 import ctypes
+import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ class LoopbackFaults:
     """``arrivals`` gives the newest message first."""
     refuses: Callable[[bytes], bool] = lambda message: False
     """Posting raises PeerLost for these, after nothing was copied."""
+    refusal_may_have_written: bool = False
+    """What such a PeerLost says."""
 
 
 @dataclass(slots=True)
@@ -54,6 +57,8 @@ class LoopbackFabric:
     num_writes: int = 0
     num_descriptors: int = 0
     """Spans written so far, neighbours merged as NIXL does."""
+    order: random.Random | None = None
+    """Draws after how many polls each write completes; None: at the first."""
 
     def engine(self, name: str) -> LoopbackEngine:
         """A new engine on this fabric."""
@@ -68,6 +73,7 @@ class _Write:
     source_spans: Spans
     target_spans: Spans
     message: bytes
+    polls: int = 0
     state: TransferState = TransferState.PENDING
 
 
@@ -140,6 +146,9 @@ class LoopbackEngine:
         faults = self._fabric.faults
         if write.state is not TransferState.PENDING or faults.is_held or faults.holds(write.message):
             return write.state
+        if write.polls > 0:
+            write.polls -= 1
+            return write.state
         if self._fabric.engines.get(write.target.name) is not write.target or faults.fails(write.message):
             write.state = TransferState.FAILED
             return write.state
@@ -166,14 +175,16 @@ class LoopbackEngine:
     def _post(self, peer: PeerName, source: Spans, target: Spans, message: bytes) -> TransferHandle:
         engine = self._fabric.engines.get(peer)
         if engine is None or self._fabric.faults.refuses(message):
-            raise PeerLost(f"loopback refused a write to {peer}")
+            may_have_written = engine is not None and self._fabric.faults.refusal_may_have_written
+            raise PeerLost(f"loopback refused a write to {peer}", may_have_written=may_have_written)
         if not np.array_equal(source[:, 1], target[:, 1]):
             raise ValueError("source and target spans differ in length")
         for spans, owner in ((source, self), (target, engine)):
             owner._check(spans)
         self._fabric.num_writes += 1
         self._fabric.num_descriptors += num_merged(source, target)
-        return TransferHandle(_Write(engine, source.copy(), target.copy(), message))
+        polls = self._fabric.order.randrange(8) if self._fabric.order is not None else 0
+        return TransferHandle(_Write(engine, source.copy(), target.copy(), message, polls))
 
     def _check(self, spans: Spans) -> None:
         for address, nbytes, _ in spans.tolist():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,84 +11,15 @@ from pdserve.transfer.engine import PeerName
 from pdserve.transfer.jobs import Target
 from pdserve.transfer.messages import decode_arrival
 from pdserve.transfer.plan import Path
-from tests.support.kv_rig import DecodeRank, Geometry, PrefillRank, wait_until
-from tests.support.loopback import LoopbackFabric
+from tests.support import kv_rig
+from tests.support.kv_rig import SAME, DecodeRank, Geometry, Pace, PrefillRank, Rig, make_fabric, wait_until
 from tests.support.rows import rows
 
-SAME = Geometry()
 
-
-class Rig:
-    """One prefill and one decode rank on a loopback fabric."""
-
-    def __init__(
-        self, seed: int = 0, source: Geometry = SAME, target: Geometry = SAME, **kwargs: object
-    ) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.fabric = LoopbackFabric()
-        decode_kwargs = {k: kwargs.pop(k) for k in ("arrival_timeout_s",) if k in kwargs}
-        slab = kwargs.pop("window_bytes", 1 << 19)
-        self.decode = DecodeRank(
-            self.fabric.engine("d"),
-            target,
-            self.rng,
-            slab_bytes=2 * int(str(slab)),
-            **decode_kwargs,  # type: ignore[arg-type]
-        )
-        self.prefill = PrefillRank(self.fabric.engine("p"), source, self.rng, **kwargs)  # type: ignore[arg-type]
-        self.peer = self.prefill.connect(self.decode)
-        self.prefill.outbox.start()
-
-    def close(self) -> None:
-        self.prefill.outbox.close()
-
-    def send(self, room: int, num_tokens: int, *, path: Path | None = None, chunks: int = 1,
-             ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """Submit a room in ``chunks`` chunks from random pages to random pages."""
-        size, target_size = self.prefill.geometry.page_size, self.decode.geometry.page_size
-        source = self.rng.permutation(np.arange(1, self.prefill.geometry.num_pages))[: -(-num_tokens // size)]
-        target = self.rng.permutation(np.arange(1, self.decode.geometry.num_pages))[
-            : -(-num_tokens // target_size)
-        ]
-        source, target = source.astype(np.int32), target.astype(np.int32)
-        self.decode.inbox.expect(room, target)
-        bounds = [len(source) * part // chunks for part in range(chunks + 1)]
-        for begin, end in itertools.pairwise(bounds):
-            is_last = end == len(source)
-            aux = self.decode.pool.aux_span(2) if is_last else None
-            self.prefill.outbox.submit(
-                self.prefill.job(
-                    room,
-                    source[begin:end],
-                    begin * size,
-                    is_last,
-                    [Target(self.peer, target, aux)],
-                    forced_path=path,
-                )
-            )
-        return source, target
-
-    def receive(self, *rooms: int) -> None:
-        wait_until(
-            lambda: all(self.decode.owner.arrived[room] for room in rooms), poll=self.decode.inbox.poll
-        )
-
-    def check(self, source: np.ndarray, target: np.ndarray, num_tokens: int) -> None:
-        for region in range(self.prefill.geometry.num_regions):
-            np.testing.assert_array_equal(
-                self.prefill.pool.tokens(region, source, num_tokens),
-                self.decode.pool.tokens(region, target, num_tokens),
-            )
-        np.testing.assert_array_equal(self.prefill.pool.aux[1], self.decode.pool.aux[2])
-
-    def settle(self) -> None:
-        """Nothing is held any more, on either side."""
-        wait_until(
-            lambda: self.prefill.outbox.is_idle and not self.prefill.outbox.held_window_bytes(),
-            poll=self.decode.inbox.poll,
-        )
-        assert self.prefill.runner._ring.held_bytes == 0
-        assert not any(self.prefill.gate.outstanding.values())
+@pytest.fixture(autouse=True, params=list(Pace))
+def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file runs with copies and writes that are over at once, late, and in any order."""
+    monkeypatch.setattr(kv_rig, "PACE", request.param)
 
 
 @pytest.fixture
@@ -165,7 +95,7 @@ def test_other_geometry_is_converted_while_scattering(source: Geometry, target: 
 
 def test_fewer_decode_ranks_collect_heads_of_all_prefill_ranks() -> None:
     rng = np.random.default_rng(5)
-    fabric = LoopbackFabric()
+    fabric = make_fabric()
     decode = DecodeRank(fabric.engine("d"), Geometry(num_kv_heads=4, total_kv_heads=4), rng)
     ranks = [
         PrefillRank(
@@ -306,13 +236,14 @@ def test_a_full_window_waits_for_credits_when_only_packed_works() -> None:
         rig.close()
 
 
-def test_a_peer_that_refuses_posts_fails_its_room_and_leaves_others_alone(rig: Rig) -> None:
+@pytest.mark.parametrize("path", [Path.DIRECT, Path.PACKED])
+def test_a_peer_that_refuses_posts_fails_its_room_and_leaves_others_alone(rig: Rig, path: Path) -> None:
     rig.fabric.faults.refuses = lambda message: decode_arrival(message).room == 1
-    rig.send(1, 60)
-    source, target = rig.send(2, 60)
+    rig.send(1, 60, path=path)
+    source, target = rig.send(2, 60, path=path)
     rig.receive(2)
     rig.check(source, target, 60)
-    assert 1 in rig.prefill.gate.failures
+    wait_until(lambda: 1 in rig.prefill.gate.failures)
     rig.settle()
 
 
@@ -346,23 +277,27 @@ def test_a_chunk_waits_for_its_forward_pass_without_holding_up_other_rooms(rig: 
     rig.receive(1)
 
 
-def test_peers_take_turns() -> None:
+def test_peers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
-    fabric = LoopbackFabric()
+    fabric = make_fabric()
     prefill = PrefillRank(fabric.engine("p"), SAME, rng, max_piece_bytes=500)
     decodes = [DecodeRank(fabric.engine(f"d{number}"), SAME, rng) for number in range(2)]
     peers = [prefill.connect(decode) for decode in decodes]
-    order: list[str] = []
-    fabric.faults.refuses = lambda message: order.append(str(decode_arrival(message).room)) is not None
-    pages = np.arange(1, 31, dtype=np.int32)
+    order: list[int] = []
+    gather = prefill.runner._copier.gather_pages
+    monkeypatch.setattr(
+        prefill.runner._copier, "gather_pages",
+        lambda pages, *args: (order.append(int(pages[0])), gather(pages, *args))[1],
+    )  # fmt: skip
     for room, (peer, decode) in enumerate(zip(peers, decodes, strict=True), start=1):
+        pages = np.arange(room, room + 30, dtype=np.int32)
         decode.inbox.expect(room, pages)
         target = Target(peer, pages, decode.pool.aux_span(2))
         prefill.outbox.submit(prefill.job(room, pages, 0, True, [target], forced_path=Path.PACKED))
     prefill.outbox.start()
     wait_until(lambda: len(prefill.gate.done) == 2)
     prefill.outbox.close()
-    assert order[:6] in (["1", "2"] * 3, ["2", "1"] * 3)
+    assert order[:6] in ([1, 2] * 3, [2, 1] * 3)
 
 
 def test_an_error_nobody_foresaw_ends_its_own_room_and_no_other(

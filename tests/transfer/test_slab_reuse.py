@@ -1,0 +1,58 @@
+"""A slab piece is used again once nothing of its old use can arrive any more, and never before."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from pdserve.transfer.messages import decode_arrival
+from pdserve.transfer.plan import Path
+from tests.support import kv_rig
+from tests.support.kv_rig import Geometry, Pace, Rig, wait_until
+
+
+def test_a_piece_is_not_asked_back_while_its_write_is_in_flight() -> None:
+    """Else its late bytes would lie in another room's piece, which is then reported complete."""
+    rig = Rig(credit_timeout_s=0.02, max_piece_bytes=4096, window_bytes=1 << 14)
+    try:
+        stalled, voids = {1}, []
+        rig.fabric.faults.holds = lambda message: decode_arrival(message).room in stalled
+        void = rig.decode.inbox.void
+        rig.decode.inbox.void = lambda message: (voids.append(message), void(message))[1]
+        first = rig.send(1, 60, path=Path.PACKED, within=range(1, 20))
+        wait_until(lambda: rig.fabric.num_writes >= 2)
+        time.sleep(0.05)  # longer than the time-out; a sweep comes within it
+        second = rig.send(2, 60, path=Path.PACKED, within=range(20, 40))
+        wait_until(lambda: any(job.room == 2 for job in rig.prefill.gate.done))
+        stalled.clear()
+        wait_until(lambda: len(rig.prefill.gate.done) == 2)
+        rig.receive(2)
+        rig.check(*second, 60)
+        assert not voids
+        rig.receive(1)
+        rig.check(*first, 60)
+        rig.settle()
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("may_have_written", [False, True])
+def test_a_post_refused_after_a_late_gather_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, may_have_written: bool
+) -> None:
+    """On a GPU the post comes after the gather, in another turn of the loop."""
+    monkeypatch.setattr(kv_rig, "PACE", Pace.LATE_COPIES)
+    rig = Rig(target=Geometry(page_size=8), slab_bytes=1 << 13, window_bytes=1 << 13, credit_timeout_s=0.02)
+    try:
+        rig.fabric.faults.refuses = lambda message: decode_arrival(message).room == 1
+        rig.fabric.faults.refusal_may_have_written = may_have_written
+        rig.send(1, 60)
+        wait_until(lambda: 1 in rig.prefill.gate.failures)
+        for room in range(2, 10):
+            pages = rig.send(room, 60)
+            rig.receive(room)
+            rig.check(*pages, 60)
+        rig.settle()
+    finally:
+        rig.close()
