@@ -81,7 +81,7 @@ class JsonApi:
             return answer.with_headers((b"allow", allowed.encode()))
         return None
 
-    def error(self, path: str, status: int, message: str) -> Answer:
+    def error(self, client: IncomingRequest | None, status: int, message: str) -> Answer:
         """Return an error of HTTP itself."""
         return error_answer(status, message)
 

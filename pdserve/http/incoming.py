@@ -7,8 +7,8 @@ connection that the request came by.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 from pdserve.errors import PdserveError
@@ -81,7 +81,6 @@ class IncomingRequest:
     """
 
     __slots__ = (
-        "_is_chunked",
         "_writer",
         "body",
         "endpoint",
@@ -90,6 +89,7 @@ class IncomingRequest:
         "has_finished",
         "has_left",
         "headers",
+        "is_http_1_0",
         "keep_alive",
         "lines",
         "method",
@@ -124,7 +124,7 @@ class IncomingRequest:
         self.has_left = False
         self.on_left: Callable[[], None] | None = None
         self.on_writable: Callable[[], None] | None = None
-        self._is_chunked = not is_http_1_0
+        self.is_http_1_0 = is_http_1_0
         self._writer = writer
 
     @property
@@ -156,19 +156,19 @@ class IncomingRequest:
     def begin(self, status: int, headers: Headers) -> None:
         """Send the head of an answer whose length is not known."""
         self.has_begun = True
-        if not self._is_chunked:
+        if self.is_http_1_0:
             self.keep_alive = False  # its end is the connection's
         rest = self._writer.date_line() + self.lines
         if not self.keep_alive:
             rest += CLOSE_LINE
-        if self._is_chunked:
+        if not self.is_http_1_0:
             rest += CHUNKED_LINE
         self._writer.send(render_head(status, (*headers, *self.extra), rest=rest))
 
     def push(self, data: bytes) -> bool:
         """Send one piece, as it is; False if the next should wait for ``on_writable``."""
         if data:
-            self._writer.send(render_chunk(data) if self._is_chunked else data)
+            self._writer.send(data if self.is_http_1_0 else render_chunk(data))
         return not self._writer.is_paused
 
     async def write(self, data: bytes) -> None:
@@ -180,7 +180,7 @@ class IncomingRequest:
         """End the answer."""
         self.push(last)
         self.has_finished = True
-        if self._is_chunked:
+        if not self.is_http_1_0:
             self._writer.send(LAST_CHUNK)
         self._writer.on_finished(self.keep_alive)
 
@@ -201,6 +201,22 @@ class IncomingRequest:
         """The client has read what was held up."""
         if self.on_writable is not None:
             self.on_writable()
+
+
+class Application(Protocol):
+    """Answers requests; implemented outside of this package."""
+
+    def refuse(self, client: IncomingRequest) -> Answer | None:
+        """Return an error, or None to go on; called once the head is there and before the body."""
+        ...
+
+    def error(self, client: IncomingRequest | None, status: int, message: str) -> Answer:
+        """Return an error of HTTP itself, as ``client`` expects it; None: its head was not read."""
+        ...
+
+    def serve(self, client: IncomingRequest) -> Awaitable[object]:
+        """Answer the whole request, unless the client leaves."""
+        ...
 
 
 class CancelOnDisconnect:

@@ -12,9 +12,9 @@ import socket
 import ssl
 from email.utils import formatdate
 
-from pdserve.http.incoming import IncomingRequest
+from pdserve.http.incoming import Application, IncomingRequest
 from pdserve.http.limits import ServerLimits
-from pdserve.http.server_connection import Application, ServerConnection, ServerState
+from pdserve.http.server_connection import ServerConnection, ServerState
 from pdserve.http.sockets import BACKLOG
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class HttpServer:
         except Exception:
             logger.exception("%s %s failed", client.method, client.path)
             if not client.has_begun:
-                await client.answer(application.error(client.path, 500, INTERNAL))
+                await client.answer(application.error(client, 500, INTERNAL))
         finally:
             self._tasks.discard(client.task)
             if not client.has_finished:

@@ -12,36 +12,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import httptools
 
 from pdserve.http.answer import Answer
-from pdserve.http.incoming import IncomingRequest, ResponseWriter
+from pdserve.http.incoming import Application, IncomingRequest, ResponseWriter
 from pdserve.http.limits import KEEP_ALIVE_S, NEVER, ServerLimits
 from pdserve.http.sockets import tune
-from pdserve.http.wire import CLOSE_LINE, CONTINUE, render_answer
+from pdserve.http.wire import (
+    CLOSE_LINE,
+    CONTINUE,
+    HERE,
+    read_target,
+    render_answer,
+    render_without_upgrade,
+)
 
 LINGER_S = 2.0
 """How long a refused client may take to stop sending; a reset in its face would eat our answer."""
-
-
-class Application(Protocol):
-    """Answers requests; implemented outside of this package."""
-
-    def refuse(self, client: IncomingRequest) -> Answer | None:
-        """Return an error, or None to go on; called once the head is there and before the body."""
-        ...
-
-    def error(self, path: str, status: int, message: str) -> Answer:
-        """Return an error of HTTP itself, as clients of ``path`` (empty: unknown) expect it."""
-        ...
-
-    def serve(self, client: IncomingRequest) -> Awaitable[object]:
-        """Answer the whole request, unless the client leaves."""
-        ...
 
 
 @dataclass(slots=True)
@@ -83,6 +74,7 @@ class ServerConnection(asyncio.Protocol):
         self._due_s = NEVER
         self._serving: IncomingRequest | None = None
         self._pipeline: deque[IncomingRequest] = deque()
+        self._owes_continue = False
         self._is_deaf = False
         self._is_lingering = False
         self._unread_bytes = 0
@@ -140,6 +132,7 @@ class ServerConnection(asyncio.Protocol):
                 self._writer.transport.resume_reading()
         else:
             self.deadline_s = self._server.now() + KEEP_ALIVE_S
+            self._tell_to_continue()
 
     # -- asyncio.Protocol --------------------------------------------------------------------
 
@@ -189,9 +182,7 @@ class ServerConnection(asyncio.Protocol):
             return
         self._read_bytes, self._has_begun = len(data), False
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._stop_reading()  # the request itself is served; we speak nothing else afterwards
+            self._parse(data)
         except httptools.HttpParserError as exc:
             if not self._is_deaf:
                 self._refuse(self._error(400, f"this is not valid HTTP: {exc}"))
@@ -199,6 +190,29 @@ class ServerConnection(asyncio.Protocol):
             # Of a read in which the head began, only a part is head.
             self._head_bytes = self._measure_head() if self._has_begun else self._head_bytes + len(data)
             self._check_head(self._head_bytes)
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        """Feed the parser. An offer to upgrade is ignored (RFC 9110 §7.8): its head is read again without.
+
+        Otherwise the parser would take the body for another protocol's bytes.
+        """
+        while not self._is_deaf:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as exc:
+                if self._is_deaf:
+                    return
+                data = memoryview(data)[exc.args[0] :]
+                former, self._parser = self._parser, httptools.HttpRequestParser(self)
+                head = render_without_upgrade(
+                    former.get_method(),
+                    self._url,
+                    former.get_http_version(),
+                    self._headers,
+                    keep_alive=former.should_keep_alive(),
+                )
+                self._parser.feed_data(head)
 
     # -- httptools ---------------------------------------------------------------------------
 
@@ -230,23 +244,47 @@ class ServerConnection(asyncio.Protocol):
         if self._is_deaf:
             return
         parser, headers = self._parser, self._headers
+        method = parser.get_method().decode("latin-1")
+        if parser.should_upgrade() and method != "CONNECT":
+            return  # it is read again, see _parse
         may_be_long = self._head_bytes + self._read_bytes > self._limits.max_header_bytes
         if may_be_long and not self._check_head(self._measure_head()):
             return
         self._head_bytes = 0
-        client = IncomingRequest(
-            self._writer,
-            parser.get_method().decode("latin-1"),
-            self._url,
-            headers,
-            keep_alive=parser.should_keep_alive(),
-            is_http_1_0=parser.get_http_version() == "1.0",
+        try:
+            authority, target = read_target(method, self._url)
+        except ValueError as exc:
+            self._refuse(self._error(501 if method == "CONNECT" else 400, str(exc)))
+            return
+        if authority:
+            headers[b"host"] = authority
+        self._begin_body(
+            IncomingRequest(
+                self._writer,
+                method,
+                target,
+                headers,
+                keep_alive=parser.should_keep_alive(),
+                is_http_1_0=parser.get_http_version() == "1.0",
+            )
         )
+
+    def _begin_body(self, client: IncomingRequest) -> None:
+        """Refuse a request by its head, or let its body come."""
+        headers = client.headers
         self._reading, self._body, self._body_bytes = client, [], 0
-        answer = self._server.application.refuse(client) or self._too_long(headers)
+        answer = HERE if client.path == "*" else self._server.application.refuse(client)
+        answer = answer or self._too_long(headers)
         if answer is not None:
             self._refuse_request(client, answer)
-        elif headers.get(b"expect", b"").lower() == b"100-continue":
+        elif headers.get(b"expect", b"").lower() == b"100-continue" and not client.is_http_1_0:
+            self._owes_continue = True
+            self._tell_to_continue()
+
+    def _tell_to_continue(self) -> None:
+        """Ask for the body that is held back, but not in the middle of the answer before it."""
+        if self._owes_continue and self._serving is None:
+            self._owes_continue = False
             self._writer.send(CONTINUE)
 
     def on_body(self, data: bytes) -> None:
@@ -264,6 +302,7 @@ class ServerConnection(asyncio.Protocol):
         client, self._reading = self._reading, None
         if client is None or self._is_deaf:
             return
+        self._owes_continue = False
         client.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body = []
         if self._serving is None:
@@ -307,20 +346,19 @@ class ServerConnection(asyncio.Protocol):
 
     def _refuse(self, answer: Answer, *, has_body: bool = True) -> None:
         """Answer out of turn and close. Nothing may follow on this connection."""
+        lines = self._reading.lines if self._reading is not None else b""
         self._reading, self._is_head_open = None, False
         self._stop_reading()
         self._pipeline.clear()
         if self._serving is not None:  # what is on its way ends first, then the connection
             self._serving.keep_alive = False
             return
-        self._writer.send(
-            render_answer(answer, (), rest=self._server.date_line + CLOSE_LINE, has_body=has_body)
-        )
+        rest = self._server.date_line + lines + CLOSE_LINE
+        self._writer.send(render_answer(answer, (), rest=rest, has_body=has_body))
         self._linger()
 
     def _error(self, status: int, message: str) -> Answer:
-        path = self._reading.path if self._reading is not None else ""
-        return self._server.application.error(path, status, message)
+        return self._server.application.error(self._reading, status, message)
 
     def _stop_reading(self) -> None:
         self._is_deaf = True

@@ -1,7 +1,8 @@
-"""HTTP/1.1 as bytes: response heads, chunks, and the few whole answers the server gives by itself. Pure."""
+"""HTTP/1.1 as bytes: request targets, response heads and chunks. Pure."""
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 
 from pdserve.http.answer import Answer, Headers
@@ -13,6 +14,46 @@ _STATUS_LINES = {
 }
 CLOSE_LINE = b"connection: close\r\n"
 CHUNKED_LINE = b"transfer-encoding: chunked\r\n"
+
+HERE = Answer(200, b"", ((b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),))
+"""The answer to ``OPTIONS *``."""
+UPGRADE = (b"upgrade", b"http2-settings")
+"""Headers of an offer to change the protocol; they concern this connection alone."""
+_ABSOLUTE = re.compile(rb"https?://((?:\[[0-9a-f:.]+\]|[^][:/?@]+)(?::\d*)?)(/[^?]*)?(\?.*)?", re.I | re.S)
+
+
+def read_target(method: str, target: bytes) -> tuple[bytes, bytes]:
+    """Return the authority that a request target names (empty: none) and its path with the query.
+
+    The path is ``*`` where the server as a whole is asked.
+
+    Raises:
+        ValueError: unless it is one of the forms of RFC 9112 §3.2 that ``method`` may have.
+    """
+    if method == "CONNECT":
+        raise ValueError("this server is no proxy: it opens no tunnel")
+    if target.startswith(b"/"):
+        return b"", target
+    if target == b"*" and method == "OPTIONS":
+        return b"", target
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute is None:
+        shown = target[:200].decode("latin-1")
+        raise ValueError(f"the request target must be /path, http://host/path, or * of OPTIONS, got {shown}")
+    authority, path, query = absolute.groups()
+    if path is None and query is None and method == "OPTIONS":
+        return authority, b"*"
+    return authority, (path or b"/") + (query or b"")
+
+
+def render_without_upgrade(
+    method: bytes, target: bytes, version: str, headers: dict[bytes, bytes], *, keep_alive: bool
+) -> bytes:
+    """The head of a request as it would be without its offer to upgrade."""
+    kept = [(name, value) for name, value in headers.items() if name not in UPGRADE and name != b"connection"]
+    kept.append((b"connection", b"keep-alive" if keep_alive else b"close"))
+    lines = b"".join([b"%b: %b\r\n" % header for header in kept])
+    return b"%b %b HTTP/%b\r\n%b\r\n" % (method, target, version.encode(), lines)
 
 
 def render_head(status: int, headers: Headers, *, rest: bytes) -> bytes:

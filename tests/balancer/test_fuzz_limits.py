@@ -59,7 +59,6 @@ async def test_a_long_body_does_not_count_as_the_next_requests_head() -> None:
         assert [reply.status for reply in replies] == [200, 200]
 
 
-@pytest.mark.xfail(strict=True, reason="httptools skips the body of an upgrade")
 async def test_an_offer_to_upgrade_is_ignored_and_the_body_read() -> None:
     """Java's HttpClient offers h2c with every plain request."""
     async with running_site() as site, Wire.open(site.url) as wire:

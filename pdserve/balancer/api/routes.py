@@ -261,9 +261,9 @@ class BalancerApi:
         client.endpoint = endpoint
         return self._keys.refuse(endpoint.access, client.headers)
 
-    def error(self, path: str, status: int, message: str) -> Answer:
+    def error(self, client: IncomingRequest | None, status: int, message: str) -> Answer:
         """An error of HTTP itself."""
-        return route_error(path, status, message)
+        return route_error(client.path if client is not None else "", status, message)
 
     def serve(self, client: IncomingRequest) -> Awaitable[object]:
         """Answer one request."""
