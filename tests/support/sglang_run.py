@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pdserve.types import Role
-from tests.support.sglang_answers import abort_event, body_of, error_event, event_of, rids_of, rooms_of
+from tests.support.sglang_answers import (
+    abort_event,
+    body_of,
+    error_event,
+    event_of,
+    options_of,
+    rids_of,
+    rooms_of,
+)
 from tests.support.sglang_connection import FakeConnection
 from tests.support.sglang_pairing import Meeting, Point, Way
 
@@ -76,7 +84,8 @@ class Run:
 
     @property
     def _is_stream(self) -> bool:
-        return self._request.get("stream") is True
+        # pydantic's reading of a bool, in small
+        return str(options_of(self._path, self._request).get("stream")).lower() in ("true", "1", "1.0", "yes")
 
     def abort(self) -> None:
         """``/abort_request``: the HTTP answer, if it is still wanted, ends with finish reason abort."""

@@ -85,9 +85,7 @@ def parse_plain(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest 
     prompt = _prompt(route, plain)
     if prompt is None:
         return None
-    new_tokens = sampling.max_new_tokens if sampling is not None else None
-    if new_tokens is None:
-        new_tokens = plain.max_completion_tokens or plain.max_tokens or plain.max_output_tokens
+    new_tokens = _limit(route, plain)
     shape = RequestShape(
         prompt_tokens=_magnitude(prompt),
         max_new_tokens=DEFAULT_NEW_TOKENS if new_tokens is None or new_tokens < 0 else new_tokens,
@@ -97,6 +95,17 @@ def parse_plain(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest 
         user=plain.user or "",
     )
     return ParsedRequest(route, shape, plain.stream is True, raw=body)
+
+
+def _limit(route: Route, plain: _Plain) -> int | None:
+    """The limit that the route's model has a field for."""
+    if route is Route.GENERATE:
+        return None if plain.sampling_params is None else plain.sampling_params.max_new_tokens
+    if route is Route.RESPONSES:
+        return plain.max_output_tokens
+    if route is Route.CHAT or route is Route.INVOCATIONS:
+        return plain.max_completion_tokens or plain.max_tokens
+    return plain.max_tokens
 
 
 def _is_unnamed(plain: _Plain) -> bool:

@@ -7,22 +7,21 @@ as SGLang orders its own answer (tokenizer_manager.py, _handle_batch_request).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from pdserve.balancer.request.merge import needs_prefill_answer
-from pdserve.balancer.request.request import (
-    BYTES_PER_TOKEN,
-    DEFAULT_NEW_TOKENS,
-    ParsedRequest,
-    RequestRefused,
-    Route,
+from pdserve.balancer.request.options import (
+    new_tokens,
+    num_samples,
+    priority_of,
+    sampling_of,
+    typed_options,
 )
+from pdserve.balancer.request.request import BYTES_PER_TOKEN, ParsedRequest, RequestRefused, Route
 from pdserve.types import RequestShape
 
-MAX_SAMPLES = 1024
 MAX_TOP_LOGPROBS = 128
 """Room in the metadata that travel with the KV: sglang disaggregation/utils.py, MetadataBuffers."""
 MAX_PROMPTS = 65536
@@ -35,8 +34,6 @@ _PER_PROMPT += ("extra_key", "cache_salt", "kv_hints", "session_params", "custom
 _PER_PROMPT += ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_hidden_states")
 """Fields of GenerateReqInput that a batch may give as one value per prompt."""
 _SINGLE_WITH_SAMPLES = ("return_logprob", "logprob_start_len", "top_logprobs_num", "custom_logit_processor")
-_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-
 
 _NO_EARLIER_ANSWER = (
     "previous_response_id is not supported with disaggregated servers: the prefill server does not "
@@ -57,18 +54,19 @@ def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
     if route is Route.VERTEX:
         fields = _vertex(fields)
         options = fields["parameters"]
+    options = typed_options(route, options)
     _refuse_poison(route, options, _texts(fields))
-    sampling = _sampling(options) if route in (Route.GENERATE, Route.VERTEX) else []
-    samples = _num_samples(options, sampling, route)
+    sampling = sampling_of(route, options)
+    samples = num_samples(route, options, sampling)
     prompt_tokens = _prompt_tokens(fields)
     _check_lists(route, options, samples, _num_prompts(fields) if route is Route.GENERATE else None)
     fields, num_prompts = _with_samples(route, fields, samples)
     user = options.get("user")
     shape = RequestShape(
         prompt_tokens=prompt_tokens * (1 if num_prompts is None else samples),
-        max_new_tokens=_new_tokens(options, sampling),
+        max_new_tokens=new_tokens(route, options, sampling),
         prompt=_prompt_bytes(prompts) if wants_prompt else b"",
-        priority=_priority(options),
+        priority=priority_of(options),
         num_prompts=num_prompts or 1,
         route=route,
         user=user if isinstance(user, str) else "",
@@ -134,33 +132,6 @@ def _texts(fields: dict[str, Any]) -> list[Any]:
 
 
 # -- samples -----------------------------------------------------------------------------------
-
-
-def _num_samples(options: dict[str, Any], sampling: Sequence[dict[str, Any]], route: Route) -> int:
-    if route in (Route.RESPONSES, Route.MESSAGES):
-        return 1  # they have no such field
-    places = sampling if route in (Route.GENERATE, Route.VERTEX) else [options]
-    counts = {1 if _beams(place) > 1 else _count(place.get("n")) for place in places}
-    if len(counts) > 1:
-        raise RequestRefused("n must be the same for every prompt of a batch")
-    samples = counts.pop() if counts else 1
-    if samples > MAX_SAMPLES:
-        raise RequestRefused(f"n may be {MAX_SAMPLES} at most, got {samples}")
-    return samples
-
-
-def _count(value: Any) -> int:
-    """As pydantic reads an int: ``2``, ``2.0`` and ``"2"``; what it refuses is for the worker to refuse."""
-    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 10:
-        value = int(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if isinstance(value, int) and value > 1 else 1
-
-
-def _beams(sampling: dict[str, Any]) -> int:
-    """Beam search makes its ``n`` sequences of one request by itself."""
-    return _count(sampling.get("beam_width"))
 
 
 def _check_lists(route: Route, options: dict[str, Any], samples: int, size: int | None) -> None:
@@ -271,11 +242,6 @@ def _num_prompts(fields: dict[str, Any]) -> int | None:
 # -- what policies want to know ------------------------------------------------------------------
 
 
-def _sampling(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    value = fields.get("sampling_params")
-    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
-
-
 def _prompt(fields: dict[str, Any]) -> Any:
     names = ("input_ids", "text", "prompt", "messages", "input", "instances", "input_embeds")
     return next((value for name in names if (value := fields.get(name)) is not None), None)
@@ -303,17 +269,6 @@ def _tokens(value: Any, depth: int = 8) -> int:
         names = ("content", "text", "input_ids")
         return _tokens(next((value[name] for name in names if name in value), None), depth - 1)
     return 0
-
-
-def _new_tokens(fields: dict[str, Any], sampling: Sequence[dict[str, Any]]) -> int:
-    limits = [item.get("max_new_tokens") for item in sampling]
-    limits += [fields.get(name) for name in _LIMITS]
-    return next((n for n in limits if isinstance(n, int) and n >= 0), DEFAULT_NEW_TOKENS)
-
-
-def _priority(fields: dict[str, Any]) -> int:
-    value = fields.get("priority")
-    return value if isinstance(value, int) else 0
 
 
 def _json_name(value: Any) -> str:
