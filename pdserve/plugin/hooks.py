@@ -85,6 +85,12 @@ HOOKS: tuple[HookTarget, ...] = (
         "a server must not join before its HTTP socket is open",
     ),
     HookTarget(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool_allocator",
+        "around",
+        "pdserve.plugin.patches:name_forward_stream",
+        "pages are not announced to prefill while a forward may still write them",
+    ),
+    HookTarget(
         "sglang.srt.mem_cache.pool_host.common._cuda_host_register",
         "replace",
         "pdserve.plugin.patches:skip_host_register",

@@ -3,10 +3,18 @@
 Allocator: SGLang's kernels take pages from the head of ``free_pages`` in the order
 of the requests. The pages are chosen here, on the host, and handed to them as
 exactly that tensor; between calls ``free_pages`` is empty and the host-side
-segments are the truth. On a GPU frees arrive as device tensors. They stay staged
-until the host's own count is too small or the next prompt comes; its copy to the
-host brings the requests' last pages too. A decode step reads nothing back: a
-growing request takes from the smallest segment there, not the page after its last one.
+segments are the truth.
+
+On a GPU frees arrive as device tensors, and with overlap scheduling the step in
+flight may still write the pages: they *cool*. A copy to the host starts at once;
+when it and the forwards launched before the free are over, the pages join the
+segments. Nothing is waited for: a request for more than the segments hold takes
+cooling pages as they are, oldest first, as SGLang's allocator would, and a prompt's
+stream then waits on the device for those forwards, before decode can read the page
+ids that it announces to prefill.
+
+    free ──► cooling [device ids, host copy, events] ──events passed──► segments ──► prompts, steps
+                                  └──────── segments too small ────────────────────────┘
 
 Pools: on CPU a pool is refused before it is allocated if the machine cannot hold it.
 Linux grants the memory and kills a process later; on a GPU the allocator itself
@@ -18,7 +26,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
@@ -38,8 +49,34 @@ SLACK_FREE_SHARE = 0.5
 """Only while so much of the pool stays free: in a fuller one the gaps cost new requests more runs."""
 
 
+@dataclass(slots=True)
+class CoolingPages:
+    """Pages freed on a GPU that a forward may still write, and whose ids the host cannot read yet."""
+
+    pages: torch.Tensor
+    host: torch.Tensor
+    """The same ids in host memory; valid once ``is_cool``."""
+    copied: Any
+    forwards: Any
+    """Event behind the forwards that were launched before the free."""
+
+    @property
+    def is_cool(self) -> bool:
+        """The host copy is there and no forward launched before the free runs any more."""
+        return bool(self.copied.query() and self.forwards.query())
+
+    def split(self, count: int) -> CoolingPages:
+        """Cut off the first ``count`` pages."""
+        head = CoolingPages(self.pages[:count], self.host[:count], self.copied, self.forwards)
+        self.pages, self.host = self.pages[count:], self.host[count:]
+        return head
+
+
 class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
     """Same results as SGLang's allocator, in fewer runs of pages."""
+
+    forward_stream: Any = None
+    """Stream of the model's forwards (patches.py); None: the current one."""
 
     _segments: SegmentAllocator
 
@@ -47,32 +84,32 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
         """Every page is free again."""
         super().clear()
         self._segments = SegmentAllocator(self.num_pages)
-        self._staged: list[torch.Tensor] = []
-        self._num_staged = 0
+        self._cooling: deque[CoolingPages] = deque()
+        self._num_cooling = 0
+        self._ends: dict[int, int] = {}
         self._no_pages = torch.empty(0, dtype=torch.int64, device=self.device)
         self.free_pages = self._no_pages
 
     def available_size(self) -> int:
-        """Free tokens, staged frees included."""
-        return int((self._segments.num_free + self._num_staged) * self.page_size)
+        """Free tokens, cooling pages included."""
+        return int((self._segments.num_free + self._num_cooling) * self.page_size)
 
     def get_all_free_pages(self) -> torch.Tensor:
-        """All free pages, staged ones last. Changes nothing: SGLang's watchdog thread calls it too."""
-        return torch.cat((self._upload(self._segments.free_pages()), *self._staged))
+        """All free pages, cooling ones last. Changes nothing: SGLang's watchdog thread calls it too."""
+        cooling = [batch.pages for batch in tuple(self._cooling)]
+        return torch.cat((self._upload(self._segments.free_pages()), *cooling))
 
     def merge_and_sort_free(self) -> None:
-        """Nothing. SGLang calls it inside an allocation, when the pages are chosen already.
-
-        Reading staged frees back at that point would synchronise decode steps for no gain.
-        """
+        """Nothing. SGLang calls it inside an allocation, when the pages are chosen already."""
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
         """Token slots of whole pages, in as few runs as possible."""
         count = need_size // self.page_size
-        if count > self._segments.num_free:
-            self._settle()
+        self._settle()
         pages = self._segments.alloc(count, slack_pages=self._slack(count))
-        return self._hand_out(pages, lambda: super(PdservePagedAllocator, self).alloc(need_size))
+        return self._hand_out(
+            count, pages, lambda: super(PdservePagedAllocator, self).alloc(need_size), is_announced=True
+        )
 
     def alloc_extend(
         self, prefix_lens: torch.Tensor, prefix_lens_cpu: torch.Tensor, seq_lens: torch.Tensor,
@@ -83,18 +120,23 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
         size = self.page_size
         counts = (-(-seq_lens_cpu // size) - -(-prefix_lens_cpu // size)).tolist()
         prefixes = prefix_lens_cpu.tolist()
-        goes_on = [bool(count and prefix) for count, prefix in zip(counts, prefixes, strict=True)]
-        slots = self._settle(last_loc if any(goes_on) else None) or [0] * len(counts)
-        lasts = [slot // size if goes else 0 for slot, goes in zip(slots, goes_on, strict=True)]
+        self._settle()
+        lasts = self._last_pages(prefixes, last_loc) if any(prefixes) else [0] * len(counts)
         wanted = sum(counts)
         parts = self._segments.alloc_each(counts, lasts, slack_pages=self._slack(wanted))
-        pages = None if parts is None else np.concatenate([np.empty(0, dtype=np.int64), *parts])
+        pages = None
+        if parts is not None:
+            pages = np.concatenate([np.empty(0, dtype=np.int64), *parts])
+            if not self._is_host:
+                self._remember_ends(seq_lens_cpu.tolist(), parts, lasts)
         return self._hand_out(
+            wanted,
             pages,
             lambda: super(PdservePagedAllocator, self).alloc_extend(
                 prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens,
                 num_new_pages=wanted,
             ),
+            is_announced=True,
         )  # fmt: skip
 
     def alloc_decode(
@@ -109,7 +151,9 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
         lasts = (last_loc.numpy()[needs] // self.page_size).tolist() if is_known else [0] * count
         pages = self._segments.extend(lasts)
         return self._hand_out(
-            pages, lambda: super(PdservePagedAllocator, self).alloc_decode(seq_lens, seq_lens_cpu, last_loc)
+            count,
+            pages,
+            lambda: super(PdservePagedAllocator, self).alloc_decode(seq_lens, seq_lens_cpu, last_loc),
         )
 
     @property
@@ -117,35 +161,90 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
         """Whether reading the pool's index tensors costs no synchronisation."""
         return torch.device(self.device).type == "cpu"
 
+    def _last_pages(self, prefixes: Sequence[int], last_loc: torch.Tensor) -> list[int]:
+        """The page each request ends on so far; 0 when it is new or not known.
+
+        On a GPU a chunk is taken to go on the request that the last batch left at its
+        length. A wrong guess costs a run, nothing else.
+        """
+        if self._is_host:
+            slots = last_loc.tolist()
+            return [
+                slot // self.page_size if prefix else 0 for slot, prefix in zip(slots, prefixes, strict=True)
+            ]
+        return [self._ends.get(prefix, 0) for prefix in prefixes]
+
+    def _remember_ends(self, lengths: Sequence[int], parts: Sequence[Pages], lasts: Sequence[int]) -> None:
+        self._ends = {
+            length: int(part[-1]) if len(part) else last
+            for length, part, last in zip(lengths, parts, lasts, strict=True)
+        }
+
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         if self._is_host:
             for pages in page_ids:
                 self._segments.free(pages.numpy())
             return
-        self._staged.extend(page_ids)
-        self._num_staged += sum(int(pages.numel()) for pages in page_ids)
+        for pages in page_ids:
+            host = self._start_read(pages)
+            batch = CoolingPages(
+                pages, host, self._record_event(None), self._record_event(self.forward_stream)
+            )
+            self._cooling.append(batch)
+            self._num_cooling += len(pages)
 
-    def _settle(self, last_loc: torch.Tensor | None = None) -> list[int]:
-        """Free what is staged, and read ``last_loc``, both in one copy to the host."""
-        wanted = [] if last_loc is None else [last_loc]
-        if not wanted and not self._staged:
-            return []
-        values = self._to_host(torch.cat((*wanted, *self._staged)))
-        self._staged, self._num_staged = [], 0
-        num_slots = sum(len(slots) for slots in wanted)
-        self._segments.free(values[num_slots:])
-        return [int(slot) for slot in values[:num_slots].tolist()]
+    def _settle(self) -> None:
+        """Move the pages that have cooled to the segments. Waits for nothing."""
+        while self._cooling and self._cooling[0].is_cool:
+            batch = self._cooling.popleft()
+            self._num_cooling -= len(batch.host)
+            self._segments.free(batch.host.numpy())
+
+    def _take_cooling(self, count: int) -> list[CoolingPages]:
+        """The first ``count`` cooling pages, as device tensors."""
+        taken = []
+        self._num_cooling -= count
+        while count:
+            batch = self._cooling[0]
+            if len(batch.pages) <= count:
+                taken.append(self._cooling.popleft())
+            else:
+                taken.append(batch.split(count))
+            count -= len(taken[-1].pages)
+        return taken
 
     def _slack(self, num_pages: int) -> int:
         """Room to leave around a new run; none on a GPU, whose growing requests do not use it."""
         is_plentiful = self._segments.num_free - num_pages > SLACK_FREE_SHARE * self.num_pages
         return SLACK_PAGES if is_plentiful and self._is_host else 0
 
-    def _hand_out(self, pages: Pages | None, take: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
-        """Let SGLang's method use up exactly ``pages``; they are free again if it refuses or raises."""
+    def _hand_out(
+        self,
+        count: int,
+        pages: Pages | None,
+        take: Callable[[], torch.Tensor | None],
+        *,
+        is_announced: bool = False,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """Let SGLang's method use up exactly ``pages``; they are free again if it refuses or raises.
+
+        Args:
+            count: pages wanted.
+            pages: the chosen ones; None when the segments hold too few, so that cooling ones must help.
+            is_announced: a peer may be told of the pages, so that no forward may write them any more.
+        """
+        taken: list[CoolingPages] = []
         if pages is None:
-            return None
-        self.free_pages = self._upload(pages)
+            missing = count - self._segments.num_free
+            if missing > self._num_cooling:
+                return None
+            pages = self._segments.alloc(self._segments.num_free)
+            taken = self._take_cooling(missing)
+            assert pages is not None
+            if is_announced:
+                self._wait_on_device(taken[-1].forwards)
+        chosen = self._upload(pages)
+        self.free_pages = torch.cat((chosen, *(batch.pages for batch in taken))) if taken else chosen
         slots = None
         try:
             slots = take()
@@ -155,9 +254,22 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
             self.free_pages = self._no_pages
             if slots is None:
                 self._segments.free(pages)
+                self._cooling.extendleft(reversed(taken))
+                self._num_cooling += sum(len(batch.pages) for batch in taken)
 
-    def _to_host(self, values: torch.Tensor) -> Pages:
-        return np.asarray(values.cpu().numpy(), dtype=np.int64)
+    def _start_read(self, pages: torch.Tensor) -> torch.Tensor:
+        """Start a copy to pinned host memory on the current stream."""
+        return pages.to("cpu", non_blocking=True)
+
+    def _record_event(self, stream: Any) -> Any:
+        """An event behind what ``stream``, or the current one, has been given so far."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(stream or torch.cuda.current_stream(self.device))
+        return event
+
+    def _wait_on_device(self, event: Any) -> None:
+        """Let the current stream wait; the host goes on."""
+        torch.cuda.current_stream(self.device).wait_event(event)
 
     def _upload(self, pages: Pages) -> torch.Tensor:
         if len(pages) == 0:

@@ -39,6 +39,20 @@ def fork_scheduler_processes(original: Callable[..., Any], *args: Any, **kwargs:
     return result
 
 
+def name_forward_stream(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND ``_build_token_to_kv_pool_allocator``: the allocator's freed pages cool behind the forwards.
+
+    SGLang hands the same stream to its unified allocator. A draft model's runner comes
+    second, with the target's allocator and a stream that the scheduler does not use.
+    """
+    from pdserve.plugin.kv_pool import PdservePagedAllocator
+
+    allocator = original(configurator, *args, **kwargs)
+    if isinstance(allocator, PdservePagedAllocator) and allocator.forward_stream is None:
+        allocator.forward_stream = configurator.forward_stream
+    return allocator
+
+
 def wait_until_listening(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND ``_freeze_gc_after_server_warmup``: let the HTTP socket be open first.
 
