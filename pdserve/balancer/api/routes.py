@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from pdserve.balancer.api.auth import Access, KeyRing
+from pdserve.balancer.api.auth import ANY_ORIGIN, Access, KeyRing, answer_preflight, cross_origin_lines
 from pdserve.balancer.api.errors import route_error
 from pdserve.balancer.api.fanout import FanOutControl
 from pdserve.balancer.api.forward import ControlRefused, WorkerAsker
@@ -249,10 +249,10 @@ class BalancerApi:
     def refuse(self, client: IncomingRequest) -> Answer | None:
         """An error if the path, the method or the key is wrong; nobody's body is read for nothing."""
         methods = self._routes.find(client.path)
+        if b"origin" in client.headers and (answer := self._cross_origin(client, methods or {})):
+            return answer
         if methods is None:
             return route_error(client.path, 404, f"there is no {client.path} here")
-        if b"origin" in client.headers and (answer := _cross_origin(client, methods)):
-            return answer
         endpoint = methods.get(client.method) or _as_get(methods, client.method)
         if endpoint is None:
             allowed = ", ".join(methods)
@@ -263,13 +263,22 @@ class BalancerApi:
 
     def error(self, client: IncomingRequest | None, status: int, message: str) -> Answer:
         """An error of HTTP itself."""
-        return route_error(client.path if client is not None else "", status, message)
+        if client is None:
+            return route_error("", status, message).with_headers(*ANY_ORIGIN)
+        return route_error(client.path, status, message)
 
     def serve(self, client: IncomingRequest) -> Awaitable[object]:
         """Answer one request."""
         endpoint: Endpoint = client.endpoint
         handling = endpoint.handle(client, client.body)
         return handling if endpoint.answers else _answered(client, handling)
+
+    def _cross_origin(self, client: IncomingRequest, methods: Mapping[str, Endpoint]) -> Answer | None:
+        """Let the page read whatever the answer will be; the answer itself, if a browser asks beforehand."""
+        if not all(self._keys.lets_pages_ask(endpoint.access) for endpoint in methods.values()):
+            return None
+        client.lines = cross_origin_lines(client.headers[b"origin"])
+        return answer_preflight(client.method, client.headers)
 
 
 async def _answered(client: IncomingRequest, handling: Awaitable[Answer | None]) -> None:
@@ -279,22 +288,6 @@ async def _answered(client: IncomingRequest, handling: Awaitable[Answer | None])
         answer = exc.answer or route_error(client.path, exc.status, str(exc))
     if answer is not None:
         await client.answer(answer)
-
-
-def _cross_origin(client: IncomingRequest, methods: Mapping[str, Endpoint]) -> Answer | None:
-    """Let web pages ask what clients may, as SGLang does, and no control route; the answer to a preflight."""
-    if any(endpoint.access is Access.ADMIN for endpoint in methods.values()):
-        return None
-    client.lines = b"access-control-allow-origin: *\r\n"
-    if client.method != "OPTIONS" or b"access-control-request-method" not in client.headers:
-        return None
-    wanted = client.headers.get(b"access-control-request-headers", b"*")
-    allowed = (
-        (b"access-control-allow-methods", ", ".join(methods).encode()),
-        (b"access-control-allow-headers", wanted),
-        (b"access-control-max-age", b"600"),
-    )
-    return Answer(200, b"", allowed)
 
 
 def _as_get(methods: Mapping[str, Endpoint], method: str) -> Endpoint | None:

@@ -95,17 +95,3 @@ async def test_only_harmless_headers_reach_the_workers() -> None:
             assert (got["x-smg-routing-key"], got["x-request-id"]) == ("user-1", "mine")
             assert not {"x-override-bootstrap-room", "x-forwarded-for", "cookie"} & set(got)
         assert reply.headers["x-request-id"] == "mine"
-
-
-async def test_web_pages_may_ask_what_clients_may_and_no_control_route() -> None:
-    asking = {"origin": "http://page", "access_control_request_method": "POST"}
-    async with running_site(api_key="k") as site:
-        preflight = await site.ask("OPTIONS", "/v1/chat/completions", **asking)
-        assert (preflight.status, preflight.headers["access-control-allow-origin"]) == (200, "*")
-        assert "POST" in preflight.headers["access-control-allow-methods"]
-        served = await site.generate(PLAIN, origin="http://page", authorization="Bearer k")
-        assert (served.status, served.headers["access-control-allow-origin"]) == (200, "*")
-        refused = await site.ask("OPTIONS", "/flush_cache", **asking)
-        assert refused.status == 405 and "access-control-allow-origin" not in refused.headers
-        plain = await site.generate(PLAIN, authorization="Bearer k")
-        assert "access-control-allow-origin" not in plain.headers
