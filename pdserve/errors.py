@@ -56,9 +56,11 @@ class WorkerUnreachable(WorkerError):
 
     ``is_stale``: it was a kept one and broke before any answer; the worker may
     have closed it unused, so nobody is to blame and another try is free.
+    ``was_sent``: there was a connection, so the worker may have begun to work on the request.
     """
 
     is_stale = False
+    was_sent = True
 
 
 class WorkerTimeout(WorkerError):
@@ -66,7 +68,12 @@ class WorkerTimeout(WorkerError):
 
 
 class WorkerRejected(WorkerError):
-    """The worker answered with an error status; ``body`` is what it said (bytes, maybe JSON)."""
+    """The worker answered with an error status; ``body`` is what it said (bytes, maybe JSON).
+
+    ``cause`` is equal for equal requests, which may be at fault themselves; None: not known.
+    """
+
+    cause: int | None = None
 
     def __init__(self, url: str, status: int, body: bytes = b"") -> None:
         super().__init__(url, f"HTTP {status}: {body[:300]!r}")

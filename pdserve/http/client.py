@@ -232,6 +232,7 @@ class HttpClient:
 
 def _unreachable(url: str, message: str, cause: Exception) -> WorkerUnreachable:
     error = WorkerUnreachable(url, message)
+    error.was_sent = False
     error.__cause__ = cause  # a refusal tells of a dead process, silence of a dead machine
     return error
 

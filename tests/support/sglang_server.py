@@ -65,6 +65,8 @@ class FakeSGLang:
         self.reset_on_accept = 0
         self.kill_at_request = False
         """Die at the next request, before it is accepted."""
+        self.poison = ""
+        """Die of any request that has this text in it."""
         self.port = 0
         self._server: asyncio.Server | None = None
         self._connections: set[FakeConnection] = set()
@@ -223,6 +225,9 @@ class FakeSGLang:
         request = json.loads(body)
         self.bodies.append(body)
         self.requests.append(request)
+        if self.poison and self.poison.encode() in body:
+            self.kill()
+            return
         self.paths.append(path)
         self.headers.append(connection.headers)
         run = Run(self, connection, path, request)

@@ -8,7 +8,7 @@ worker answers a ping, and closes when a real token has come through a pair.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class BreakerState(enum.StrEnum):
@@ -33,12 +33,13 @@ class Breaker:
 
     ``limit`` failures in a row open it; any good answer between them resets the
     count. An overloaded worker does right to say so: that counts as a failure only
-    from the ``limit``-th time in a row.
+    from the ``limit``-th time in a row. ``causes`` are those of the failures in a row: one request
+    that is sent again and again may be at fault itself, and counts once.
     """
 
     limit: int = 3
     state: BreakerState = BreakerState.CLOSED
-    consecutive: int = 0
+    causes: set[object] = field(default_factory=set)
     overloads: int = 0
     errors: int = 0
     opened: int = 0
@@ -48,12 +49,18 @@ class Breaker:
         """True while requests may be sent."""
         return self.state is BreakerState.CLOSED
 
+    @property
+    def consecutive(self) -> int:
+        """Failures in a row."""
+        return len(self.causes)
+
     def succeed(self) -> None:
         """A request's leg ended well. Does not close an open breaker: that takes a probe."""
-        self.consecutive = self.overloads = 0
+        self.causes.clear()
+        self.overloads = 0
 
-    def fail(self, failure: Failure) -> bool:
-        """Count one failure; a hard one opens at once.
+    def fail(self, failure: Failure, cause: object = None) -> bool:
+        """Count one failure; a hard one opens at once. Equal ``cause``s count once; None is like no other.
 
         Returns:
             True if this failure opened a closed breaker.
@@ -63,10 +70,25 @@ class Breaker:
             self.overloads += 1
             if self.overloads < self.limit:
                 return False
-        self.consecutive += 1
-        if not self.is_closed:
-            return False
-        if failure is not Failure.HARD and self.consecutive < self.limit:
+        self.causes.add(object() if cause is None else cause)
+        return self._opens(is_hard=failure is Failure.HARD)
+
+    def forgive(self, cause: object) -> None:
+        """That failure was the request's own fault."""
+        self.causes.discard(cause)
+
+    def convict(self, cause: object) -> bool:
+        """That failure was the worker's fault, so the next one of the same request counts again.
+
+        Returns:
+            True if this opened a closed breaker.
+        """
+        self.causes.discard(cause)
+        self.causes.add(object())
+        return self._opens(is_hard=False)
+
+    def _opens(self, *, is_hard: bool) -> bool:
+        if not self.is_closed or (not is_hard and self.consecutive < self.limit):
             return False
         self.trip()
         return True
@@ -85,4 +107,4 @@ class Breaker:
     def close(self) -> None:
         """A probe passed: back to normal."""
         self.state = BreakerState.CLOSED
-        self.consecutive = self.overloads = 0
+        self.succeed()

@@ -29,7 +29,7 @@ from pdserve.http.client import HttpClient
 from pdserve.scheduling.load_sample import Sample
 from pdserve.scheduling.scheduler import Scheduler
 from pdserve.scheduling.workers import PairKey
-from pdserve.types import Role, WorkerInfo
+from pdserve.types import InstanceId, Role, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +99,22 @@ class HealthTracker:
             if worker.slots.is_overloaded:
                 return  # one of the same burst
             self._scheduler.set_overloaded(worker.slots)
-        if worker.breaker.fail(failure):
+        if worker.breaker.fail(failure, getattr(error, "cause", None)):
             self.suspect(worker, worker.last_error)
         elif failure is not Failure.OVERLOAD:
             worker.needs_ping = True
             worker.wake.set()
+
+    def forgive(self, instance_id: InstanceId, cause: int) -> None:
+        """A worker failed a request that others fail too."""
+        if worker := self._roster.members.get(instance_id):
+            worker.breaker.forgive(cause)
+
+    def convict(self, instance_id: InstanceId, cause: int) -> None:
+        """A worker failed a request that another has served."""
+        worker = self._roster.members.get(instance_id)
+        if worker is not None and worker.breaker.convict(cause):
+            self.suspect(worker, worker.last_error)
 
     # -- monitors and probers ------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from pdserve.balancer.fleet.worker import PairState
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.record import RequestRecord
 from pdserve.balancer.proxy.relay import LegFailed, PairRelay, Relayed
+from pdserve.balancer.proxy.retry import FailureJudge, History, RetryBudget
 from pdserve.balancer.request.headers import JSON_LINE
 from pdserve.balancer.request.ids import RequestIds, RoomAllocator
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused
@@ -74,36 +75,6 @@ class Aborter:
                     )
         except (WorkerError, TimeoutError) as exc:
             logger.info("could not abort rid=%s worker=%s: %s", ids.rids[0], url, exc or "timed out")
-
-
-RETRIES_PER_MINUTE = 10.0
-"""Always allowed, so that a quiet service can retry at all."""
-CAPACITY = 100.0
-"""Retries that may be saved up."""
-
-
-class RetryBudget:
-    """A bucket filled by requests and by time; each retry takes one."""
-
-    def __init__(self, ratio: float) -> None:
-        self._ratio = ratio
-        self._saved = RETRIES_PER_MINUTE
-        self._updated_s = 0.0
-
-    def deposit(self) -> None:
-        """A request arrived."""
-        self._saved = min(CAPACITY, self._saved + self._ratio)
-
-    def withdraw(self, now_s: float) -> bool:
-        """Take one retry; False if there is none left."""
-        if self._updated_s:
-            earned = (now_s - self._updated_s) * RETRIES_PER_MINUTE / 60.0
-            self._saved = min(CAPACITY, self._saved + earned)
-        self._updated_s = now_s
-        if self._saved < 1.0:
-            return False
-        self._saved -= 1.0
-        return True
 
 
 class Reservations:
@@ -173,7 +144,7 @@ class Reservations:
 
     def release_failed(self, reservation: Reservation, failure: LegFailed) -> None:
         """Blame the leg that failed first, by its own error; no worker for the client's fault."""
-        if failure.is_client_fault or failure.is_stale:
+        if failure.is_client_fault or failure.is_request_fault or failure.is_stale:
             self.release(reservation)
         elif failure.role is Role.PREFILL:
             self.release(reservation, prefill_ok=False, error=failure.error)
@@ -196,6 +167,7 @@ class Run(msgspec.Struct, eq=False):
     ``shape`` is the request's with a forecast. ``exclude`` holds pairs it must not get (again).
     ``on_prefilled`` is called when the prompt is computed.
     ``is_aborted``: its client, or an operator, has asked for its end.
+    ``history`` is what its failures so far tell; None before the first.
     """
 
     request: ParsedRequest
@@ -209,6 +181,7 @@ class Run(msgspec.Struct, eq=False):
     on_prefilled: Callable[[], None] | None = None
     is_aborted: bool = False
     trace: RequestTrace | None = None
+    history: History | None = None
 
 
 class Attempts:
@@ -220,6 +193,7 @@ class Attempts:
         self.rooms = RoomAllocator()
         self.aborts = Aborter(pool, config.worker_control_key)
         self.budget = RetryBudget(config.retry_ratio)
+        self._judge = FailureJudge(fleet, pool)
         self._config = config
         self._scheduler = fleet.scheduler
         self._reservations = Reservations(fleet.scheduler, fleet)
@@ -233,6 +207,7 @@ class Attempts:
         Raises:
             NoWorkerError: if no pair had room in time.
             LegFailed: if every attempt failed, or one did after the first byte.
+            RequestRefused: if it was aborted, or two servers died under it.
         """
         failure: LegFailed | None = None
         retries, num_stale = self._config.max_retries, 0
@@ -242,7 +217,10 @@ class Attempts:
                 trace.waits()
             reservation = await self._reserve(run, failure)
             try:
-                return await self._attempt(run, reservation, trace)
+                relayed = await self._attempt(run, reservation, trace)
+                if run.history is not None:
+                    self._judge.served(run.history)
+                return relayed
             except LegFailed as exc:
                 if exc.is_client_fault or run.sink.has_begun:
                     raise
@@ -250,6 +228,9 @@ class Attempts:
                     raise RequestRefused("the request was aborted", ABORTED_STATUS) from exc
                 failure = exc
             logger.warning("attempt failed rid=%s: %s", run.record.rid, failure)
+            assert run.history is not None
+            name = str(run.request.client_rid or run.record.rid)
+            await self._judge.check_deaths(run.history, reservation.pair, failure, name)
             if failure.is_stale and num_stale < MAX_STALE:
                 num_stale += 1
                 self._ledger.retried += 1
@@ -327,7 +308,9 @@ class Attempts:
             is_over = relayed.prefill_error is None and not relayed.is_aborted
             return relayed
         except LegFailed as exc:
+            run.history = run.history or History(request)
             if not run.is_aborted:
+                self._judge.rejected(run.history, pair, exc)
                 self._reservations.release_failed(reservation, exc)
             raise
         finally:

@@ -232,7 +232,8 @@ class PairDispatcher:
     async def _leg_failed(self, call: _Call, failure: LegFailed) -> None:
         call.record.error = str(failure)
         error = failure.error
-        if failure.is_client_fault and isinstance(error, Rejected) and not call.client.has_begun:
+        is_its_own = failure.is_client_fault or failure.is_request_fault
+        if is_its_own and isinstance(error, Rejected) and not call.client.has_begun:
             answer = Answer(error.status, scrubbed(error.body), error.headers)
             await self._reply(call, answer, Outcome.FAILED)
             return

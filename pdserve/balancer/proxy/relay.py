@@ -61,8 +61,11 @@ def relayed_headers(response: ClientResponse) -> Headers:
 class LegFailed(PdserveError):
     """One leg failed. ``role`` is the one that failed first, None if both were silent.
 
-    ``is_prefill_done`` tells whether the prefill leg had ended well before.
+    ``is_prefill_done`` tells whether the prefill leg had ended well before, ``is_request_fault`` whether
+    another worker has rejected the request too.
     """
+
+    is_request_fault = False
 
     def __init__(self, role: Role | None, error: WorkerError, *, is_prefill_done: bool = False) -> None:
         super().__init__(str(error))

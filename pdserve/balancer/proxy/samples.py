@@ -17,6 +17,7 @@ from msgspec import structs
 from pdserve.balancer.metrics.record import RequestRecord
 from pdserve.balancer.proxy.attempts import Attempts, Run
 from pdserve.balancer.proxy.relay import LegFailed, Relayed
+from pdserve.balancer.proxy.retry import History
 from pdserve.balancer.request.request import ParsedRequest
 from pdserve.balancer.request.usage import Usage
 from pdserve.errors import NoWorkerError
@@ -47,10 +48,11 @@ async def run_samples(
     gathering = _Gathering(client, request.num_samples)
     single = structs.replace(request, num_samples=1, client_rid=None)
     sinks = [SampleSink(gathering, index) for index in range(request.num_samples)]
+    history = History(request)
     for sink in sinks:
         timeline = structs.replace(record.timeline)
         part = record if sink.index == 0 else structs.replace(record, timeline=timeline)
-        runs.append(Run(single, lines, sink, part, trace=trace))
+        runs.append(Run(single, lines, sink, part, trace=trace, history=history))
     relayed = await _run_all(attempts, runs, sinks)
     usage = gathering.usage([item.usage for item in relayed])
     if not request.is_stream:

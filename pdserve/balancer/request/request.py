@@ -61,7 +61,7 @@ _RID_FIELDS = {Route.RESPONSES: "request_id", Route.MESSAGES: ""}
 
 
 class RequestRefused(PdserveError):
-    """The client's request cannot be served as it is; ``status`` is 400 or 501.
+    """The client's request cannot be served as it is; ``status`` is 400 or 501, or 500 if servers die of it.
 
     ``is_unreadable``: it is not even JSON, which SGLang answers in another form.
     """
