@@ -86,6 +86,7 @@ FOREIGN_SIGNATURES = {"add_transfer_request": "SGLang calls it"}
 
 SEAMS = {
     "TransferListener": "the app's WorkerMetrics; the fleet must not import metrics",
+    "DeviceRuntime": "torch's CUDA here, a stream that runs late in tests/support/late_device.py",
     "TransferEngine": "NIXL here, an engine with faults in tests/support/loopback.py",
 }
 """Protocols with one implementation in the product, and why."""
