@@ -203,7 +203,8 @@ def _bootstrap_spec(config: LaunchConfig, host: str, port: int) -> ProcessSpec:
 
 def _balancer_spec(config: LaunchConfig, port: int, url: str, bootstrap: str) -> ProcessSpec:
     listen = ("--host", config.host, "--port", str(port))
-    fleet = ("--bootstrap", bootstrap, "--policy", config.policy)
+    expected = ("--expect-prefill", str(config.prefill), "--expect-decode", str(config.decode))
+    fleet = ("--bootstrap", bootstrap, *expected, "--policy", config.policy)
     slo = ("--slo", config.slo) if config.slo else ()
     argv = (sys.executable, "-m", "pdserve", "balance", *listen, *fleet, *slo, *_file_args(config))
     return ProcessSpec("balancer", ProcessKind.BALANCER, argv, {}, url + "/liveness")

@@ -27,6 +27,16 @@ class BalancerConfig:
         "--prefill URL [PORT|none]",
     )
     decode: tuple[str, ...] = setting((), "A decode server; repeatable.", "URL", "--decode URL")
+    expect_prefill: int = setting(
+        0,
+        "Prefill servers that there should be; health, monitor and doctor tell how many are missing.",
+        "count",
+        "--expect-prefill",
+        empty="those named by --prefill",
+    )
+    expect_decode: int = setting(
+        0, "The same for decode.", "count", "--expect-decode", empty="those named by --decode"
+    )
     worker_hosts: tuple[str, ...] = setting(
         (),
         "Name, address or network (10.0.0.0/8) that POST /workers may name; repeatable.",

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from pdserve.state.workers import PairEntry, WorkerEntry, about, count, one_of
+from pdserve.state.workers import PairEntry, RoleCapacity, WorkerEntry, about, count, one_of
 
 NUM_STEPS = 60
 
@@ -266,6 +266,7 @@ class StateDocument(msgspec.Struct, frozen=True, kw_only=True):
     workers: Annotated[
         list[WorkerEntry], about("Members, prefill first, each role in the order of its names.")
     ] = []
+    capacity: Annotated[list[RoleCapacity], about("Each role's workers in numbers.")] = []
     pairs: Annotated[list[PairEntry], about("Every prefill x decode pair, in the order of workers.")] = []
     waiting: Annotated[int, count("Requests that wait for a pair.", "requests")] = 0
     queue: Annotated[QueueFigures | None, about("The line before the pairs.")] = None

@@ -69,6 +69,14 @@ def _roles(state: StateDocument) -> Iterator[Problem]:
                 "every request needs one of each role",
                 f"start one: `pdserve {role} --join HOST:PORT`, or look at its log",
             )
+    for row in state.capacity:
+        if row.present and row.absent:
+            yield Problem(
+                "workers",
+                f"{row.absent} {'is' if row.expected - row.present == 1 else 'are'} missing",
+                "the others have their share of the load",
+                "look at their logs: the launcher restarts what it started, and tells when it gives up",
+            )
 
 
 def _bootstrap(state: StateDocument) -> Iterator[Problem]:

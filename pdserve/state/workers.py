@@ -148,6 +148,29 @@ class FittedFigures(msgspec.Struct, frozen=True, kw_only=True):
     step_slope_s: Annotated[float, about("What each request of the batch adds to it.", "s")] = 0.0
 
 
+class RoleCapacity(msgspec.Struct, frozen=True, kw_only=True):
+    """How many workers of a role there should be, and are."""
+
+    role: Annotated[str, one_of("The role.", "prefill decode")] = ""
+    expected: Annotated[int, count("How many there should be; 0 if nobody said.", "workers")] = 0
+    present: Annotated[int, count("Members of the fleet.", "workers")] = 0
+    ready: Annotated[int, count("Those that take traffic.", "workers")] = 0
+
+    @property
+    def missing(self) -> str:
+        """``1 of 2 decode workers``; empty if as many take traffic as should."""
+        return self._short_of(self.ready)
+
+    @property
+    def absent(self) -> str:
+        """The same of those that are no members."""
+        return self._short_of(self.present)
+
+    def _short_of(self, number: int) -> str:
+        lacking = self.expected - number
+        return f"{lacking} of {self.expected} {self.role} workers" if lacking > 0 else ""
+
+
 class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One instance of a worker."""
 

@@ -40,9 +40,10 @@ class HealthControl:
         return json_answer({"status": "alive"})
 
     async def readiness(self, client: IncomingRequest, body: bytes) -> Answer:
-        """200 while some pair can serve, else 503 that says why not."""
+        """200 while some pair can serve, else 503 that says why not; ``missing`` counts expected workers."""
         if self._fleet.scheduler.has_ready_pair:
-            return json_answer({"status": "ready"})
+            missing = ", ".join(row.missing for row in self._fleet.capacity() if row.missing)
+            return json_answer({"status": "ready", **({"missing": missing} if missing else {})})
         return error_answer(503, self._fleet.scheduler.explain())
 
     async def acceptance(self, client: IncomingRequest, body: bytes) -> Answer:

@@ -30,7 +30,8 @@ from pdserve.errors import ConfigError, WorkerError
 from pdserve.http.client import HttpClient
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.scheduler import Scheduler
-from pdserve.types import InstanceId, WorkerId, WorkerInfo
+from pdserve.state.workers import RoleCapacity
+from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,22 @@ class WorkerFleet:
     def pairs(self) -> list[PairRecord]:
         """Every prefill x decode pair, in the order of ``workers``."""
         return self._roster.pairs()
+
+    def capacity(self) -> list[RoleCapacity]:
+        """Each role's workers in numbers."""
+        config, members = self.config, self.workers()
+        expected = {Role.PREFILL: config.expect_prefill, Role.DECODE: config.expect_decode}
+        named = {Role.PREFILL: len(config.prefill), Role.DECODE: len(config.decode)}
+        rows = {role: [worker for worker in members if worker.role is role] for role in Role}
+        return [
+            RoleCapacity(
+                role=role._value_,
+                expected=expected[role] or named[role],
+                present=len(row),
+                ready=sum(worker.state is WorkerState.READY for worker in row),
+            )
+            for role, row in rows.items()
+        ]
 
     def find(self, worker_id: WorkerId) -> Worker | None:
         """The member of that name; None if there is none."""

@@ -62,6 +62,7 @@ def render_state(fleet: WorkerFleet, metrics: WorkerMetrics, ledger: RequestLedg
             epoch=watcher.epoch if watcher is not None else "",
         ),
         workers=[_worker(fleet, worker, now_s, seen[worker.instance_id]) for worker in fleet.workers()],
+        capacity=fleet.capacity(),
         pairs=_pairs(fleet, ledger.traffic, seen),
         waiting=fleet.scheduler.num_waiting,
         queue=_queue(fleet),
