@@ -90,6 +90,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0
     keeps_prefixes: bool | None = None
     """Its prefix cache is on, which on a decode worker it is only on request; None: not known."""
+    is_leaving: bool = False
+    """It was told to stop: it finishes the requests it has and is given no other."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,9 +82,13 @@ class LeaseClient:
         path = f"/fleet/instances/{quote(instance_id, safe='')}/dp_rank"
         self._call("POST", path, {"bootstrap_room": room, "dp_rank": dp_rank}, dict)
 
-    def heartbeat(self, instance_id: InstanceId) -> Lease:
-        """Renew; WorkerRejected with status 404 means: register again."""
-        return self._call("POST", "/fleet/heartbeat", Heartbeat(instance_id=instance_id), Lease)
+    def heartbeat(self, instance_id: InstanceId, *, is_leaving: bool = False) -> Lease:
+        """Renew; WorkerRejected with status 404 means: register again.
+
+        ``is_leaving`` tells the fleet that this instance will stop: it is given no new requests.
+        """
+        beat = Heartbeat(instance_id=instance_id, is_leaving=is_leaving)
+        return self._call("POST", "/fleet/heartbeat", beat, Lease)
 
     def deregister(self, instance_id: InstanceId, reason: str) -> None:
         """Leave, or say that somebody is gone."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pdserve.bootstrap.messages import FleetView, Lease, Register
+from pdserve.bootstrap.messages import FleetView, Heartbeat, Lease, Register
 from pdserve.bootstrap.prefill_api import prefill_api
 from pdserve.bootstrap.registry import Instance, MemberRegistry, Refused
 from pdserve.bootstrap.route_table import RouteError, RouteTable
@@ -142,6 +142,14 @@ class FleetMembership:
                     self._close_endpoint(instance.instance_id)
                     raise
         self._notify()
+        return lease
+
+    def heartbeat(self, message: Heartbeat) -> Lease:
+        """Renew a lease. Raises Refused as the registry's."""
+        version = self.fleet.version
+        lease = self.fleet.heartbeat(message.instance_id, self.now(), is_leaving=message.is_leaving)
+        if self.fleet.version != version:
+            self._notify()
         return lease
 
     def deregister(self, instance_id: InstanceId, reason: str) -> bool:

@@ -55,9 +55,13 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """``POST /fleet/heartbeat``; 404 means 'I do not know you: register again'."""
+    """``POST /fleet/heartbeat``; 404 means 'I do not know you: register again'.
+
+    ``is_leaving`` says once and for all that this instance will stop.
+    """
 
     instance_id: InstanceId
+    is_leaving: bool = False
 
 
 class Deregister(msgspec.Struct, frozen=True, kw_only=True):

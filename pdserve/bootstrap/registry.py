@@ -170,12 +170,20 @@ class MemberRegistry:
         ranks = [instance.ranks[rank] for rank in sorted(instance.ranks)]
         return Lease(worker=instance.worker, ranks=ranks, lease_s=instance.lease_s, epoch=self.epoch)
 
-    def heartbeat(self, instance_id: InstanceId, now: float) -> Lease:
-        """Renew. Raises Refused unknown_instance if it must register (again)."""
+    def heartbeat(self, instance_id: InstanceId, now: float, *, is_leaving: bool = False) -> Lease:
+        """Renew; ``is_leaving`` shows in the view from now on.
+
+        Raises:
+            Refused: unknown_instance if it must register (again).
+        """
         instance = self._instances.get(instance_id)
         if instance is None or instance.worker is None:
             raise Refused("unknown_instance", f"instance {instance_id} has no lease here: register again")
         instance.expires_s = now + instance.lease_s
+        if is_leaving and not instance.worker.is_leaving:
+            instance.worker = msgspec.structs.replace(instance.worker, is_leaving=True)
+            self.version += 1
+            logger.info("leaving worker=%s instance=%s", instance.worker.worker_id, instance_id)
         return self.lease(instance_id)
 
     def deregister(self, instance_id: InstanceId, reason: str) -> bool:

@@ -123,8 +123,7 @@ class _MainApi:
         return json_answer(await self._membership.register(message, reached_at))
 
     async def heartbeat(self, client: IncomingRequest) -> Answer:
-        message = read_json(client, Heartbeat)
-        return json_answer(self._membership.fleet.heartbeat(message.instance_id, self._membership.now()))
+        return json_answer(self._membership.heartbeat(read_json(client, Heartbeat)))
 
     async def deregister(self, client: IncomingRequest) -> Answer:
         message = read_json(client, Deregister)

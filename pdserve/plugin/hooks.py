@@ -85,6 +85,12 @@ HOOKS: tuple[HookTarget, ...] = (
         "a server must not join before its HTTP socket is open",
     ),
     HookTarget(
+        "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler",
+        "around",
+        "pdserve.plugin.membership:leave_before_draining",
+        "a server that was told to stop is given no new requests",
+    ),
+    HookTarget(
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool_allocator",
         "around",
         "pdserve.plugin.patches:name_forward_stream",

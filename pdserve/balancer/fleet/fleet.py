@@ -178,6 +178,8 @@ class WorkerFleet:
                 self.health.worker_learned(worker, info)
                 if has_moved:
                     self.health.suspect(worker, "its address changed")
+            if info.is_leaving:
+                self.drain(worker.worker_id)
 
     def add_worker(self, info: WorkerInfo) -> Worker:
         """Take in a worker that no bootstrap service knows; it takes traffic once a pair of it is proven.
