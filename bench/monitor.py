@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -112,7 +113,7 @@ def main() -> None:
         ]
         client.close()
     finally:
-        balancer.terminate()
+        balancer.send_signal(signal.SIGINT)
         fakes.stdin.close()
         balancer.wait()
         fakes.wait()

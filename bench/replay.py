@@ -99,7 +99,7 @@ def balancer(fleet: Servers, policy: str, folder: Path) -> Iterator[str]:
         _wait(lambda: _ready_pairs(url) == len(fleet.prefill) * len(fleet.decode), process, log_path)
         yield url
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         process.wait(30)
 
 

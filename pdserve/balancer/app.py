@@ -1,7 +1,8 @@
 """The balancer process: one event loop, one port, a fleet to watch and requests to serve.
 
-Order of death: stop accepting, let requests in flight end, abort the rest on
-their workers, then stop watching the fleet and close the connections.
+Order of death: say so (readiness 503, connections end with their answer) and serve on, stop
+accepting, let requests in flight end, abort the rest on their workers, then stop watching the
+fleet and close the connections.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import uvloop
 
 from pdserve.balancer.api.auth import KeyRing
 from pdserve.balancer.api.forward import WorkerAsker
+from pdserve.balancer.api.health import HealthControl
 from pdserve.balancer.api.routes import BalancerApi, DataPlane, build_routes
 from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.workers import WorkerMetrics
@@ -64,6 +66,8 @@ class Balancer:
         self.fleet = WorkerFleet(config, self.pool, membership, self.metrics)
         self._tracing = _open_tracing(config)
         self.dispatcher = PairDispatcher(config, self.fleet, self.pool, self._tracing)
+        self._asker = WorkerAsker(self.fleet, self.pool, config)
+        self._health = HealthControl(self._asker, self.dispatcher.ledger, self.metrics)
         self._socket: socket.socket | None = None
         self._server: HttpServer | None = None
         self._looking: asyncio.Task[None] | None = None
@@ -91,7 +95,7 @@ class Balancer:
         self._socket = bind(config.host, config.port)
         dispatcher = self.dispatcher
         plane = DataPlane(dispatcher.dispatch, dispatcher.give_up, dispatcher.ledger)
-        routes = build_routes(WorkerAsker(self.fleet, self.pool, config), plane, self.metrics)
+        routes = build_routes(self._asker, plane, self.metrics, self._health)
         app = BalancerApi(routes, KeyRing(config.api_key, config.control_key))
         await self.fleet.start()
         self._looking = asyncio.create_task(self._look(), name="worker-metrics")
@@ -99,16 +103,19 @@ class Balancer:
         await self._server.start(self._socket)
         logger.info("balancer listening on %s", self.url)
 
-    async def stop(self, drain_s: float = 0.0, hurry: asyncio.Event | None = None) -> None:
-        """Stop accepting, give requests in flight ``drain_s`` to end (until ``hurry``), end everything."""
-        if self._server is not None:
-            self._server.stop_accepting()
-        closing = asyncio.create_task(self.dispatcher.close(drain_s))
-        if hurry is not None:
-            await _first_of(closing, hurry)
-            if not closing.done():
-                await self.dispatcher.close()
-        await closing
+    async def stop(
+        self, drain_s: float = 0.0, hurry: asyncio.Event | None = None, *, delay_s: float = 0.0
+    ) -> None:
+        """Serve on for ``delay_s``, give requests in flight ``drain_s`` to end, end everything.
+
+        While it serves on readiness is 503 and each answer ends its connection. ``hurry`` ends both times.
+        """
+        ending = asyncio.create_task(self._end_requests(delay_s, drain_s))
+        if hurry is not None and await _is_first(hurry, ending):
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
+            ending = asyncio.create_task(self._end_requests())
+        await ending
         if self._server is not None:
             await self._server.close(LAST_WORDS_S)
         if self._looking is not None:
@@ -118,6 +125,15 @@ class Balancer:
         if self._tracing is not None:
             await self._tracing.close()
         logger.info("balancer stopped")
+
+    async def _end_requests(self, delay_s: float = 0.0, drain_s: float = 0.0) -> None:
+        self._health.is_leaving = True
+        if self._server is not None:
+            self._server.announce_end()
+        await asyncio.sleep(delay_s)
+        if self._server is not None:
+            self._server.stop_accepting()
+        await self.dispatcher.close(drain_s)
 
     async def _look(self) -> None:
         while True:
@@ -130,6 +146,9 @@ class Balancer:
 def run_balancer(config: BalancerConfig) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once.
 
+    Before that SIGTERM gives load balancers ``shutdown_delay_s`` to turn elsewhere; who presses Ctrl-C has
+    none.
+
     Raises:
         ConfigError: if the address cannot be listened on.
     """
@@ -138,22 +157,29 @@ def run_balancer(config: BalancerConfig) -> None:
 
 
 async def _serve(config: BalancerConfig) -> None:
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    first: asyncio.Future[int] = loop.create_future()
+    hurry = asyncio.Event()
 
-    def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
+    def on_signal(number: int) -> None:
+        if first.done():
+            hurry.set()
+        else:
+            first.set_result(number)
 
     raise_file_limit()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLD)
-    loop = asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(sig, on_signal)
+        loop.add_signal_handler(sig, on_signal, sig)
     balancer = Balancer(config)
     await balancer.start()
-    await stop.wait()
-    logger.info("balancer draining for up to %g s; a second signal ends at once", config.drain_s)
-    await balancer.stop(config.drain_s, hurry)
+    delay_s = config.shutdown_delay_s if await first == signal.SIGTERM else 0.0
+    logger.info(
+        "balancer leaving: serves on for %g s, then draining for up to %g s; a second signal ends at once",
+        delay_s, config.drain_s,
+    )  # fmt: skip
+    await balancer.stop(config.drain_s, hurry, delay_s=delay_s)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -227,7 +253,9 @@ def _open_tracing(config: BalancerConfig) -> Tracing | None:
     return open_tracing(config.otlp_endpoint, config.otlp_sample)
 
 
-async def _first_of(closing: asyncio.Task[None], hurry: asyncio.Event) -> None:
-    signalled = asyncio.create_task(hurry.wait())
-    await asyncio.wait({closing, signalled}, return_when=asyncio.FIRST_COMPLETED)
-    signalled.cancel()
+async def _is_first(event: asyncio.Event, task: asyncio.Task[None]) -> bool:
+    """Wait for either; True if ``event`` is set while ``task`` still runs."""
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    return not task.done()

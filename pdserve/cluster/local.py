@@ -129,14 +129,23 @@ class LocalCluster:
                 self._supervisor.failure.result()
             await asyncio.wait({self._supervisor.failure}, timeout=STEADY_POLL_S)
 
-    async def stop(self) -> None:
-        """Let running requests end (``drain_s``), then end workers, bootstrap service and forkserver."""
+    async def stop(self, number: int = signal.SIGINT) -> None:
+        """Let running requests end (``drain_s``), then end workers, bootstrap service and forkserver.
+
+        For ``number`` SIGTERM the balancer first gives load balancers ``shutdown_delay_s`` to turn elsewhere.
+        """
         supervisor = self._supervisor
         supervisor.is_stopping = True
-        grace_s = self.config.drain_s if self.is_ready else SERVICE_GRACE_S
+        delays = self.is_ready and number == signal.SIGTERM
+        delay_s = self.config.shutdown_delay_s if delays else 0.0
+        drain_s = self.config.drain_s if self.is_ready else 0.0
         self._display.close()  # a live monitor gives the terminal back before the drain, not after it
-        self._tell(logging.INFO, f"stopping: requests have {grace_s:g} s to end; Ctrl-C again kills")
-        await supervisor.stop(self.processes[self.spec.balancer.name], grace_s)
+        late = f" after {delay_s:g} s for load balancers" if delay_s else ""
+        self._tell(logging.INFO, f"stopping: requests have {drain_s:g} s to end{late}; Ctrl-C again kills")
+        # The balancer cuts off what is left by itself: it is killed only if it does not.
+        limit_s = delay_s + drain_s + SERVICE_GRACE_S
+        balancer = self.processes[self.spec.balancer.name]
+        await supervisor.stop(balancer, limit_s, signal.SIGTERM if delays else signal.SIGINT)
         await asyncio.gather(*(supervisor.stop(worker, WORKER_GRACE_S) for worker in self.workers))
         await supervisor.stop(self.processes[self.spec.bootstrap.name], SERVICE_GRACE_S)
         self._close()
@@ -219,7 +228,7 @@ async def run_cluster(cluster: LocalCluster) -> int:
     try:
         cluster.start()
         await _until(first, _start_and_serve(cluster))
-        is_drained = await _until(second, cluster.stop())
+        is_drained = await _until(second, cluster.stop(signals[0]))
     except BaseException:
         await cluster.kill_and_wait()
         raise

@@ -206,7 +206,8 @@ def _balancer_spec(config: LaunchConfig, port: int, url: str, bootstrap: str) ->
     expected = ("--expect-prefill", str(config.prefill), "--expect-decode", str(config.decode))
     fleet = ("--bootstrap", bootstrap, *expected, "--policy", config.policy)
     slo = ("--slo", config.slo) if config.slo else ()
-    argv = (sys.executable, "-m", "pdserve", "balance", *listen, *fleet, *slo, *_file_args(config))
+    times = ("--shutdown-delay", f"{config.shutdown_delay_s:g}", "--drain", f"{config.drain_s:g}")
+    argv = (sys.executable, "-m", "pdserve", "balance", *listen, *times, *fleet, *slo, *_file_args(config))
     return ProcessSpec("balancer", ProcessKind.BALANCER, argv, {}, url + "/liveness")
 
 

@@ -136,14 +136,14 @@ class Supervisor:
         """Start ``process`` and keep it running from now on."""
         process.task = asyncio.create_task(self._keep(process, spawner), name=f"supervise-{process.name}")
 
-    async def stop(self, process: Supervised, grace_s: float) -> None:
-        """SIGTERM, then SIGKILL of the whole session after ``grace_s``. Needs ``is_stopping``."""
+    async def stop(self, process: Supervised, grace_s: float, number: int = signal.SIGTERM) -> None:
+        """Signal ``number``, then SIGKILL of the whole session after ``grace_s``. Needs ``is_stopping``."""
         if process.task is None:
             return
         if process.child is None:
             process.task.cancel()
         else:
-            process.child.signal(signal.SIGTERM)
+            process.child.signal(number)
         _, late = await asyncio.wait({process.task}, timeout=grace_s)
         if late and process.child is not None:
             self._report(logging.WARNING, f"{process.name} did not end within {grace_s:g} s: killed")

@@ -164,7 +164,6 @@ class BalancerConfig:
         "seconds",
         "",
     )
-    drain_s: float = setting(30.0, "How long requests in flight may finish at shutdown.", "seconds", "")
 
     api_key: str = setting(
         "",
@@ -192,11 +191,21 @@ class BalancerConfig:
     )
     tls_key_path: str = setting("", "Its private key, PEM.", "path", "--tls-key-path", empty="no TLS")
 
+    shutdown_delay_s: float = setting(
+        5.0,
+        "How long the service still takes requests after SIGTERM, with readiness 503, until load balancers "
+        "have noticed; Ctrl-C waits for none.",
+        "seconds",
+        "--shutdown-delay",
+        panel=RUN,
+    )
+    drain_s: float = setting(
+        30.0, "How long requests in flight may finish at shutdown.", "seconds", "--drain"
+    )
     request_id_headers: tuple[str, ...] = setting(
         ("x-request-id",),
         "Headers that may carry a client's own request id, the first one wins.",
         "names",
-        panel=RUN,
     )
     log_level: str = setting("info", "How much is logged.", "name", "--log-level", choices=LOG_LEVELS)
     log_format: str = setting(

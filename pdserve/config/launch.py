@@ -137,7 +137,8 @@ class LaunchConfig:
     ready_timeout_s: float = setting(
         600.0, "Longest wait until every pair has answered.", "seconds", "--ready-timeout"
     )
-    drain_s: float = setting(30.0, "How long running requests may finish after Ctrl-C.", "seconds")
+    shutdown_delay_s: float = same_setting(BalancerConfig, "shutdown_delay_s")
+    drain_s: float = same_setting(BalancerConfig, "drain_s")
     max_restarts: int = setting(
         5, "Restarts in a row of one worker (a run of 60 s resets the count) before it is given up.", "count"
     )

@@ -25,7 +25,7 @@ SWEEP_S = 1.0
 
 
 class HttpServer:
-    """``await start(socket)``, later ``await close(grace_s)``."""
+    """``await start(socket)``, later ``await close(grace_s)``; ``announce_end()`` before it, for clients."""
 
     def __init__(
         self, application: Application, limits: ServerLimits, tls: ssl.SSLContext | None = None
@@ -59,9 +59,15 @@ class HttpServer:
             lambda: ServerConnection(self._state), sock=listener, backlog=BACKLOG, ssl=self._tls
         )
 
+    def announce_end(self) -> None:
+        """Serve on, new connections too, but let every answer from now on end its connection."""
+        self._state.is_leaving = True
+        for connection in self._connections:
+            connection.announce_end()
+
     def stop_accepting(self) -> None:
         """Close the port and every connection between two requests."""
-        self._state.is_closing = True
+        self._state.is_leaving = self._state.is_closing = True
         if self._server is not None:
             self._server.close()
         for connection in list(self._connections):

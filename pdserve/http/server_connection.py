@@ -22,14 +22,7 @@ from pdserve.http.answer import Answer
 from pdserve.http.incoming import Application, IncomingRequest, ResponseWriter
 from pdserve.http.limits import KEEP_ALIVE_S, NEVER, ServerLimits
 from pdserve.http.sockets import tune
-from pdserve.http.wire import (
-    CLOSE_LINE,
-    CONTINUE,
-    HERE,
-    read_target,
-    render_answer,
-    render_without_upgrade,
-)
+from pdserve.http.wire import CLOSE_LINE, CONTINUE, HERE, read_target, render_answer, without_upgrade
 
 LINGER_S = 2.0
 """How long a refused client may take to stop sending; a reset in its face would eat our answer."""
@@ -37,7 +30,9 @@ LINGER_S = 2.0
 
 @dataclass(slots=True)
 class ServerState:
-    """What the connections of one server share. The server changes ``date_line`` and ``is_closing``.
+    """What the connections of one server share; the server changes the last three.
+
+    ``is_leaving``: each answer ends its connection. ``is_closing``: none is made or kept.
 
     ``admit`` takes a new connection in, or returns False if there are too many; ``forget`` is called
     when it is closed; ``serve`` runs the application for one request.
@@ -50,6 +45,7 @@ class ServerState:
     forget: Callable[[ServerConnection], None]
     serve: Callable[[IncomingRequest], None]
     date_line: bytes = b""
+    is_leaving: bool = False
     is_closing: bool = False
 
 
@@ -90,6 +86,12 @@ class ServerConnection(asyncio.Protocol):
         """Close once what was written has left."""
         if self._writer.transport is not None:
             self._writer.transport.close()
+
+    def announce_end(self) -> None:
+        """Say in the next head of an answer that the connection ends with it, unless more requests wait."""
+        serving = self._serving
+        if serving is not None and not serving.has_begun and not self._pipeline:
+            serving.keep_alive = False
 
     def wind_up(self) -> None:
         """Close after the answer that is on its way, at once if there is none."""
@@ -205,7 +207,7 @@ class ServerConnection(asyncio.Protocol):
                     return
                 data = memoryview(data)[exc.args[0] :]
                 former, self._parser = self._parser, httptools.HttpRequestParser(self)
-                head = render_without_upgrade(
+                head = without_upgrade(
                     former.get_method(),
                     self._url,
                     former.get_http_version(),
@@ -390,4 +392,6 @@ class ServerConnection(asyncio.Protocol):
     def _start(self, client: IncomingRequest) -> None:
         self._serving = client
         self.deadline_s = NEVER
+        if self._server.is_leaving:
+            self.announce_end()
         self._server.serve(client)

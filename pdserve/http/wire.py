@@ -46,7 +46,7 @@ def read_target(method: str, target: bytes) -> tuple[bytes, bytes]:
     return authority, (path or b"/") + (query or b"")
 
 
-def render_without_upgrade(
+def without_upgrade(
     method: bytes, target: bytes, version: str, headers: dict[bytes, bytes], *, keep_alive: bool
 ) -> bytes:
     """The head of a request as it would be without its offer to upgrade."""

@@ -23,7 +23,8 @@ import json, logging, sys
 from pdserve.balancer.app import run_balancer
 from pdserve.config.balancer import BalancerConfig
 logging.basicConfig(level="INFO", format="%(message)s")
-run_balancer(BalancerConfig(port=0, prefill=((sys.argv[1], 8998),), decode=(sys.argv[2],)))
+workers = dict(prefill=((sys.argv[1], 8998),), decode=(sys.argv[2],))
+run_balancer(BalancerConfig(port=0, **workers, shutdown_delay_s=0.0))
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -363,6 +364,6 @@ async def test_a_running_balancer_shows_its_key_to_nobody() -> None:
         assert (reply.status, b"hush" in reply.body) == (200, False)
         assert [row["url"] for row in reply.json["workers"]] == [worker.url]
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         await process.communicate()
     assert process.returncode == 0

@@ -162,5 +162,5 @@ def test_balancer_fronts_servers_started_without_pdserve(
                 assert status == 200, answer
                 assert answer["output_ids"] == expected[prompt.name]
         finally:
-            balancer.terminate()
+            balancer.send_signal(signal.SIGINT)
             assert balancer.wait(30) == 0

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -74,7 +75,7 @@ class Installed:
             yield said.decode().split(" on ")[1].split()[0]
         finally:
             if process.returncode is None:
-                process.terminate()
+                process.send_signal(signal.SIGINT)  # SIGTERM would wait for load balancers
             await process.communicate()
 
 

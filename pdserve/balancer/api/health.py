@@ -21,6 +21,7 @@ from pdserve.http.incoming import IncomingRequest
 
 HEALTH_GENERATE_S = 25.0
 """SGLang looks at its token after 1 s at the earliest and gives up after 20 s."""
+LEAVING = "the balancer is shutting down; requests that come nevertheless are served"
 
 
 class HealthControl:
@@ -29,6 +30,8 @@ class HealthControl:
     def __init__(self, asker: WorkerAsker, ledger: RequestLedger, metrics: WorkerMetrics) -> None:
         self.is_paused = False
         """True between ``/pause_generation`` and ``/continue_generation``."""
+        self.is_leaving = False
+        """True once the balancer was told to stop: whoever sends requests should turn to another."""
         self._asker = asker
         self._fleet = asker.fleet
         self._ledger = ledger
@@ -40,7 +43,12 @@ class HealthControl:
         return json_answer({"status": "alive"})
 
     async def readiness(self, client: IncomingRequest, body: bytes) -> Answer:
-        """200 while some pair can serve, else 503 that says why not; ``missing`` counts expected workers."""
+        """200 while some pair can serve, else 503 that says why not; ``missing`` counts expected workers.
+
+        503 at shutdown, as SGLang's /health.
+        """
+        if self.is_leaving:
+            return error_answer(503, LEAVING)
         if self._fleet.scheduler.has_ready_pair:
             missing = ", ".join(row.missing for row in self._fleet.capacity() if row.missing)
             return json_answer({"status": "ready", **({"missing": missing} if missing else {})})
@@ -58,8 +66,9 @@ class HealthControl:
         Anyone may ask, and each round costs every server a token: those who ask
         while one is under way get its result.
         """
-        if not self._fleet.scheduler.has_ready_pair:
-            return error_answer(503, self._fleet.scheduler.explain())
+        ready = await self.readiness(client, body)
+        if ready.status != 200:
+            return ready
         if self._generating is None or self._generating.done():
             self._generating = asyncio.create_task(self._generate(client), name="health-generate")
         return await asyncio.shield(self._generating)

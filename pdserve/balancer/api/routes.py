@@ -123,14 +123,15 @@ class DataPlane:
     ledger: RequestLedger
 
 
-def build_routes(asker: WorkerAsker, plane: DataPlane, metrics: WorkerMetrics) -> RouteMap:
+def build_routes(
+    asker: WorkerAsker, plane: DataPlane, metrics: WorkerMetrics, health: HealthControl
+) -> RouteMap:
     """Build the whole table over one fleet.
 
     Raises:
         ConfigError: if ``worker_hosts`` is malformed.
     """
     routes = RouteMap()
-    health = HealthControl(asker, plane.ledger, metrics)
     _add_prompts(routes, plane)
     _add_health(routes, health)
     _add_info(routes, InfoControl(asker, plane.ledger, metrics))

@@ -9,6 +9,7 @@ import pytest
 
 from pdserve.balancer.api.auth import Access
 from pdserve.balancer.api.forward import WorkerAsker
+from pdserve.balancer.api.health import HealthControl
 from pdserve.balancer.api.routes import UNSERVED, DataPlane, Endpoint, RouteMap, build_routes
 from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.workers import WorkerMetrics
@@ -36,7 +37,8 @@ def built(config: BalancerConfig) -> RouteMap:
     fleet = WorkerFleet(config, pool)
     dispatcher = PairDispatcher(config, fleet, pool)
     plane = DataPlane(dispatcher.dispatch, dispatcher.give_up, dispatcher.ledger)
-    return build_routes(WorkerAsker(fleet, pool, config), plane, WorkerMetrics())
+    asker, metrics = WorkerAsker(fleet, pool, config), WorkerMetrics()
+    return build_routes(asker, plane, metrics, HealthControl(asker, dispatcher.ledger, metrics))
 
 
 @pytest.fixture
