@@ -50,7 +50,7 @@ _GLOSSARY = (
     ("regime", "which role is short of capacity: normal, prefill, decode, or overload (both)"),
     ("load scores", "how full each role is, smoothed: 1 is full with requests waiting"),
     ("shed", "requests refused since the start, by reason"),
-    ("● ○ ◐ ▲ ▽ ×", "ready, joining or untested, probing, suspect, draining or leaving, failed"),
+    ("● ○ ◐ ▲ ▽ ×", "ready, joining or untested, probing, suspect, draining, leaving or paused, failed"),
 )
 
 
@@ -89,8 +89,8 @@ def details_page(snapshot: Snapshot, view: ViewState, width: int) -> list[Line]:
 
 
 def _worker_page(row: WorkerEntry, snapshot: Snapshot, width: int) -> list[Line]:
-    state = "leaving" if row.leaving else row.state
-    lines = [Line(f"worker {row.worker_id}", "bold").add(f" ({row.role or '?'})").add(f"  {state}", "bold")]
+    lines = [Line(f"worker {row.worker_id}", "bold").add(f" ({row.role or '?'})")]
+    lines[0].add(f"  {row.condition}", "bold")
     lines += _facts(_worker_facts(row), width)
     lines += _paragraph("last error", row.last_error, width, BAD)
     pairs = [pair for pair in snapshot.state.pairs if row.worker_id in (pair.prefill, pair.decode)]

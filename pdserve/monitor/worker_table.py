@@ -17,6 +17,7 @@ _WORKER_STATES = {
     "ready": ("●", "ready", ""),
     "joining": ("○", "joining", WARN),
     "suspect": ("▲", "suspect", BAD),
+    "paused": ("▽", "paused", WARN),
     "draining": ("▽", "drain", WARN),
     "leaving": ("▽", "leaving", WARN),
 }
@@ -26,7 +27,7 @@ _BREAKERS = {"closed": ("ok", ""), "open": ("open", BAD), "half_open": ("half", 
 def _state_cell(row: WorkerEntry) -> Cell:
     if not row.instance_id:  # the sum of a role
         return row.state, ""
-    state = "leaving" if row.leaving else row.state
+    state = row.condition
     symbol, word, style = _WORKER_STATES.get(state, ("?", state or "-", DIM))
     return f"{symbol} {word}", style
 

@@ -59,6 +59,16 @@ def _workers(state: StateDocument) -> Iterator[Problem]:
                 "look at its log and restart it",
             )
 
+    for worker in state.workers:
+        if worker.paused:
+            yield Problem(
+                worker.worker_id,
+                "generation is paused",
+                "its requests wait, and new ones go elsewhere while somebody else can serve",
+                f"POST /continue_generation?worker={worker.worker_id}",
+                is_error=False,
+            )
+
 
 def _roles(state: StateDocument) -> Iterator[Problem]:
     for role in ("prefill", "decode"):

@@ -226,6 +226,7 @@ class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
         str,
         one_of("Closed lets traffic through, half_open only a probe, open nothing.", "closed half_open open"),
     ] = ""
+    paused: Annotated[bool, about("Its engine is paused, by whomever.")] = False
     draining: Annotated[bool, about("Takes no new request, by an operator's wish.")] = False
     leaving: Annotated[bool, about("Goes when it is drained.")] = False
     admission: Annotated[
@@ -237,6 +238,13 @@ class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
         CreditFigures()
     )
     fitted: Annotated[FittedFigures, about("How fast it is, fitted from its counters.")] = FittedFigures()
+
+    @property
+    def condition(self) -> str:
+        """Its state in one word for people: ``leaving`` and ``paused`` too."""
+        if self.leaving:
+            return "leaving"
+        return "paused" if self.paused and self.state == "ready" else self.state
 
     @property
     def is_troubled(self) -> bool:

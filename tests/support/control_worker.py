@@ -21,7 +21,7 @@ from tests.support.sglang_server import until
 
 JSON = "application/json"
 TOKEN = {"text": " a b", "output_ids": [1, 2], "meta_info": {"finish_reason": {"type": "length"}}}
-OWN_QUESTIONS = ("/ping", "/v1/loads?", "/generate", "/model_info")
+OWN_QUESTIONS = ("/ping", "/v1/loads?", "/generate", "/model_info", "/ready")
 """What a balancer asks by itself; not recorded unless the test has told an answer for it."""
 
 

@@ -65,6 +65,9 @@ class FakeSGLang:
         self.reset_on_accept = 0
         self.kill_at_request = False
         """Die at the next request, before it is accepted."""
+        self.moving = asyncio.Event()
+        """Cleared by /pause_generation: requests wait, and /ready says 503."""
+        self.moving.set()
         self.poison = ""
         """Die of any request that has this text in it."""
         self.port = 0
@@ -190,6 +193,11 @@ class FakeSGLang:
         elif path == "/abort_request":
             self._abort(json.loads(body).get("rid", ""))
             connection.respond(200, b"")
+        elif path in ("/pause_generation", "/continue_generation"):
+            self.moving.clear() if path == "/pause_generation" else self.moving.set()
+            connection.respond(200, b'{"status":"ok"}')
+        elif path == "/ready":
+            connection.respond(200 if self.moving.is_set() else 503, b"")
         elif path == "/flush_cache":
             self.flushes += 1
             connection.respond(200, b"Cache flushed.\n", "text/plain; charset=utf-8")
@@ -231,6 +239,7 @@ class FakeSGLang:
         self.paths.append(path)
         self.headers.append(connection.headers)
         run = Run(self, connection, path, request)
+        await self.moving.wait()
         rids = run.rids
         connection.rid = rids[0] if len(rids) == 1 else str(rids) if rids else ""
         self._kv.update(rids)

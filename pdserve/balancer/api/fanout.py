@@ -29,10 +29,10 @@ from pdserve.balancer.api.forward import (
     fields_of,
     passed_on,
 )
-from pdserve.balancer.api.health import HealthControl
 from pdserve.balancer.fleet.worker import Worker
 from pdserve.errors import WorkerError
 from pdserve.http.answer import Answer, json_answer
+from pdserve.http.client import FetchedResponse
 from pdserve.http.incoming import IncomingRequest
 
 WORKER = "worker"
@@ -57,11 +57,8 @@ class FanOutControl:
     ``give_up`` ends the retries of the live request of that name and returns the workers' rids of it.
     """
 
-    def __init__(
-        self, asker: WorkerAsker, health: HealthControl, give_up: Callable[[str], list[str]]
-    ) -> None:
+    def __init__(self, asker: WorkerAsker, give_up: Callable[[str], list[str]]) -> None:
         self._asker = asker
-        self._health = health
         self._give_up = give_up
         self._request_s = asker.config.request_s
 
@@ -88,20 +85,22 @@ class FanOutControl:
         return answer
 
     async def pause(self, client: IncomingRequest, body: bytes) -> Answer:
-        """Stop generation everywhere; ``/ready`` is 503 until it goes on, and nobody counts as stuck."""
-        answer = await self._fan_out(client, body, self._request_s)
-        if answer.status == 200 and not _named(client):
-            self._set_paused(True)
-        return answer
+        """Stop generation: who is paused does not count as stuck, and gets requests only if all are."""
+        return await self._pause(client, body, self._request_s, is_paused=True)
 
     async def go_on(self, client: IncomingRequest, body: bytes) -> Answer:
         """End a pause."""
-        self._set_paused(False)
-        return await self._fan_out(client, body, WORK_S)
+        return await self._pause(client, body, WORK_S, is_paused=False)
 
-    def _set_paused(self, is_paused: bool) -> None:
-        self._health.is_paused = is_paused
-        self._asker.fleet.health.set_paused(is_paused)
+    async def _pause(
+        self, client: IncomingRequest, body: bytes, timeout_s: float, *, is_paused: bool
+    ) -> Answer:
+        workers = self._chosen(client)
+        replies = await self._asker.ask_all(self._question(client, body, timeout_s), workers)
+        for worker, reply in zip(workers, replies, strict=True):
+            if isinstance(reply, FetchedResponse) and reply.status == 200:
+                self._asker.fleet.health.worker_paused(worker, is_paused)
+        return _rows(workers, replies)
 
     async def abort_request(self, client: IncomingRequest, body: bytes) -> Answer:
         """Every worker aborts the request; its client may name it by its own rid or X-Request-Id."""

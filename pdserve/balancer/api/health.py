@@ -28,8 +28,6 @@ class HealthControl:
     """Liveness, readiness and the state document."""
 
     def __init__(self, asker: WorkerAsker, ledger: RequestLedger, metrics: WorkerMetrics) -> None:
-        self.is_paused = False
-        """True between ``/pause_generation`` and ``/continue_generation``."""
         self.is_leaving = False
         """True once the balancer was told to stop: whoever sends requests should turn to another."""
         self._asker = asker
@@ -55,9 +53,10 @@ class HealthControl:
         return error_answer(503, self._fleet.scheduler.explain())
 
     async def acceptance(self, client: IncomingRequest, body: bytes) -> Answer:
-        """Readiness, and 503 while generation is paused: SGLang's ``/ready``."""
-        if self.is_paused:
-            return error_answer(503, "generation is paused; POST /continue_generation ends that")
+        """Readiness, and 503 while whoever could serve is paused: SGLang's ``/ready``."""
+        if paused := self._fleet.paused():
+            names = ", ".join(worker.worker_id for worker in paused)
+            return error_answer(503, f"generation is paused on {names}; POST /continue_generation ends that")
         return await self.readiness(client, body)
 
     async def health_generate(self, client: IncomingRequest, body: bytes) -> Answer:

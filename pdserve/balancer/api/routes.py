@@ -135,7 +135,7 @@ def build_routes(
     _add_prompts(routes, plane)
     _add_health(routes, health)
     _add_info(routes, InfoControl(asker, plane.ledger, metrics))
-    fan_out = FanOutControl(asker, health, plane.give_up)
+    fan_out = FanOutControl(asker, plane.give_up)
     _add_fan_outs(routes, fan_out)
     _add_weights(routes, fan_out)
     _add_workers(routes, WorkersControl(asker))

@@ -100,6 +100,13 @@ class WorkerFleet:
         """Every prefill x decode pair, in the order of ``workers``."""
         return self._roster.pairs()
 
+    def paused(self) -> list[Worker]:
+        """The paused workers without which no pair can serve now; none if some pair can."""
+        pairs = self._roster.ready_pairs()
+        if not all(record.is_paused for record in pairs):
+            return []
+        return [w for w in self.workers() if w.is_paused and any(w in (r.prefill, r.decode) for r in pairs)]
+
     def capacity(self) -> list[RoleCapacity]:
         """Each role's workers in numbers."""
         config, members = self.config, self.workers()

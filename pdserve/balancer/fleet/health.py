@@ -42,15 +42,10 @@ class HealthTracker:
     def __init__(self, roster: Roster, scheduler: Scheduler, log: EventLog, pool: HttpClient) -> None:
         self.dozing: set[Worker] = set()
         """Workers whose monitors make a long pause, which a reserved pair ends."""
-        self._is_paused = False
         self._roster = roster
         self._scheduler = scheduler
         self._log = log
         self._pool = pool
-
-    def set_paused(self, is_paused: bool) -> None:
-        """Generation is paused on purpose, or goes on: a worker that is paused is not stalled."""
-        self._is_paused = is_paused
 
     # -- leg results ---------------------------------------------------------------------------
 
@@ -148,10 +143,18 @@ class HealthTracker:
         if num_failed:
             self._log.note("wedged", worker, f"{why}; {num_failed} exchanges ended")
 
+    def worker_paused(self, worker: Worker, is_paused: bool) -> None:
+        """The worker's engine is paused, or goes on. Its requests wait; it gets others only if nobody else
+        can serve them."""
+        if worker.is_paused is not is_paused and worker in self._roster:
+            worker.is_paused = is_paused
+            self._log.note("paused" if is_paused else "continued", worker, f"{worker.num_inflight} in flight")
+            self.set_ready_pairs()
+
     def worker_stalled(self, worker: Worker, why: str) -> None:
-        """The worker answers, but its scheduler makes no progress. That is no hang while it is paused, or
-        loads other weights."""
-        if not self._is_paused and not self._pool.is_busy_with(worker.url, COMMAND):
+        """The worker answers, but its scheduler makes no progress. That is no hang while it loads other
+        weights."""
+        if not self._pool.is_busy_with(worker.url, COMMAND):
             self.worker_hung(worker, why)
 
     def worker_answers(self, worker: Worker) -> None:
@@ -209,7 +212,7 @@ class HealthTracker:
 
     def set_ready_pairs(self) -> None:
         """Have the scheduler use the pairs that are ready now."""
-        self._scheduler.set_ready_pairs(self._roster.ready_keys())
+        self._scheduler.set_ready_pairs([record.key for record in self._roster.ready_pairs()])
 
 
 def _severity(worker: Worker, error: str | WorkerError) -> Failure:

@@ -53,9 +53,10 @@ class Roster:
         """The pairs that ``worker`` is part of."""
         return [record for record in self.records.values() if worker in (record.prefill, record.decode)]
 
-    def ready_keys(self) -> list[PairKey]:
-        """The pairs that may take traffic."""
-        return [key for key, record in self.records.items() if record.state is PairState.READY]
+    def ready_pairs(self) -> list[PairRecord]:
+        """The pairs that may take traffic: paused ones only if there is no other."""
+        ready = [record for record in self.records.values() if record.state is PairState.READY]
+        return [record for record in ready if not record.is_paused] or ready
 
     def workers(self) -> list[Worker]:
         """Every member, prefill first, each role in the order of its names."""

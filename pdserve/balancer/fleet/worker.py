@@ -64,6 +64,7 @@ class Worker:
     while it is not draining; probes of its pairs wait for both. ``wake`` ends the pause of its
     monitor. ``tasks`` are its background tasks by name.
 
+    ``is_paused``: its engine generates nothing until an operator lets it go on.
     ``is_leaving``: it is removed when it is drained; ``has_left``: it is no member any more.
     ``stalled_s`` is how long it has had work and made no progress, as last seen.
     ``failures`` counts its failed legs by kind, for metrics.
@@ -75,6 +76,7 @@ class Worker:
     breaker: Breaker = field(default_factory=Breaker)
     last_error: str = ""
     needs_ping: bool = False
+    is_paused: bool = False
     is_leaving: bool = False
     has_left: bool = False
     num_probes: int = 0
@@ -162,6 +164,11 @@ class PairRecord:
     def can_be_probed(self) -> bool:
         """Both workers answer, and neither is draining."""
         return all(w.answers.is_set() and w.serves.is_set() for w in (self.prefill, self.decode))
+
+    @property
+    def is_paused(self) -> bool:
+        """A request of this pair would wait for the end of a pause."""
+        return self.prefill.is_paused or self.decode.is_paused
 
     @property
     def label(self) -> str:

@@ -60,6 +60,7 @@ class WorkerMonitor:
         self._unreachable_polls = 0
         self._silent_polls = 0
         self._has_no_figures = False
+        self._heard = -1
         self._backoff = Backoff(config.load_poll_s, max(config.load_poll_s, POLL_BACKOFF_S))
 
     async def run(self) -> None:
@@ -166,6 +167,7 @@ class WorkerMonitor:
         except WorkerError as exc:
             return await self._missed(exc)
         self._unreachable_polls = self._silent_polls = 0
+        await self._see_whether_paused()
         if answer.status != 200:
             return self._unusable(f"/v1/loads: HTTP {answer.status}")
         try:
@@ -177,6 +179,22 @@ class WorkerMonitor:
         self._health.worker_sampled(self._worker, sample)
         self._watch_progress(sample)
         return self._config.load_poll_s
+
+    async def _see_whether_paused(self) -> None:
+        """Ask, unless bytes have come since the last poll. SGLang's ``/ready`` is 503 while the engine is
+        paused, whoever paused it, or unwell, and ``/ping`` only if it is unwell."""
+        worker, heard = self._worker, self._pool.num_heard(self._worker.url)
+        has_moved, self._heard = heard != self._heard, heard
+        if has_moved and not worker.is_paused:
+            return
+        try:
+            status = (await self._ask("/ready", LOADS_S)).status
+            if status == 200:
+                self._health.worker_paused(worker, False)
+            elif status == 503 and (await self._ask("/ping", PING_S)).status == 200:
+                self._health.worker_paused(worker, True)
+        except WorkerError:
+            return  # the next poll says more
 
     async def _missed(self, exc: WorkerError) -> float:
         worker = self._worker
@@ -192,6 +210,10 @@ class WorkerMonitor:
 
     def _watch_progress(self, sample: Sample) -> None:
         worker, wedge_s = self._worker, self._config.wedge_s
+        if worker.is_paused:
+            worker.stalled_s = 0.0
+            self._progress.reset()
+            return
         heard = self._pool.num_heard(worker.url)
         stalled_s = self._progress.see(sample.load, sample.covered_s, heard, worker.num_inflight)
         worker.stalled_s = stalled_s

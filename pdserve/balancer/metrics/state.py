@@ -107,6 +107,7 @@ def _worker(fleet: WorkerFleet, worker: Worker, now_s: float, figures: WorkerFig
         errors=worker.breaker.errors,
         failures=dict(worker.failures),
         breaker=worker.breaker.state._value_,
+        paused=worker.is_paused,
         draining=worker.is_draining,
         leaving=worker.is_leaving,
         admission=_admission(worker),

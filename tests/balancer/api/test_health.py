@@ -61,7 +61,7 @@ async def test_a_pause_shows_in_ready_alone() -> None:
         assert (await site.ask("POST", "/continue_generation", {})).status == 200
         assert (await site.ask("GET", "/ready")).status == 200
         await site.ask("POST", "/pause_generation?worker=decode-0", {})
-        assert (await site.ask("GET", "/ready")).status == 200
+        assert (await site.ask("GET", "/ready")).status == 503, "nobody else decodes"
 
 
 async def test_head_is_get_without_a_body() -> None:

@@ -259,20 +259,15 @@ async def test_a_worker_that_answers_but_stands_still_is_wedged() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("why", ["off", "paused"])
-async def test_standing_still_is_no_wedge_if_nobody_wants_progress(why: str) -> None:
-    async with running_site(load_poll_s=0.02, wedge_s=0.0 if why == "off" else 0.1) as site:
+async def test_standing_still_is_no_wedge_if_nobody_asks_for_it() -> None:
+    async with running_site(load_poll_s=0.02, wedge_s=0.0) as site:
         fleet = site.balancer.fleet
-        fleet.health.set_paused(why == "paused")
         holder, task = await hold_first(site, Role.DECODE, PLAIN)
         decode = fleet.workers()[1]
         decode.view.step_base_s = 0.0
         holder.load = {"num_running_reqs": 1}
         await until(lambda: decode.stalled_s > 0.08, "it stands still")
-        if why == "off":
-            await until(lambda: decode.stalled_s > 0.3, "and goes on to")
-        else:
-            await until(lambda: decode.stalled_s < 0.08, "the verdict was dismissed")
+        await until(lambda: decode.stalled_s > 0.3, "and goes on to")
         assert site.state("decode-0") == "ready"
         assert not task.done()
         assert holder.behaviour.gate is not None
