@@ -23,6 +23,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 SERVE, PARTS, USE, PLAN = "Serve", "Parts of a service", "Use", "Plan and check"
 LAUNCH, BALANCER = "pdserve.config.launch", "pdserve.config.balancer"
 SGLANG_FLAGS = "SGLang's own flags follow a `--`."
+JOIN_OPTIONS = (f"{LAUNCH}:JoinTarget", f"{LAUNCH}:JoinConfig", "pdserve.cli.commands:ForceFlag")
 ROUTER_FLAGS = "The flags of `python -m sglang_router.launch_router --pd-disaggregation` are taken too."
 
 COMMANDS = (
@@ -30,12 +31,8 @@ COMMANDS = (
         commands.launch, SERVE, (f"{LAUNCH}:LaunchConfig", "pdserve.cli.commands:LaunchFlags"), SGLANG_FLAGS,
         "sglang",
     ),
-    Command(
-        commands.prefill, SERVE, (f"{LAUNCH}:JoinTarget", f"{LAUNCH}:JoinConfig"), SGLANG_FLAGS, "sglang"
-    ),
-    Command(
-        commands.decode, SERVE, (f"{LAUNCH}:JoinTarget", f"{LAUNCH}:JoinConfig"), SGLANG_FLAGS, "sglang"
-    ),
+    Command(commands.prefill, SERVE, JOIN_OPTIONS, SGLANG_FLAGS, "sglang"),
+    Command(commands.decode, SERVE, JOIN_OPTIONS, SGLANG_FLAGS, "sglang"),
     Command(commands.bootstrap, PARTS, (f"{LAUNCH}:BootstrapConfig", "pdserve.cli.commands:FileFlag")),
     Command(
         commands.balance, PARTS, (f"{BALANCER}:BalancerConfig", "pdserve.cli.commands:BalanceFlags"),

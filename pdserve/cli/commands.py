@@ -6,9 +6,10 @@ A command imports what it needs when it runs. cli/app.py lists the commands and 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
@@ -23,6 +24,9 @@ from pdserve.config.setting import KEYS, LISTEN, OUTPUT, ROUTING, RUN, same_sett
 from pdserve.config.worker_env import keys_from_environment
 from pdserve.types import Role
 
+if TYPE_CHECKING:
+    from pdserve.cluster.spec import ClusterSpec, ProcessSpec
+
 SERVICE_URL = "http://127.0.0.1:30000"
 
 
@@ -34,11 +38,25 @@ class FileFlag:
 
 
 @dataclass(frozen=True, slots=True)
+class ForceFlag:
+    """The option of commands that refuse what this machine is too small for."""
+
+    force: bool = setting(
+        False,
+        "Start even if this machine has too little memory or too few cores.",
+        "flag",
+        "--force",
+        panel=RUN,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchFlags(FileFlag):
     """Options of ``launch`` that are no settings of the fleet. The keys are the balancer's."""
 
     dry_run: bool = setting(False, "Print the commands, start nothing.", "flag", "--dry-run")
     monitor: bool = setting(False, "Open the live monitor when ready.", "flag", "--monitor/--no-monitor")
+    force: bool = same_setting(ForceFlag, "force")
     api_key: str = same_setting(BalancerConfig, "api_key")
     admin_api_key: str = same_setting(BalancerConfig, "admin_api_key")
 
@@ -111,12 +129,21 @@ def launch(given: Given) -> int | None:
     flags = given.make(LaunchFlags)
     config = settings.launch_config(flags.config, given.of(LaunchConfig), given.sglang_args, _note)
     settings.pass_keys_on(flags.config, dict(api_key=flags.api_key, admin_api_key=flags.admin_api_key))
-    if flags.dry_run:
-        from pdserve.cluster.machine import plan_on_this_machine
-        from pdserve.cluster.spec import format_plan
+    from pdserve.cluster.machine import plan_on_this_machine
+    from pdserve.cluster.ports import SystemPorts
 
-        typer.echo(format_plan(plan_on_this_machine(config)), nl=False)
-        return None
+    with SystemPorts() as ports:
+        spec = plan_on_this_machine(config, ports)
+        if flags.dry_run:
+            from pdserve.cluster.spec import format_plan
+
+            typer.echo(format_plan(spec), nl=False)
+            return None
+        _check_start(config.model, spec.workers, flags.force)
+        return _run_launch(config, spec, flags)
+
+
+def _run_launch(config: LaunchConfig, spec: ClusterSpec, flags: LaunchFlags) -> int:
     from pdserve.cluster.local import Display, run_launch
     from pdserve.monitor.progress import ProgressDisplay
 
@@ -125,7 +152,7 @@ def launch(given: Given) -> int | None:
         from pdserve.monitor.launch_display import MonitorDisplay
 
         display = MonitorDisplay(display, api_key=settings.admin_key(flags.admin_api_key or flags.api_key))
-    return run_launch(config, display)
+    return run_launch(config, spec, display)
 
 
 def prefill(given: Given) -> NoReturn:
@@ -219,6 +246,7 @@ def calibrate(given: Given) -> None:
 def _join(role: Role, given: Given) -> NoReturn:
     """Become the worker process: nothing of pdserve's command stays."""
     from pdserve.cluster import machine
+    from pdserve.cluster.ports import SystemPorts
     from pdserve.config.launch import JoinConfig, JoinTarget
 
     target = given.make(JoinTarget)
@@ -227,8 +255,22 @@ def _join(role: Role, given: Given) -> NoReturn:
     path, served_name = settings.resolve(target.model, "", _note)
     config = JoinConfig(role, path, bootstrap_url, **given.of(JoinConfig))
     config = replace(config, sglang_args=given.sglang_args, served_model_name=served_name)
-    spec = machine.plan_join_here(config)
+    ports = SystemPorts()
+    spec = machine.plan_join_here(config, ports)
+    _check_start(path, (spec,), given.make(ForceFlag).force)
+    ports.hand_on()
     os.execvpe(spec.argv[0], spec.argv, machine.join_environment(config, spec))
+
+
+def _check_start(model: str, servers: Sequence[ProcessSpec], is_forced: bool) -> None:
+    """Find out before the first process whether the model can be had and the machine is large enough."""
+    from pdserve.cluster.worker_flags import flag_value
+    from pdserve.doctor.machine import check_room
+    from pdserve.model import check_hub_model
+
+    check_hub_model(model, flag_value(servers[0].flags, "--revision"))
+    if not is_forced:
+        check_room(model, servers)
 
 
 def _client_key(given: Given) -> str:

@@ -54,6 +54,13 @@ _RULES: tuple[tuple[str, _Explain], ...] = (
         lambda m: f"not enough memory: {m[1]} after --",
     ),
     (
+        r"Not enough host memory available\. Requesting ([\d.]+) GB but only have (-?[\d.]+) GB free",
+        lambda m: (
+            f"not enough free memory for KV on the host ({m[1]} GB wanted, {m[2]} GB to give); free some, or "
+            "give --decode-args '--disaggregation-decode-retraction-backup cpu_tensor'"
+        ),
+    ),
+    (
         r"scheduler died during initialization \(exit code: -9\)",
         lambda _: (
             "its scheduler was killed while it started, as the kernel does when memory is short; start "

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Protocol
 
 from pdserve.cluster.diagnose import last_lines
-from pdserve.cluster.machine import plan_on_this_machine
 from pdserve.cluster.ready import READY, FleetState, LogStage, describe_missing, get_json, stage_of
 from pdserve.cluster.spawn import ExecSpawner, Spawner, choose_spawner
 from pdserve.cluster.spec import ClusterSpec
@@ -35,6 +34,7 @@ POLL_S = 0.2
 STEADY_POLL_S = 1.0
 WORKER_GRACE_S = 10.0
 SERVICE_GRACE_S = 5.0
+EXIT_INCOMPLETE = 1
 
 
 class Display(Protocol):
@@ -90,6 +90,11 @@ class LocalCluster:
     def workers(self) -> list[Supervised]:
         """The SGLang servers."""
         return [process for process in self.processes.values() if process.is_worker]
+
+    @property
+    def given_up(self) -> list[Supervised]:
+        """Workers that the fleet lacks, however often they were started."""
+        return [worker for worker in self.workers if worker.is_given_up]
 
     def start(self) -> None:
         """Begin starting every process; returns at once."""
@@ -149,6 +154,8 @@ class LocalCluster:
         await asyncio.gather(*(supervisor.stop(worker, WORKER_GRACE_S) for worker in self.workers))
         await supervisor.stop(self.processes[self.spec.bootstrap.name], SERVICE_GRACE_S)
         self._close()
+        for worker in self.given_up:
+            self._tell(logging.ERROR, f"ended without {worker.name}, which was given up: {worker.last_exit}")
 
     def kill(self) -> None:
         """SIGKILL to every process at once."""
@@ -184,7 +191,8 @@ class LocalCluster:
                 self._set_stage(process, State.STARTING.value)
             log.read()
             stage = stage_of(process, self._state, log)
-            process.was_ready = process.was_ready or stage == READY
+            if stage == READY:
+                process.became_ready()
             self._set_stage(process, stage)
 
     def _set_stage(self, process: Supervised, stage: str) -> None:
@@ -212,7 +220,8 @@ class LocalCluster:
 async def run_cluster(cluster: LocalCluster) -> int:
     """Start ``cluster`` and keep it until SIGINT, SIGTERM or SIGHUP; the second one kills.
 
-    Returns 0 if it was ready and has drained, else 128 + the signal.
+    Returns 0 if it was ready and has drained with every worker it was planned with, EXIT_INCOMPLETE if one
+    of them had been given up, else 128 + the signal.
     """
     loop = asyncio.get_running_loop()
     signals: list[int] = []
@@ -237,19 +246,20 @@ async def run_cluster(cluster: LocalCluster) -> int:
             loop.remove_signal_handler(number)
     if not is_drained:
         await cluster.kill_and_wait()
-    return 0 if is_drained and cluster.is_ready else 128 + signals[-1]
+    if not (is_drained and cluster.is_ready):
+        return 128 + signals[-1]
+    return EXIT_INCOMPLETE if cluster.given_up else 0
 
 
-def run_launch(config: LaunchConfig, display: Display) -> int:
-    """``pdserve launch``: plan, start, serve until told to stop. Call it in the main thread.
+def run_launch(config: LaunchConfig, spec: ClusterSpec, display: Display) -> int:
+    """``pdserve launch``: start what is planned, serve until told to stop. Call it in the main thread.
 
-    ``config.model`` is a path or a hub id. Returns the exit status, see ``run_cluster``.
+    Returns the exit status, see ``run_cluster``.
 
     Raises:
-        ConfigError: the plan is not possible on this machine.
+        ConfigError: the log folder cannot be made.
         StartupError: the fleet did not become ready; everything has been stopped.
     """
-    spec = plan_on_this_machine(config)
     log_dir = make_log_dir(config.log_dir)
     scratch.sweep()
 

@@ -15,32 +15,29 @@ from pdserve.cluster.worker_flags import WorkerPlan
 from pdserve.config.launch import DEVICES, JoinConfig, LaunchConfig, check_port
 from pdserve.config.worker_env import environment
 from pdserve.errors import ConfigError
-from pdserve.process.scratch import live_workers
+from pdserve.process.limits import usable_cores
+from pdserve.process.scratch import live_workers, scratch_dir
 
 FIRST_WORKER_PORT = 31000
 HEALTH_S = 5.0
 
 
-def usable_cores() -> int:
-    """CPU cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def plan_on_this_machine(config: LaunchConfig, ports: SystemPorts | None = None) -> ClusterSpec:
+def plan_on_this_machine(config: LaunchConfig, ports: SystemPorts) -> ClusterSpec:
     """The fleet of ``config`` with this machine's GPUs, cores and ports; ``config.model`` is resolved.
+
+    ``ports`` keeps the fleet's ports until it is closed.
 
     Raises:
         ConfigError: as ``plan_cluster``.
     """
+    scratch_dir(os.getpid())  # refuses a machine on which no worker finds a place for its sockets
     gpus = [] if config.device == "cpu" else find_gpus()
     return plan_cluster(
         config,
         model_path=config.model,
         gpus=gpus,
         cores=usable_cores(),
-        ports=ports or SystemPorts(),
+        ports=ports,
         environ=environment(),
     )
 
@@ -82,9 +79,10 @@ def plan_join(config: JoinConfig, gpus: Sequence[int], ports: SystemPorts) -> Pr
     return worker_spec(plan)
 
 
-def plan_join_here(config: JoinConfig) -> ProcessSpec:
-    """As ``plan_join``, with this machine's GPUs and ports."""
-    return plan_join(config, [] if config.device == "cpu" else find_gpus(), SystemPorts())
+def plan_join_here(config: JoinConfig, ports: SystemPorts) -> ProcessSpec:
+    """As ``plan_join``, with this machine's GPUs."""
+    scratch_dir(os.getpid())
+    return plan_join(config, [] if config.device == "cpu" else find_gpus(), ports)
 
 
 def join_environment(config: JoinConfig, spec: ProcessSpec) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Free TCP ports of this machine, and who holds a taken one.
+"""Free TCP ports of this machine, kept for the processes that will listen there, and who has a taken one.
 
-A port is tested by binding it and closed again, so another process may take it
-before ours does; the process that then fails to listen says so itself.
+A server imports SGLang for a long time before it listens, and restarts need its port again. Until then a
+bound socket that does not listen keeps the port: with SO_REUSEADDR on both sides Linux lets one more socket
+listen there, and refuses it to whoever looks for a free port without that option, as another launch does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import socket
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from pdserve.errors import ConfigError
 
@@ -20,10 +22,27 @@ _LISTEN = "0A"
 
 
 class SystemPorts:
-    """Ports of this machine; never gives one out twice."""
+    """Ports of this machine; never gives one out twice, and keeps each until ``close``."""
 
     def __init__(self) -> None:
-        self._given: set[int] = set()
+        self._kept: dict[int, socket.socket] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Keep no port any longer."""
+        for kept in self._kept.values():
+            kept.close()
+        self._kept.clear()
+
+    def hand_on(self) -> None:
+        """Let the program that this process becomes keep the ports."""
+        for kept in self._kept.values():
+            kept.set_inheritable(True)
 
     def pick(self, host: str, first: int) -> int:
         """A free port at or above ``first``; 0 means any.
@@ -46,7 +65,7 @@ class SystemPorts:
         """
         if port == 0:
             return self.pick(host, 0)
-        if port in self._given:
+        if port in self._kept:
             raise ConfigError(f"port {port} is asked for twice; choose another with {option}")
         # As the server itself will: connections of a service that just ended do not count as "in use".
         if not self._try(host, port, reuse=True):
@@ -55,13 +74,15 @@ class SystemPorts:
 
     def _try(self, host: str, port: int, *, reuse: bool = False) -> int:
         """The port that could be bound and was not given out before, else 0."""
-        if port in self._given:
+        if port in self._kept:
             return 0
         bound = _bind(host, port, reuse)
-        if not bound or bound in self._given:
+        if bound is None:
             return 0
-        self._given.add(bound)
-        return bound
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        number = int(bound.getsockname()[1])
+        self._kept[number] = bound
+        return number
 
 
 def port_owner(port: int) -> tuple[int, str] | None:
@@ -82,23 +103,27 @@ def port_owner(port: int) -> tuple[int, str] | None:
     return None
 
 
-def _bind(host: str, port: int, reuse: bool) -> int:
-    """Bind and release; the port bound, or 0 if it is taken. ``reuse`` sets SO_REUSEADDR."""
+def _bind(host: str, port: int, reuse: bool) -> socket.socket | None:
+    """A socket bound there, or None if the port is taken. ``reuse`` sets SO_REUSEADDR."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as exc:
         raise ConfigError(f"--host {host} cannot be resolved: {exc.strerror}") from exc
-    with socket.socket(family, kind, proto) as probe:
+    try:
+        probe = socket.socket(family, kind, proto)
+    except OSError as exc:
+        raise ConfigError(f"no socket can be opened: {exc.strerror}; see `ulimit -n`") from exc
+    try:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(reuse))
-        try:
-            probe.bind(address)
-        except PermissionError as exc:
+        probe.bind(address)
+    except OSError as exc:
+        probe.close()
+        if isinstance(exc, PermissionError):
             raise ConfigError(f"port {port} needs root rights; choose one above 1023") from exc
-        except OSError as exc:
-            if exc.errno == errno.EADDRNOTAVAIL:
-                raise ConfigError(f"--host {host} is not an address of this machine") from exc
-            return 0
-        return int(probe.getsockname()[1])
+        if exc.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError(f"--host {host} is not an address of this machine") from exc
+        return None
+    return probe
 
 
 def _listening_inodes(port: int) -> set[str]:

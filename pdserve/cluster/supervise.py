@@ -1,7 +1,7 @@
 """Keeps the processes of a fleet running: notices a death, clears up, starts anew.
 
     starting ──► running ──death──► backing off ──► starting …
-                    │                    └─ too often, or refused ──► failed
+                    │                    └─ too often, or refused ──► failed, given up ──minutes──► starting …
                     └── stop ──► stopped
 
 Knows nothing of readiness beyond ``was_ready``, which ready.py sets: a process
@@ -34,8 +34,13 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 10.0
+FIRST_RETRY_S = 60.0
+MAX_RETRY_S = 600.0
+"""Pauses between the tries of a worker that was given up: what broke it may have been repaired."""
 STEADY_RUN_S = 60.0
 """A run this long forgets earlier restarts."""
+TAIL_LINES = 15
+"""Of its log, shown when a worker is given up."""
 DEREGISTER_S = 1.0
 EXIT_HOOKS_FAILED = 78
 EXIT_REFUSED = 79
@@ -61,7 +66,8 @@ class State(enum.StrEnum):
 class Supervised:
     """One process of the fleet: how it is started, and its present run.
 
-    ``restarts`` counts those in a row; ``log_start`` is where this run's log begins.
+    ``restarts`` counts those in a row, ``retries`` the tries since it was given up (1 is the giving up
+    itself); ``log_start`` is where this run's log begins.
     """
 
     spec: ProcessSpec
@@ -70,6 +76,7 @@ class Supervised:
     child: Child | None = None
     instance_id: str = ""
     restarts: int = 0
+    retries: int = 0
     started_s: float = 0.0
     was_ready: bool = False
     last_exit: str = ""
@@ -86,6 +93,15 @@ class Supervised:
         """True for an SGLang server."""
         return self.spec.kind is ProcessKind.WORKER
 
+    @property
+    def is_given_up(self) -> bool:
+        """True from its giving up until it is ready again: the fleet is smaller than it was planned."""
+        return self.retries > 0
+
+    def became_ready(self) -> None:
+        """It does its work."""
+        self.was_ready, self.retries = True, 0
+
     def read_log(self) -> str:
         """The end of what this run wrote."""
         return read_tail(self.log_path, self.log_start)
@@ -94,6 +110,18 @@ class Supervised:
 def backoff_s(restarts: int) -> float:
     """Pause before the ``restarts``-th restart in a row, counted from 1."""
     return min(FIRST_BACKOFF_S * 2.0 ** min(restarts - 1, 10), MAX_BACKOFF_S)
+
+
+def retry_s(retries: int) -> float:
+    """Pause before the ``retries``-th try of a worker that was given up, counted from 1."""
+    return min(FIRST_RETRY_S * 2.0 ** min(retries - 1, 10), MAX_RETRY_S)
+
+
+def _farewell(process: Supervised, text: str, pause_s: float) -> str:
+    """What is told of a worker that is given up: the end of its log too, the first time."""
+    line = f"{process.name} {text}; next try in {pause_s:g} s (log: {process.log_path})"
+    tail = last_lines(process.read_log(), TAIL_LINES) if process.retries == 1 else ""
+    return f"{line}\n{tail}".rstrip()
 
 
 async def wait_exit(child: Child) -> int:
@@ -204,19 +232,21 @@ class Supervisor:
             return False
         if time.monotonic() - process.started_s >= STEADY_RUN_S:
             process.restarts = 0
-        # Without these two nothing is served at all, so they are tried for ever.
+        # Without balancer and bootstrap service nothing is served at all: they are never given up.
         is_worn_out = process.is_worker and process.restarts >= self._max_restarts
         if is_final or is_worn_out:
             process.state = State.FAILED
-            count = "" if is_final else f" after {process.restarts} restarts in a row"
-            self._report(logging.ERROR, f"{process.name} given up{count}: {why} (log: {process.log_path})")
-            return False
-        process.restarts += 1
-        pause_s = backoff_s(process.restarts)
-        process.state = State.BACKING_OFF
-        self._report(
-            logging.WARNING, f"{process.name} ended: {why}; restart {process.restarts} in {pause_s:g} s"
-        )
+            process.retries += 1
+            pause_s = retry_s(process.retries)
+            after = "" if is_final else f" after {process.restarts} restarts in a row"
+            self._report(logging.ERROR, _farewell(process, f"given up{after}: {why}", pause_s))
+        else:
+            process.restarts += 1
+            pause_s = backoff_s(process.restarts)
+            process.state = State.BACKING_OFF
+            self._report(
+                logging.WARNING, f"{process.name} ended: {why}; restart {process.restarts} in {pause_s:g} s"
+            )
         await asyncio.sleep(pause_s)
         return True
 

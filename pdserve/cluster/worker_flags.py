@@ -10,7 +10,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from pdserve.config.worker_env import past_proxies
 from pdserve.errors import ConfigError
 from pdserve.types import Role
 
@@ -34,6 +36,8 @@ _OWNED_FLAGS = {
     "--tensor-parallel-size": "use pdserve's own --tp, before the `--`",
 }
 _BACKEND_FLAG = "--disaggregation-transfer-backend"
+_BACKUP_FLAG = "--disaggregation-decode-retraction-backup"
+_HOST_POOLS = ("--enable-hierarchical-cache", "--disaggregation-decode-enable-offload-kvcache")
 _POOL_FLAGS = ("--mem-fraction-static", "--max-total-tokens")
 
 
@@ -68,12 +72,14 @@ def worker_flags(plan: WorkerPlan) -> tuple[str, ...]:
         ConfigError: if ``plan.args`` hold a flag that pdserve sets itself.
     """
     check_user_flags(plan.args)
+    if plan.device == "cpu":
+        _check_host_pools(plan.args)
     given = {flag_name(arg) for arg in plan.args if arg.startswith("--")}
     fixed = ["--model-path", plan.model_path, "--host", plan.host, "--port", str(plan.port)]
     if plan.device == "cpu":
         fixed += ["--device", "cpu"]
     fixed += ["--disaggregation-mode", plan.role.value, "--tp-size", str(plan.tp)]
-    for flag, value in _defaults(plan.device, plan.served_model_name, given):
+    for flag, value in _defaults(plan, given):
         if flag not in given:
             fixed += [flag, value] if value else [flag]
     return (*fixed, *plan.args)
@@ -107,6 +113,7 @@ def worker_environment(plan: WorkerPlan) -> dict[str, str]:
         # SGLang has NIXL start 8 posting threads per prefill server; on host memory they only take cores.
         tuning["SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS"] = '{"num_threads":"0"}'
     env |= {key: value for key, value in tuning.items() if key not in plan.environ}
+    env |= past_proxies((plan.host, urlsplit(plan.bootstrap_url).hostname or ""), plan.environ)
     if not plan.fork_children:
         env["PDSERVE_FORK_CHILDREN"] = "0"
     return {**env, **plan.data_plane}
@@ -120,13 +127,34 @@ def check_user_flags(args: Sequence[str]) -> None:
             raise ConfigError(f"SGLang's {owned} is set by pdserve: {_OWNED_FLAGS[owned]}")
         if name != _BACKEND_FLAG:
             continue
-        rest = args[index + 1] if index + 1 < len(args) else ""
-        value = arg.partition("=")[2] if "=" in arg else rest
+        value = _value_of(args, index)
         if value != TRANSFER_BACKEND:
             raise ConfigError(
                 f"SGLang's {name} {value} cannot be used: pdserve moves KV with {TRANSFER_BACKEND}; "
                 "leave the flag out"
             )
+
+
+def _check_host_pools(args: Sequence[str]) -> None:
+    """Refuse what SGLang copies to the host with functions that it has on GPUs only: a server would die."""
+    for index, arg in enumerate(args):
+        name, value = flag_name(arg), _value_of(args, index)
+        if name in _HOST_POOLS or (name == _BACKUP_FLAG and value == "host_pool"):
+            raise ConfigError(
+                f"SGLang's {name} cannot be used on a CPU: SGLang has no function there that copies KV to "
+                "the host; leave the flag out"
+            )
+
+
+def flag_value(flags: Sequence[str], name: str) -> str:
+    """The last value that ``flags`` give ``name``; empty if they do not name it."""
+    values = [_value_of(flags, index) for index, flag in enumerate(flags) if flag_name(flag) == name]
+    return values[-1] if values else ""
+
+
+def _value_of(args: Sequence[str], index: int) -> str:
+    rest = args[index + 1] if index + 1 < len(args) else ""
+    return args[index].partition("=")[2] if "=" in args[index] else rest
 
 
 def _owned_flag(name: str) -> str | None:
@@ -144,11 +172,15 @@ def flag_name(arg: str) -> str:
     return name.replace("_", "-") if name.startswith("--") else name
 
 
-def _defaults(device: str, served_model_name: str, given: set[str]) -> list[tuple[str, str]]:
+def _defaults(plan: WorkerPlan, given: set[str]) -> list[tuple[str, str]]:
     defaults = [(_BACKEND_FLAG, TRANSFER_BACKEND), ("--skip-server-warmup", "")]
-    if served_model_name:
-        defaults.append(("--served-model-name", served_model_name))
-    if device == "cpu":
+    if plan.served_model_name:
+        defaults.append(("--served-model-name", plan.served_model_name))
+    if plan.device == "cpu":
+        if plan.role is Role.DECODE:
+            # KV of requests that are set aside. SGLang's own default copies it into a pool on the host
+            # with a function that exists on GPUs only; here it is on the host already.
+            defaults.append((_BACKUP_FLAG, "cpu_tensor"))
         defaults += [
             ("--attention-backend", "torch_native"),
             ("--disable-overlap-schedule", ""),

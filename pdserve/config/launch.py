@@ -140,7 +140,10 @@ class LaunchConfig:
     shutdown_delay_s: float = same_setting(BalancerConfig, "shutdown_delay_s")
     drain_s: float = same_setting(BalancerConfig, "drain_s")
     max_restarts: int = setting(
-        5, "Restarts in a row of one worker (a run of 60 s resets the count) before it is given up.", "count"
+        5,
+        "Restarts in a row of one worker (a run of 60 s resets the count) before it is given up: tried only "
+        "after 1 minute, then 2, 4, and every 10.",
+        "count",
     )
     config_file: str = ""
     """Set by ``--config``: the balancer and the bootstrap service read their sections of it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from pdserve.types import Role
 
 SWITCH = ("on", "off")
 TRANSFER_PATHS = ("auto", "direct", "packed")
+PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+NO_PROXY = ("no_proxy", "NO_PROXY")
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +171,24 @@ def keys_from_environment() -> dict[str, str]:
     """
     names = ("api_key", "admin_api_key", "worker_api_key")
     return {name: value for name in names if (value := os.environ.get(f"PDSERVE_{name.upper()}", ""))}
+
+
+def past_proxies(hosts: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """``no_proxy`` and ``NO_PROXY`` with loopback and ``hosts`` added; empty if no proxy is in the way.
+
+    SGLang asks the bootstrap service with ``requests``, which sends it to the proxy that the environment
+    names for the world outside. Both spellings: clients differ in which one wins.
+    """
+    given = [environ.get(name, "") for name in NO_PROXY]
+    exempt = [host.strip() for text in given for host in text.split(",") if host.strip()]
+    wanted = list(dict.fromkeys([*exempt, *LOOPBACK_HOSTS, *filter(None, hosts)]))
+    is_free = "*" in exempt or not any(environ.get(name) for name in PROXIES)
+    return {} if is_free or wanted == exempt else dict.fromkeys(NO_PROXY, ",".join(wanted))
+
+
+def go_past_proxies(host: str) -> None:
+    """Let this process reach ``host`` without a proxy."""
+    os.environ.update(past_proxies([host], os.environ))
 
 
 def environment() -> dict[str, str]:

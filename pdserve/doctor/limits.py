@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdserve.doctor.finding import Finding, error, note, ok, warning
+from pdserve.process.limits import cgroup_files, free_memory, read_number
 
 FILES, MEMLOCK, SHM, THREADS, MEMORY, CORES, DISK, CLOCK = (
     "open files", "memlock", "/dev/shm", "processes", "memory", "cores", "disk", "clock",
@@ -21,6 +22,7 @@ MIN_SHM, GOOD_SHM = 64 << 20, 1 << 30
 """Docker's default is 64 MiB: UCX's and NCCL's segments of a few ranks do not fit."""
 THREADS_PER_SERVER = 250
 """Of one CPU server: about 100 on 2 cores, measured; libraries start more where there are more cores."""
+MAX_SERVERS_PER_CORE = 4
 MIN_DISK = 1 << 30
 STEP_S = 0.05
 UNLIMITED = -1
@@ -64,7 +66,7 @@ def gather_limits(folders: tuple[Path, ...], cores: int) -> LimitFacts:
         shm_free=shm[1],
         max_processes=_max_processes(),
         num_processes=_num_processes(),
-        memory_free=_memory_free(),
+        memory_free=free_memory(),
         cores=cores,
         disks=tuple(_disk(folder) for folder in folders),
         wall_s=wall_s,
@@ -101,7 +103,7 @@ def _disk(folder: Path) -> tuple[str, int, bool]:
 
 def _max_processes() -> int:
     limits = [resource.getrlimit(resource.RLIMIT_NPROC)[0]]
-    limits += [value for file in _cgroup_files("pids.max") if (value := _number(file)) is not None]
+    limits += [value for file in cgroup_files("pids.max") if (value := read_number(file)) is not None]
     known = [limit for limit in map(_limit, limits) if limit != UNLIMITED]
     return min(known, default=UNLIMITED)
 
@@ -115,63 +117,27 @@ def _num_processes() -> int:
     return int(running.partition("/")[2] or 0)
 
 
-def _memory_free() -> int:
-    """What new processes may take: the kernel's estimate, or what the container has left."""
-    available = 0
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) << 10
-    except (OSError, ValueError):
-        return 0
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        for file in _cgroup_files(limit):
-            most, now = _number(file), _number(file.with_name(used))
-            if most is not None and now is not None:
-                available = min(available, max(0, most - now))
-    return available
-
-
-def _cgroup_files(name: str) -> list[Path]:
-    """Where a limit of this process's cgroup may stand, version 1 and 2."""
-    root = Path("/sys/fs/cgroup")
-    places = [root, root / "memory", root / "pids"]
-    try:
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            places.append(root / controllers.partition(",")[0] / path.lstrip("/"))
-    except (OSError, ValueError):
-        pass
-    return [file for place in dict.fromkeys(places) if (file := place / name).is_file()]
-
-
-def _number(file: Path) -> int | None:
-    try:
-        text = file.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() and int(text) < 1 << 60 else None
-
-
 def judge_limits(
     facts: LimitFacts, *, num_servers: int, needed_bytes: int, on_gpu: bool, has_rdma: bool
 ) -> list[Finding]:
     """``num_servers`` are to be started here and need ``needed_bytes`` of host memory; 0: none are."""
-    findings = [
+    return [
         _judge_files(facts),
         _judge_memlock(facts, has_rdma),
         _judge_shm(facts),
-        _judge_processes(facts, num_servers),
         *(_judge_disk(*disk) for disk in facts.disks),
         _judge_clock(facts),
+        *judge_room(facts, num_servers=num_servers, needed_bytes=needed_bytes, on_gpu=on_gpu),
     ]
-    if num_servers:
+
+
+def judge_room(facts: LimitFacts, *, num_servers: int, needed_bytes: int, on_gpu: bool) -> list[Finding]:
+    """Whether the machine has the threads, memory and cores for so many servers; an error: it has not."""
+    findings = [_judge_processes(facts, num_servers)]
+    if num_servers and facts.memory_free:
         findings.append(_judge_memory(facts, num_servers, needed_bytes))
-        if not on_gpu:
-            findings.append(_judge_cores(facts, num_servers))
+    if num_servers and not on_gpu:
+        findings.append(_judge_cores(facts, num_servers))
     return findings
 
 
@@ -250,6 +216,9 @@ def _judge_memory(facts: LimitFacts, num_servers: int, needed: int) -> Finding:
 
 def _judge_cores(facts: LimitFacts, num_servers: int) -> Finding:
     text = f"{facts.cores} cores for {num_servers} servers"
+    if num_servers > MAX_SERVERS_PER_CORE * facts.cores:
+        why = "a CPU server keeps one core busy; their health checks and leases run out before they are up"
+        return error(CORES, text, why, "lower -p or -d", cores=facts.cores)
     if facts.cores < num_servers:
         return note(
             CORES, text, "a CPU server keeps one core busy; they will slow each other down", cores=facts.cores

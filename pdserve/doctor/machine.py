@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdserve.cluster.machine import usable_cores
-from pdserve.cluster.worker_flags import CPU_MAX_TOTAL_TOKENS
+from pdserve.cluster.spec import ProcessSpec
+from pdserve.cluster.worker_flags import CPU_MAX_TOTAL_TOKENS, flag_value
 from pdserve.config.worker_env import cache_dir, environment
-from pdserve.doctor.finding import Finding
+from pdserve.doctor.finding import Finding, Level
 from pdserve.doctor.gpu import SMI_S, GpuFacts, gather_gpu, judge_gpu
-from pdserve.doctor.limits import gather_limits, judge_limits
+from pdserve.doctor.limits import gather_limits, judge_limits, judge_room
 from pdserve.doctor.model_files import ModelFacts, gather_model, judge_model, server_bytes
 from pdserve.doctor.ports import gather_ports, judge_ports
 from pdserve.doctor.runner import Check, Group
@@ -32,6 +33,8 @@ from pdserve.doctor.transport import (
     judge_transport,
     send_over_loopback,
 )
+from pdserve.errors import ConfigError
+from pdserve.process.limits import usable_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,35 @@ def machine_groups(question: MachineQuestion) -> list[Group]:
         Group("Machine", tuple(system)),
         Group("KV transfer", transport, in_turn=True),
     ]
+
+
+def check_room(model: str, servers: Sequence[ProcessSpec]) -> None:
+    """Refuse, before the first of them starts, ``servers`` of ``model`` that do not fit on this machine.
+
+    The estimate is ``pdserve doctor``'s. What is not known (the weights of a model that is still to be
+    downloaded) counts as nothing.
+
+    Raises:
+        ConfigError: naming what is short and what to do.
+    """
+    facts, on_gpu = gather_model(model, environment()), bool(servers[0].gpus)
+    findings = judge_room(
+        gather_limits((), usable_cores()),
+        num_servers=len(servers),
+        needed_bytes=sum(server_bytes(facts, on_gpu=on_gpu, kv_tokens=_pool_tokens(one)) for one in servers),
+        on_gpu=on_gpu,
+    )
+    if short := [finding for finding in findings if finding.level is Level.ERROR]:
+        what = "; ".join(finding.what for finding in short)
+        raise ConfigError(
+            f"this machine is too small: {what}. {short[0].what_to_do}; --force starts them all"
+        )
+
+
+def _pool_tokens(server: ProcessSpec) -> int:
+    """KV tokens that its flags ask for; 0 if SGLang sizes the pool by what is free."""
+    given = flag_value(server.flags, "--max-total-tokens")
+    return int(given) if given.isdigit() else 0
 
 
 class _Looks:

@@ -36,17 +36,17 @@ class PortFacts:
 
 def gather_ports(port: int, num_servers: int, num_prefill: int) -> PortFacts:
     """Try to bind them."""
-    ports = SystemPorts()
     refusal = ""
-    try:
-        ports.claim(LOOPBACK, port, "--port")
-    except ConfigError as exc:
-        refusal = str(exc)
-    workers, first = [], FIRST_WORKER_PORT
-    for _ in range(num_servers):
-        first = ports.pick(LOOPBACK, first)
-        workers.append(first)
-    bootstrap = [ports.pick(LOOPBACK, 0) for _ in range(NUM_BOOTSTRAP + num_prefill)]
+    with SystemPorts() as ports:
+        try:
+            ports.claim(LOOPBACK, port, "--port")
+        except ConfigError as exc:
+            refusal = str(exc)
+        workers, first = [], FIRST_WORKER_PORT
+        for _ in range(num_servers):
+            first = ports.pick(LOOPBACK, first)
+            workers.append(first)
+        bootstrap = [ports.pick(LOOPBACK, 0) for _ in range(NUM_BOOTSTRAP + num_prefill)]
     return PortFacts(
         port=port,
         refusal=refusal,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from pdserve.config.worker_env import DataPlaneConfig, WorkerEnv
+from pdserve.config.worker_env import LOOPBACK_HOSTS, PROXIES, DataPlaneConfig, WorkerEnv, past_proxies
 from pdserve.doctor.finding import Finding, error, note, ok, warning
 from pdserve.errors import ConfigError
 
 PROXY, OWNED, ENGINE, THREADS, CUDA = "proxies", "PDSERVE_*", "SGLANG_*", "OMP_NUM_THREADS", "CUDA"
-_LOOPBACK = ("127.0.0.1", "localhost")
 _LAUNCHER_SETS = (
     "PDSERVE_ACTIVE", "PDSERVE_ROLE", "PDSERVE_WORKER_ID", "PDSERVE_INSTANCE_ID", "PDSERVE_BOOTSTRAP_URL",
     "PDSERVE_PARENT_PID", "PDSERVE_STOCK", "PDSERVE_FORK_CHILDREN", "PDSERVE_WORKER_PID", "PDSERVE_STATS",
@@ -33,20 +32,16 @@ def judge_environment(
 
 
 def _judge_proxies(environ: Mapping[str, str]) -> Iterator[Finding]:
-    names = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if environ.get(name)]
-    exempt = ",".join(environ.get(name, "") for name in ("no_proxy", "NO_PROXY"))
-    hosts = {host.strip() for host in exempt.split(",")}
-    if not names or "*" in hosts:
+    names = [name for name in PROXIES if environ.get(name)]
+    if not past_proxies((), environ):
         return
-    missing = [host for host in _LOOPBACK if host not in hosts]
-    if missing:
-        yield warning(
-            PROXY,
-            f"{names[0]}={_without_user(environ[names[0]])}, but no_proxy lacks {', '.join(missing)}",
-            "decode servers ask the bootstrap service and health checks ask servers through that proxy, "
-            "which cannot reach them: requests hang until a timeout",
-            f"export no_proxy={','.join(_LOOPBACK)} and every server address of the fleet",
-        )
+    yield note(
+        PROXY,
+        f"{names[0]}={_without_user(environ[names[0]])}",
+        "pdserve's servers reach each other past it; SGLang servers started otherwise ask the bootstrap "
+        "service through it, and requests hang until a timeout",
+        f"for those, export no_proxy={','.join(LOOPBACK_HOSTS)} and every server address of the fleet",
+    )
 
 
 def _without_user(url: str) -> str:

@@ -10,10 +10,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from pdserve.config.worker_env import cache_dir
+from pdserve.config.worker_env import cache_dir, environment
 from pdserve.errors import ConfigError
 
-__all__ = ["resolve_model"]
+__all__ = ["check_hub_model", "resolve_model"]
+
+HUB_S = 10.0
+"""How long the hub may take to say whether it has a model."""
 
 
 def resolve_model(name: str, progress: Callable[[str], None] | None = None) -> str:
@@ -43,6 +46,46 @@ def resolve_model(name: str, progress: Callable[[str], None] | None = None) -> s
     if _is_path_like(name):
         raise ConfigError(f"no such model folder: {path} (expected a folder with config.json, or a hub id)")
     return name
+
+
+def check_hub_model(model: str, revision: str = "") -> None:
+    """Make sure, before a server starts, that a hub id means a model that can be had.
+
+    Args:
+        model: what ``resolve_model`` returned; a folder is not looked at.
+        revision: as SGLang's ``--revision``; empty is the hub's default.
+
+    Raises:
+        ConfigError: it is not in the local cache and the hub has no such model, or cannot be asked.
+    """
+    if Path(model).is_dir() or environment().get("SGLANG_USE_MODELSCOPE", "").lower() in ("1", "true"):
+        return
+    import httpx
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    hub = constants.ENDPOINT
+    try:
+        if isinstance(try_to_load_from_cache(model, "config.json", revision=revision or None), str):
+            return
+        if constants.HF_HUB_OFFLINE:
+            raise ConfigError(f"model {model} is not in the local cache, and HF_HUB_OFFLINE forbids the hub")
+        get_hf_file_metadata(hf_hub_url(model, "config.json", revision=revision or None), timeout=HUB_S)
+    except errors.HFValidationError as exc:
+        raise ConfigError(f"model {model} is neither a folder here nor the form of a hub id") from exc
+    except errors.GatedRepoError as exc:
+        raise ConfigError(f"model {model} is gated: accept its terms at {hub}/{model}, set HF_TOKEN") from exc
+    except errors.RepositoryNotFoundError as exc:
+        raise ConfigError(
+            f"no model {model} at {hub} (a private one needs HF_TOKEN), no such folder"
+        ) from exc
+    except errors.RevisionNotFoundError as exc:
+        raise ConfigError(f"model {model} has no revision {revision}") from exc
+    except errors.EntryNotFoundError:
+        return  # a model without config.json: SGLang knows some that describe themselves otherwise
+    except (httpx.HTTPError, OSError) as exc:
+        raise ConfigError(
+            f"model {model} is not in the local cache, and {hub} cannot be asked: {exc}"
+        ) from exc
 
 
 def _checked_folder(path: Path) -> str:

@@ -10,11 +10,10 @@ the originals: it must be imported before the hooks are applied.
 
 from __future__ import annotations
 
-import http.client
-import json
 import logging
 import sys
 from typing import Any
+from urllib.parse import urlsplit
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.base.conn import KVPoll
@@ -24,10 +23,12 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from pdserve.bootstrap.client import LeaseClient
 from pdserve.bootstrap.messages import RankRoute
-from pdserve.config.worker_env import WorkerEnv
+from pdserve.config.worker_env import WorkerEnv, go_past_proxies
 from pdserve.errors import PdserveError
 from pdserve.plugin.dataplane import unsupported
 from pdserve.plugin.geometry import describe_layout, rank_index
+from pdserve.plugin.membership import ask_instance
+from pdserve.plugin.patches import close_bootstrap_sessions
 from pdserve.plugin.receiving import PdserveKVReceiver
 from pdserve.plugin.stats import TransferStats
 from pdserve.plugin.transfer_manager import TransferManager
@@ -37,10 +38,6 @@ from pdserve.types import InstanceId, Role
 __all__ = ["PdserveKVBootstrapServer", "PdserveKVManager", "PdserveKVReceiver", "PdserveKVSender"]
 
 logger = logging.getLogger(__name__)
-
-INSTANCE_PATH = "/pdserve/instance"
-"""Added to every pdserve worker's HTTP server: who are you, really (see worker.py)."""
-
 
 PROGRESS_DELAY_US = 5000
 """On CPU, longest sleep of NIXL's progress thread between UCX events, should one be missed."""
@@ -75,6 +72,12 @@ class PdserveKVManager(TransferManager):
             self._report_rank(payload)
         else:
             super()._register_topology_row(url, payload)
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        """As SGLang's, which would ask a proxy that the environment names for the world outside."""
+        if bootstrap_addr not in self.prefill_info_table:
+            go_past_proxies(urlsplit(f"//{bootstrap_addr}").hostname or "")
+        return bool(super().try_ensure_parallel_info(bootstrap_addr))
 
     def _report_rank(self, route: dict[str, Any] | None) -> None:
         env = self._pdserve_env
@@ -121,6 +124,7 @@ class PdserveKVManager(TransferManager):
                 {f"{ip}:{port}" for ip, port in self._rank_endpoints(failed_bootstrap_addr)}
             )
         super()._handle_node_failure(failed_bootstrap_addr)
+        close_bootstrap_sessions(failed_bootstrap_addr)
 
     def _rank_endpoints(self, bootstrap_addr: str) -> set[tuple[str, int]]:
         """Control sockets of the prefill ranks that this server has connected to behind an address."""
@@ -140,7 +144,7 @@ class PdserveKVManager(TransferManager):
         if info is None or info.prefill_http_port is None or not ips:
             return False
         for ip in ips:
-            answer = _ask_instance(ip, int(info.prefill_http_port))
+            answer = ask_instance(ip, int(info.prefill_http_port))
             # The rank ports are new at every start: equal ports mean the same instance.
             if not ports & set(answer.get("rank_ports", [])):
                 return False
@@ -205,16 +209,3 @@ class PdserveKVBootstrapServer(NixlKVBootstrapServer):
 
 def _pools_are_host_memory(server_args: Any) -> bool:
     return str(server_args.device) == "cpu"
-
-
-def _ask_instance(host: str, port: int) -> dict[str, Any]:
-    connection = http.client.HTTPConnection(host, port, timeout=2)
-    try:
-        connection.request("GET", INSTANCE_PATH)
-        response = connection.getresponse()
-        body = response.read()
-        return dict(json.loads(body)) if response.status == 200 else {}
-    except (OSError, http.client.HTTPException, ValueError):
-        return {}
-    finally:
-        connection.close()

@@ -66,6 +66,12 @@ HOOKS: tuple[HookTarget, ...] = (
         "one bootstrap service for the fleet instead of one per prefill server",
     ),
     HookTarget(
+        "sglang.srt.disaggregation.common.conn._get_bootstrap_session",
+        "replace",
+        "pdserve.plugin.patches:bootstrap_session",
+        "a session is closed when its prefill has left, not kept for ever",
+    ),
+    HookTarget(
         "sglang.srt.managers.scheduler.Scheduler.on_idle",
         "around",
         "pdserve.plugin.idle:sleep_when_parked",
@@ -103,6 +109,12 @@ HOOKS: tuple[HookTarget, ...] = (
         "page-locking host memory is a CUDA call",
         cpu_only=True,
         essential=True,
+    ),
+    HookTarget(
+        "sglang.srt.mem_cache.pool_host.base.host_memory_budget_bytes",
+        "around",
+        "pdserve.plugin.patches:budget_of_this_machine",
+        "a decode server needs no 10 GiB of free memory for the KV of requests that are set aside",
     ),
     HookTarget(
         "sglang.srt.entrypoints.engine._set_envs_and_config",

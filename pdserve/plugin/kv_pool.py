@@ -32,12 +32,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from pdserve.kv.allocator import Pages, SegmentAllocator
+from pdserve.process.limits import RESERVE_SHARE, free_memory, whole_memory
 from pdserve.process.scratch import SHARED_MEMORY
 
 SLACK_PAGES = 8
@@ -279,10 +279,6 @@ class PdservePagedAllocator(PagedTokenToKVPoolAllocator):
         return host if self._is_host else host.pin_memory().to(self.device, non_blocking=True)
 
 
-RESERVE_SHARE = 0.05
-"""Part of the machine's memory that no pool may take: weights' temporaries, page tables, the kernel."""
-
-
 class PdserveMHAPool(MHATokenToKVPool):
     """``MHATokenToKVPool`` after a look at the free memory."""
 
@@ -315,8 +311,7 @@ def check_fits(pool_bytes: int, num_tokens: int, free_bytes: int) -> None:
 
 
 def _check_this_machine(pool_bytes: int, num_tokens: int) -> None:
-    memory = psutil.virtual_memory()
-    check_fits(pool_bytes, num_tokens, int(memory.available - RESERVE_SHARE * memory.total))
+    check_fits(pool_bytes, num_tokens, int(free_memory() - RESERVE_SHARE * whole_memory()))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ promise to be alive.
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import logging
 import os
 import threading
@@ -27,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 LEAVE_S = 0.5
 """From saying so until SGLang may end: balancers hear of it, and what they sent before arrives."""
+INSTANCE_PATH = "/pdserve/instance"
+"""Added to every pdserve worker's HTTP server: who are you, really (see worker.py)."""
+ASK_S = 2.0
 
 
 class WorkerMembership:
@@ -113,6 +118,22 @@ def _leave(env: WorkerEnv, loop: asyncio.AbstractEventLoop, go_on: Callable[[], 
     except PdserveError as exc:  # the service is gone, or does not know this instance: nothing to wait for
         logger.info("could not say that this worker leaves: %s", exc)
     loop.call_soon_threadsafe(go_on)
+
+
+def ask_instance(host: str, port: int, api_key: str = "") -> dict[str, Any]:
+    """What the worker that listens there says of itself (``describe``); empty if it is none of ours."""
+    connection = http.client.HTTPConnection(host, port, timeout=ASK_S)
+    try:
+        connection.request(
+            "GET", INSTANCE_PATH, headers={"Authorization": f"Bearer {api_key}"} if api_key else {}
+        )
+        response = connection.getresponse()
+        body = response.read()
+        return dict(json.loads(body)) if response.status == 200 else {}
+    except (OSError, http.client.HTTPException, ValueError, TypeError):
+        return {}
+    finally:
+        connection.close()
 
 
 def keeps_prefixes(server_args: Any) -> bool:

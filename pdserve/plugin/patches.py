@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
-import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from pdserve.config.worker_env import WorkerEnv, worker_pid
+from pdserve.plugin.membership import ask_instance
 from pdserve.process import scratch
+from pdserve.process.limits import RESERVE_SHARE, whole_memory
+
+logger = logging.getLogger(__name__)
 
 LISTEN_S = 30.0
+"""A server that does not listen for so long says so in its log."""
+LISTEN_POLL_S = 0.02
+LOCAL = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
+
+_bootstrap_sessions: dict[tuple[int, str], Any] = {}
+"""By thread and address: a ``requests.Session`` is not for two threads at once."""
+_sessions_lock = threading.Lock()
 
 
 def skip_host_register(*_args: Any, **_kwargs: Any) -> None:
     """REPLACE for ``_cuda_host_register``: host pools are the pools here, nothing to page-lock."""
+
+
+def budget_of_this_machine(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """AROUND ``host_memory_budget_bytes``: leave free a share of this machine, not 10 GiB of any."""
+    from sglang.srt.mem_cache.pool_host import base
+
+    reserve = int(RESERVE_SHARE * whole_memory()) or base.HICACHE_HOST_MEMORY_RESERVE_BYTES
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = min(base.HICACHE_HOST_MEMORY_RESERVE_BYTES, reserve)
+    return original(*args, **kwargs)
 
 
 def snapshot_path_of_worker(_instance_id: str) -> str:
@@ -54,20 +75,47 @@ def name_forward_stream(original: Callable[..., Any], configurator: Any, *args: 
 
 
 def wait_until_listening(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND ``_freeze_gc_after_server_warmup``: let the HTTP socket be open first.
+    """AROUND ``_freeze_gc_after_server_warmup``: let this very server's HTTP socket be open first.
 
-    With --skip-server-warmup SGLang reaches this step, and after it the launch
-    callback that registers us, before uvicorn listens.
+    With --skip-server-warmup SGLang reaches this step, and after it the launch callback that registers us,
+    before uvicorn listens, and even if it never will, for another server has the port.
     """
-    address = (str(server_args.host).replace("0.0.0.0", "127.0.0.1"), int(server_args.port))
-    deadline = time.monotonic() + LISTEN_S
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(address, timeout=1).close()
-            break
-        except OSError:
-            time.sleep(0.02)
+    host, port = LOCAL.get(str(server_args.host), str(server_args.host)), int(server_args.port)
+    key = str(server_args.api_key or server_args.admin_api_key or "")
+    own, since_s = WorkerEnv.from_environ().instance_id, time.monotonic()
+    while own and (found := ask_instance(host, port, key).get("instance_id")) != own:
+        if not threading.main_thread().is_alive():
+            raise RuntimeError(f"the server ended before it listened on {host}:{port}")
+        if time.monotonic() - since_s > LISTEN_S:
+            since_s = time.monotonic()
+            logger.warning("not listening on %s:%d yet; there is %s", host, port, found or "no worker")
+        time.sleep(LISTEN_POLL_S)
     return original(server_args, *args, **kwargs)
+
+
+def bootstrap_session(bootstrap_addr: str) -> Any:
+    """REPLACE for ``_get_bootstrap_session``: kept per thread and address as SGLang's, until it is closed.
+
+    SGLang never closes one, for its prefill servers are few. Here each prefill instance has an address of
+    its own.
+    """
+    import requests
+
+    with _sessions_lock:
+        key = (threading.get_ident(), bootstrap_addr)
+        if key not in _bootstrap_sessions:
+            session = _bootstrap_sessions[key] = requests.Session()
+            session.mount("http://", requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=1))
+        return _bootstrap_sessions[key]
+
+
+def close_bootstrap_sessions(bootstrap_addr: str) -> None:
+    """Close every thread's session with a prefill that has left; a query under way ends as it would."""
+    with _sessions_lock:
+        gone = [key for key in _bootstrap_sessions if key[1] == bootstrap_addr]
+        sessions = [_bootstrap_sessions.pop(key) for key in gone]
+    for session in sessions:
+        session.close()
 
 
 def run_scheduler(*args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ Everything else, and every peer that sends no offer, stays SGLang's own path.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -150,6 +151,22 @@ class TransferManager(NixlKVManager):
             self._send_multipart_locked(address.to_tcp(), frames, is_ipv6=address.is_ipv6)
         except Exception as exc:
             logger.warning("control message to %s not sent: %s", address.to_host_port_str(), exc)
+
+    def _connect(self, endpoint: str, is_ipv6: bool = False) -> Any:
+        """As SGLang's; before a new peer's socket is made, those of peers that are gone are closed."""
+        if endpoint not in self._socket_cache:
+            self._close_lost_sockets()
+        return super()._connect(endpoint, is_ipv6=is_ipv6)
+
+    def _close_lost_sockets(self) -> None:
+        with self._socket_lock:
+            for endpoint, monitor in list(self._monitor_cache.items()):
+                sending = self._socket_send_locks[endpoint]
+                if not monitor.poll(0) or not sending.acquire(blocking=False):
+                    continue  # connected, or in use by another thread: the next new peer finds it
+                with contextlib.closing(monitor), contextlib.closing(self._socket_cache.pop(endpoint)):
+                    del self._monitor_cache[endpoint]
+                    sending.release()
 
     # Prefill side
 

@@ -163,6 +163,30 @@ def test_abbreviation_of_an_owned_flag_is_refused(given: str) -> None:
         plan(sglang_args=(given, "1"))
 
 
+def test_requests_that_a_cpu_decode_server_sets_aside_are_kept_in_tensors() -> None:
+    flag = "--disaggregation-decode-retraction-backup"
+    prefill, decode = plan().workers
+    assert value_of(decode.flags, flag) == "cpu_tensor"
+    assert flag not in prefill.flags
+    assert value_of(plan(decode_args=(flag, "none")).workers[1].flags, flag) == "none"
+    assert flag not in plan(gpus=(0, 1)).workers[1].flags, "SGLang's pool on the host works on GPUs"
+
+
+@rows(
+    "given",
+    [
+        ("--disaggregation-decode-retraction-backup", "host_pool"),
+        ("--disaggregation-decode-retraction-backup=host_pool",),
+        ("--enable-hierarchical-cache",),
+        ("--disaggregation-decode-enable-offload-kvcache",),
+    ],
+)
+def test_copies_to_the_host_that_need_a_gpu_are_refused_on_a_cpu(given: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=f"{given[0].partition('=')[0]} cannot be used on a CPU"):
+        plan(decode_args=given)
+    assert given[-1] in plan(gpus=(0, 1), decode_args=given).workers[1].flags
+
+
 def test_nixl_backend_may_be_named() -> None:
     flags = plan(sglang_args=("--disaggregation-transfer-backend=nixl",)).workers[0].flags
     assert sum("transfer-backend" in flag for flag in flags) == 1

@@ -353,8 +353,8 @@ def test_an_empty_environment_is_fine() -> None:
 @pytest.mark.parametrize(
     ("values", "level", "words"),
     [
-        ({"http_proxy": "http://user:secret@proxy:3128"}, Level.WARNING, "no_proxy lacks 127.0.0.1"),
-        ({"HTTP_PROXY": "http://p", "no_proxy": "127.0.0.1"}, Level.WARNING, "lacks localhost"),
+        ({"http_proxy": "http://user:secret@proxy:3128"}, Level.NOTE, "http_proxy=http://proxy:3128"),
+        ({"HTTP_PROXY": "http://p", "no_proxy": "127.0.0.1"}, Level.NOTE, "HTTP_PROXY=http://p"),
         ({"PDSERVE_ACTIVE": "1", "PDSERVE_ROLE": "prefill"}, Level.WARNING, "PDSERVE_ACTIVE, PDSERVE_ROLE"),
         ({"PDSERVE_DATA_PLANE": "maybe"}, Level.ERROR, "PDSERVE_DATA_PLANE must be on or off"),
         ({"SGLANG_PLUGINS": "other"}, Level.ERROR, "SGLANG_PLUGINS=other"),
@@ -383,7 +383,7 @@ def test_settings_that_hurt_gpu_servers_are_named_on_gpus_only(values: dict[str,
 @pytest.mark.parametrize(
     "values",
     [
-        {"http_proxy": "http://p", "no_proxy": "localhost, 127.0.0.1"},
+        {"http_proxy": "http://p", "no_proxy": "127.0.0.1, localhost, ::1"},
         {"http_proxy": "http://p", "NO_PROXY": "*"},
         {"SGLANG_PLUGINS": "pdserve,other"},
         {"OMP_NUM_THREADS": "2"},

@@ -19,6 +19,9 @@ from tests.engine.conformance_cases import CASES
 from tests.engine.corpus import CORPUS
 from tests.engine.fleet import Fleet, Reference, launch_fleet
 
+DEAD_PROXY = "http://127.0.0.1:9"
+LONG_NAME = "a-temporary-folder-whose-name-leaves-no-room-for-the-name-of-a-socket-in-it"
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -53,6 +56,14 @@ def expected(plain: Plain) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="session")
 def fleet(plain: Plain, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """1 prefill + 2 decode servers behind ``pdserve launch``. Asks for ``plain`` only to run after it."""
-    with launch_fleet(tiny_model, tmp_path_factory.mktemp("fleet"), prefill=1, decode=2) as running:
+    """1 prefill + 2 decode servers behind ``pdserve launch``. Asks for ``plain`` only to run after it.
+
+    They run where users run them: behind a proxy that knows no loopback, in a temporary folder with a name
+    too long for Unix sockets.
+    """
+    folder = tmp_path_factory.mktemp("fleet")
+    (folder / LONG_NAME).mkdir()
+    environ = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), DEAD_PROXY)
+    environ["TMPDIR"] = str(folder / LONG_NAME)
+    with launch_fleet(tiny_model, folder, prefill=1, decode=2, environ=environ) as running:
         yield running

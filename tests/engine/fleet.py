@@ -141,8 +141,9 @@ class Fleet:
 
 @contextlib.contextmanager
 def launch_fleet(
-    model: Path, folder: Path, *, prefill: int, decode: int, flags: Sequence[str] = ()
-) -> Iterator[Fleet]:
+    model: Path, folder: Path, *, prefill: int, decode: int, flags: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Iterator[Fleet]:  # fmt: skip
     """``pdserve launch`` with these counts; ended by Ctrl-C and checked to leave nothing."""
     port, bootstrap = free_port(), free_port()
     command = [sys.executable, "-m", "pdserve", "launch", str(model), "-p", str(prefill), "-d", str(decode)]
@@ -156,8 +157,9 @@ def launch_fleet(
     ]
     with (folder / "launch.log").open("wb") as log:
         launcher = subprocess.Popen(
-            [*command, *flags, "--", *ENGINE_FLAGS], stdout=log, stderr=log, start_new_session=True
-        )
+            [*command, *flags, "--", *ENGINE_FLAGS], stdout=log, stderr=log, start_new_session=True,
+            env={**os.environ, **(environ or {})},
+        )  # fmt: skip
     fleet = Fleet(f"http://127.0.0.1:{port}", launcher, folder / "logs", f"http://127.0.0.1:{bootstrap + 1}")
     try:
 

@@ -21,6 +21,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(scratch, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(scratch, "LONGEST_FOLDER", 500)  # pytest's folders have long names
 
 
 def _dead_pid() -> int:
