@@ -4,6 +4,7 @@ PdserveError
 ├── ConfigError               wrong flag, file or environment: fix it and start again
 ├── StartupError              a process did not come up; carries the tail of its log
 ├── NoWorkerError             no usable pair now: wait or shed (HTTP 503)
+├── RequestAborted            somebody asked for its end while it waited: answer so, do not try again
 ├── WorkerError               one leg failed: blame that worker, maybe retry on another pair
 │   ├── WorkerUnreachable     no connection, or it broke before the response ended
 │   ├── WorkerTimeout         connected, but silent for too long
@@ -41,6 +42,10 @@ class NoWorkerError(PdserveError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RequestAborted(PdserveError):
+    """The request was aborted by name, or with all others, before it had a pair."""
 
 
 class WorkerError(PdserveError):

@@ -94,7 +94,7 @@ class Balancer:
         tls = tls_context(config.tls_cert_path, config.tls_key_path)
         self._socket = bind(config.host, config.port)
         dispatcher = self.dispatcher
-        plane = DataPlane(dispatcher.dispatch, dispatcher.give_up, dispatcher.ledger)
+        plane = DataPlane(dispatcher.dispatch, dispatcher.abort, dispatcher.abort_all, dispatcher.ledger)
         routes = build_routes(self._asker, plane, self.metrics, self._health)
         app = BalancerApi(routes, KeyRing(config.api_key, config.control_key))
         await self.fleet.start()

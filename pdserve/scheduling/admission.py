@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from pdserve.config.balancer import BalancerConfig
-from pdserve.errors import NoWorkerError
+from pdserve.errors import NoWorkerError, RequestAborted
 from pdserve.scheduling.kv_room import ENDLESS, WorkerLimits
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.placement import Placement
@@ -87,6 +87,7 @@ class Admission:
 
         Raises:
             NoWorkerError: if the queue is full, the first token would be late, or no pair came in time.
+            RequestAborted: after ``abort``.
         """
         future: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
         waiter = self.enqueue(shape, exclude, future)
@@ -158,6 +159,13 @@ class Admission:
                 self._overtaken(front)
             free = placement.most_free()
         self.queue.least_tokens = least
+
+    def abort(self, shapes: Iterable[RequestShape]) -> None:
+        """End the waits of these very requests with RequestAborted; the others of them do not wait."""
+        doomed = set(map(id, shapes))
+        for waiter in self.queue:
+            if id(waiter.shape) in doomed and not waiter.grant.done():
+                waiter.grant.set_exception(RequestAborted("aborted in the balancer's queue"))
 
     def stop(self) -> None:
         """End every wait; no request gets a pair any more."""

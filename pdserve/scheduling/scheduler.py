@@ -57,6 +57,7 @@ class Scheduler:
         # The admission's own methods, which it documents: every request calls them, so no call lies between.
         self.try_now, self.wait, self.serve = admission.try_now, admission.wait, admission.serve
         self.prefill_finished, self.end = admission.prefill_finished, admission.end
+        self.abort = admission.abort
         self.enqueue, self.leave, self.timed_out = admission.enqueue, admission.leave, admission.timed_out
         self._why_none_ready = why_none_ready
         self._max_open = config.max_concurrent_requests

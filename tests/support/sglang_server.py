@@ -191,7 +191,9 @@ class FakeSGLang:
         if path in GENERATE_PATHS:
             await self._generate(connection, path, body)
         elif path == "/abort_request":
-            self._abort(json.loads(body).get("rid", ""))
+            asked = json.loads(body)
+            for rid in list(self._runs) if asked.get("abort_all") else [asked.get("rid", "")]:
+                self._abort(rid)
             connection.respond(200, b"")
         elif path in ("/pause_generation", "/continue_generation"):
             self.moving.clear() if path == "/pause_generation" else self.moving.set()

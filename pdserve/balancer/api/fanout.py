@@ -30,6 +30,7 @@ from pdserve.balancer.api.forward import (
     passed_on,
 )
 from pdserve.balancer.fleet.worker import Worker
+from pdserve.balancer.request.options import lax_bool
 from pdserve.errors import WorkerError
 from pdserve.http.answer import Answer, json_answer
 from pdserve.http.client import FetchedResponse
@@ -38,6 +39,8 @@ from pdserve.http.incoming import IncomingRequest
 WORKER = "worker"
 """Query parameter, and body field where exactly one worker is meant."""
 
+ABORTS_AT_ONCE = 32
+"""Requests that a worker is told to end at the same time."""
 _RANKS = (
     "a weight update group gives every server ranks of its own (rank_offset), so one body cannot go to all: "
     'send one request per server with ?worker=ID, all at once, or {"rank_offsets": {"prefill-0": 1, '
@@ -54,12 +57,16 @@ _CAN_DEREGISTER = ("mooncake", "mooncake_tcp", "ascend", "fake")
 class FanOutControl:
     """The endpoints that change workers.
 
-    ``give_up`` ends the retries of the live request of that name and returns the workers' rids of it.
+    ``abort`` ends the requests whose names begin so, as far as that is the balancer's, and returns the
+    workers' rids of them; ``abort_all`` all.
     """
 
-    def __init__(self, asker: WorkerAsker, give_up: Callable[[str], list[str]]) -> None:
+    def __init__(
+        self, asker: WorkerAsker, abort: Callable[[str], list[str]], abort_all: Callable[[], None]
+    ) -> None:
         self._asker = asker
-        self._give_up = give_up
+        self._abort = abort
+        self._abort_all = abort_all
         self._request_s = asker.config.request_s
 
     # -- to all ------------------------------------------------------------------------------
@@ -86,6 +93,8 @@ class FanOutControl:
 
     async def pause(self, client: IncomingRequest, body: bytes) -> Answer:
         """Stop generation: who is paused does not count as stuck, and gets requests only if all are."""
+        if not _named(client) and fields_of(body).get("mode", "abort") == "abort":
+            self._abort_all()  # as SGLang does with what waits in its queue
         return await self._pause(client, body, self._request_s, is_paused=True)
 
     async def go_on(self, client: IncomingRequest, body: bytes) -> Answer:
@@ -103,16 +112,24 @@ class FanOutControl:
         return _rows(workers, replies)
 
     async def abort_request(self, client: IncomingRequest, body: bytes) -> Answer:
-        """Every worker aborts the request; its client may name it by its own rid or X-Request-Id."""
+        """End requests here and on every worker: all, or those whose rid or X-Request-Id begins as told."""
         fields = fields_of(body)
         name = fields.get("rid")
-        rids: list[Any] = self._give_up(name) if isinstance(name, str) else []
+        rids: list[str] = []
+        if lax_bool(fields.get("abort_all")):
+            self._abort_all()
+        elif isinstance(name, str):
+            rids = self._abort(name)
         workers = self._asker.fleet.workers()
-        replies: Sequence[Reply] = []
-        for rid in rids or [name]:
-            told = msgspec.json.encode({**fields, "rid": rid} if rid is not None else fields)
-            replies = await self._asker.ask_all(Question.of(client, told, timeout_s=ASK_S), workers)
-        return _rows(workers, replies)
+        if not workers:  # what waited for one has ended
+            return json_answer({"success": True, "message": "there are no workers to tell", "workers": []})
+        told = [msgspec.json.encode({**fields, "rid": rid}) for rid in rids] or [body]
+        questions = [Question.of(client, each, timeout_s=ASK_S) for each in told]
+        replies: list[list[Reply]] = []
+        for start in range(0, len(questions), ABORTS_AT_ONCE):
+            batch = questions[start : start + ABORTS_AT_ONCE]
+            replies += await asyncio.gather(*(self._asker.ask_all(each, workers) for each in batch))
+        return _rows(workers, [_worst(of_worker) for of_worker in zip(*replies, strict=True)])
 
     async def open_session(self, client: IncomingRequest, body: bytes) -> Answer:
         """One session under one id on every worker; answers with the id alone, as SGLang does."""
@@ -201,6 +218,12 @@ def _holds_kv(reply: Reply) -> bool:
         return False  # it will not hear the release either; its row says so
     info = document(reply)
     return info is None or info.get("disaggregation_transfer_backend") not in _CAN_DEREGISTER
+
+
+def _worst(replies: Sequence[Reply]) -> Reply:
+    """The first that is not a plain yes, if there is one."""
+    bad = (reply for reply in replies if isinstance(reply, WorkerError) or reply.status != 200)
+    return next(bad, replies[0])
 
 
 def _rows(workers: Sequence[Worker], replies: Sequence[Reply]) -> Answer:

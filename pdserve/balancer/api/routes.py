@@ -116,10 +116,11 @@ class RouteMap:
 
 @dataclass(frozen=True, slots=True)
 class DataPlane:
-    """What the routes use of the proxy: serving prompts, ending the retries of a request, the books."""
+    """What the routes use of the proxy: serving prompts, ending those of a name or all, the books."""
 
     dispatch: Callable[[Route, bytes, IncomingRequest], Awaitable[None]]
-    give_up: Callable[[str], list[str]]
+    abort: Callable[[str], list[str]]
+    abort_all: Callable[[], None]
     ledger: RequestLedger
 
 
@@ -135,7 +136,7 @@ def build_routes(
     _add_prompts(routes, plane)
     _add_health(routes, health)
     _add_info(routes, InfoControl(asker, plane.ledger, metrics))
-    fan_out = FanOutControl(asker, plane.give_up)
+    fan_out = FanOutControl(asker, plane.abort, plane.abort_all)
     _add_fan_outs(routes, fan_out)
     _add_weights(routes, fan_out)
     _add_workers(routes, WorkersControl(asker))

@@ -22,12 +22,14 @@ from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.record import RequestRecord
 from pdserve.balancer.proxy.relay import LegFailed, PairRelay, Relayed
 from pdserve.balancer.proxy.retry import FailureJudge, History, RetryBudget
+from pdserve.balancer.request.aborted import aborted_answer
 from pdserve.balancer.request.headers import JSON_LINE
 from pdserve.balancer.request.ids import RequestIds, RoomAllocator
-from pdserve.balancer.request.request import ParsedRequest, RequestRefused
+from pdserve.balancer.request.request import ParsedRequest
 from pdserve.balancer.request.transforms import ResponseSink, renaming_of
+from pdserve.balancer.request.usage import Usage
 from pdserve.config.balancer import BalancerConfig
-from pdserve.errors import NoWorkerError, WorkerError, WorkerRejected, WorkerTimeout
+from pdserve.errors import NoWorkerError, RequestAborted, WorkerError, WorkerRejected, WorkerTimeout
 from pdserve.http.client import HttpClient
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.scheduler import Scheduler
@@ -155,8 +157,6 @@ class Reservations:
             self.release(reservation, prefill_ok=False, decode_ok=False, error=str(failure.error))
 
 
-ABORTED_STATUS = 499
-"""nginx's for a request that its client ended; SGLang has none for one that ends before it ran."""
 MAX_STALE = 2
 """Attempts that may be lost to kept connections that were closed meanwhile, one of each leg."""
 
@@ -166,7 +166,8 @@ class Run(msgspec.Struct, eq=False):
 
     ``shape`` is the request's with a forecast. ``exclude`` holds pairs it must not get (again).
     ``on_prefilled`` is called when the prompt is computed.
-    ``is_aborted``: its client, or an operator, has asked for its end.
+    ``is_aborted``: its client, or an operator, has asked for its end; ``aborted_prompts``: for that of
+    some of a batch's, by their numbers.
     ``history`` is what its failures so far tell; None before the first.
     """
 
@@ -180,6 +181,7 @@ class Run(msgspec.Struct, eq=False):
     key: PairKey | None = None
     on_prefilled: Callable[[], None] | None = None
     is_aborted: bool = False
+    aborted_prompts: frozenset[int] = frozenset()
     trace: RequestTrace | None = None
     history: History | None = None
 
@@ -207,15 +209,16 @@ class Attempts:
         Raises:
             NoWorkerError: if no pair had room in time.
             LegFailed: if every attempt failed, or one did after the first byte.
-            RequestRefused: if it was aborted, or two servers died under it.
+            RequestRefused: if two servers died under it.
         """
         failure: LegFailed | None = None
         retries, num_stale = self._config.max_retries, 0
         trace = None if run.trace is None else run.trace.begin_run(run.record.timeline)
-        while True:
+        while not run.is_aborted:
             if trace is not None:
                 trace.waits()
-            reservation = await self._reserve(run, failure)
+            if (reservation := await self._reserve(run, failure)) is None:
+                break
             try:
                 relayed = await self._attempt(run, reservation, trace)
                 if run.history is not None:
@@ -224,8 +227,8 @@ class Attempts:
             except LegFailed as exc:
                 if exc.is_client_fault or run.sink.has_begun:
                     raise
-                if run.is_aborted:
-                    raise RequestRefused("the request was aborted", ABORTED_STATUS) from exc
+                if run.is_aborted or run.aborted_prompts:
+                    break
                 failure = exc
             logger.warning("attempt failed rid=%s: %s", run.record.rid, failure)
             assert run.history is not None
@@ -239,6 +242,7 @@ class Attempts:
             if retries <= 0 or not self._may_retry(run):
                 raise failure
             retries -= 1
+        return _aborted(run)
 
     def _learn(self, run: Run, relayed: Relayed) -> None:
         shape, usage = run.shape, relayed.usage
@@ -258,16 +262,22 @@ class Attempts:
         self._ledger.retried += 1
         return True
 
-    async def _reserve(self, run: Run, failure: LegFailed | None) -> Reservation:
-        """A pair not tried yet; after a failed attempt no pair means that failure."""
+    async def _reserve(self, run: Run, failure: LegFailed | None) -> Reservation | None:
+        """A pair not tried yet; after a failed attempt no pair means that failure. None if it was aborted."""
         exclude, wait_s = frozenset(run.exclude), self._config.queue_timeout_s
         try:
             shape = run.shape = run.shape or self._scheduler.foresee(run.request.shape)
-            return await self._reservations.take(shape, exclude=exclude, timeout_s=wait_s)
+            reservation = await self._reservations.take(shape, exclude=exclude, timeout_s=wait_s)
+        except RequestAborted:
+            return None
         except NoWorkerError:
             if failure is not None:
                 raise failure from None
             raise
+        if run.is_aborted:  # in the moment in which it got its pair
+            self._reservations.release(reservation)
+            return None
+        return reservation
 
     def _avoid(self, run: Run, tried: PairKey, blamed: Role | None) -> None:
         """Not that pair again, and where others are ready none with the worker that failed: a worker that
@@ -309,7 +319,7 @@ class Attempts:
             return relayed
         except LegFailed as exc:
             run.history = run.history or History(request)
-            if not run.is_aborted:
+            if not (run.is_aborted or run.aborted_prompts):
                 self._judge.rejected(run.history, pair, exc)
                 self._reservations.release_failed(reservation, exc)
             raise
@@ -321,8 +331,20 @@ class Attempts:
 
     def _prefilled(self, run: Run, reservation: Reservation) -> None:
         self._reservations.prefill_finished(reservation)
+        if run.aborted_prompts and run.ids is not None:  # both workers know the request by now
+            self.aborts.abort(reservation.pair, run.ids.only(run.aborted_prompts), run.lines)
         if run.on_prefilled is not None:
             run.on_prefilled()
+
+
+def _aborted(run: Run) -> Relayed:
+    """The end of a request that no worker has, or has finished."""
+    answer = aborted_answer(run.request, run.record.rid)
+    if not run.request.is_stream:
+        return Relayed(200, Usage("abort"), answer, is_aborted=True)
+    run.sink.begin(200, answer.headers)
+    run.sink.push(answer.body)
+    return Relayed(200, Usage("abort"), None, is_aborted=True)
 
 
 async def _traced(run: Run, relay: PairRelay, body: bytes, trace: RunTrace) -> Relayed:

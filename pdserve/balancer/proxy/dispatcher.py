@@ -28,9 +28,11 @@ from pdserve.balancer.metrics.record import Outcome, RequestRecord
 from pdserve.balancer.proxy.attempts import Attempts, Run
 from pdserve.balancer.proxy.relay import LegFailed, Rejected, Relayed
 from pdserve.balancer.proxy.samples import run_samples
+from pdserve.balancer.request.aborted import aborted_answer
 from pdserve.balancer.request.headers import forwarded_headers
 from pdserve.balancer.request.parse import check_content_type, parse_request
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused, Route
+from pdserve.balancer.request.transforms import names_of
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import NoWorkerError
 from pdserve.http.answer import Answer
@@ -55,8 +57,25 @@ class _Call(msgspec.Struct, eq=False):
     presence: CancelOnDisconnect
     outcome: Outcome = Outcome.ABORTED
     runs: list[Run] = msgspec.field(default_factory=list)
-    client_rid: Any = None
+    request: ParsedRequest | None = None
+    is_aborted: bool = False
     trace: RequestTrace | None = None
+
+    def prompts_named(self, name: str) -> set[int]:
+        """The numbers of its prompts whose name begins so: the client's own for each or for the whole. Or
+        whose rid on the workers, which is the answer's id, is that: of random digits nobody means a part.
+        Samples of a chat have one name, and end together."""
+        request = self.request
+        if request is None:
+            return set()
+        everything = set(range(request.num_prompts or 1))
+        if self.client.request_id.startswith(name):
+            return everything
+        rids = [rid for run in self.runs if run.ids for rid in run.ids.rids]
+        named = {number for number, each in enumerate(names_of(request)) if each.startswith(name)}
+        if request.num_requests > 1:
+            return everything if named or name in rids else set()
+        return named | {number for number, rid in enumerate(rids) if rid == name}
 
 
 class PairDispatcher:
@@ -87,21 +106,41 @@ class PairDispatcher:
         return len(self._attempts.rooms)
 
     def rids_of(self, name: str) -> list[str]:
-        """The workers' rids of a live request that its client knows by ``name``."""
-        return [rid for run in self._runs_of(name) if run.ids for rid in run.ids.rids]
+        """The workers' rids of live requests whose clients know them by names that begin so."""
+        return [rid for call in self._calls for rid in _rids(call, call.prompts_named(name))]
 
-    def give_up(self, name: str) -> list[str]:
-        """Not to try that request again, for it is being aborted; its rids.
+    def abort(self, name: str) -> list[str]:
+        """End the live prompts whose name begins with ``name``; returns the workers' rids of them.
 
-        Workers report a transfer that was broken off as their failure.
+        What waits here ends at once, and nothing is tried again: workers report a transfer that was
+        broken off as their failure. What workers have is to be ended there; where they have it under a
+        name that nobody knows (/v1/messages), its connections are closed.
         """
-        for run in self._runs_of(name):
-            run.is_aborted = True
-        return self.rids_of(name)
+        rids: list[str] = []
+        for call in list(self._calls) if name else ():
+            prompts = call.prompts_named(name)
+            rids += _rids(call, prompts)
+            if call.request is None or not prompts:
+                continue
+            if len(prompts) < (call.request.num_prompts or 1):
+                for run in call.runs:
+                    run.aborted_prompts |= prompts
+                continue
+            self._give_up([call])
+            if not call.request.route.rid_field:
+                call.is_aborted = True
+                call.presence.interrupt()
+        return rids
 
-    def _runs_of(self, name: str) -> list[Run]:
-        calls = [call for call in self._calls if name and name in (call.client_rid, call.client.request_id)]
-        return [run for call in calls for run in call.runs]
+    def abort_all(self) -> None:
+        """The same for every request, which workers are to be told in one word."""
+        self._give_up(list(self._calls))
+
+    def _give_up(self, calls: list[_Call]) -> None:
+        runs = [run for call in calls for run in call.runs]
+        for run in runs:
+            run.is_aborted = True
+        self._fleet.scheduler.abort([run.shape for run in runs if run.shape is not None])
 
     async def close(self, drain_s: float = 0.0) -> None:
         """Give requests ``drain_s`` to end, then end the rest, and wait for their aborts."""
@@ -125,8 +164,11 @@ class PairDispatcher:
         except ClientLeft as exc:
             call.record.status, call.record.error = CLIENT_LEFT, str(exc)
         except Interrupted as exc:
-            call.record.error = str(exc)
-            await self._say_failed(call, 503, str(exc))
+            if call.is_aborted:
+                await self._say_aborted(call)
+            else:
+                call.record.error = str(exc)
+                await self._say_failed(call, 503, str(exc))
         finally:
             self._close(call)
 
@@ -172,7 +214,7 @@ class PairDispatcher:
         request = parse_request(route, body, wants_prompt=self._fleet.scheduler.policy.needs_prompt)
         call.record.is_stream = request.is_stream
         call.record.prompt_tokens = request.shape.prompt_tokens
-        call.client_rid = request.client_rid
+        call.request = request
         return request
 
     def _lines_for_workers(self, call: _Call) -> bytes:
@@ -194,7 +236,7 @@ class PairDispatcher:
 
     def _completed(self, call: _Call, relayed: Relayed) -> None:
         record, usage = call.record, relayed.usage
-        call.outcome = Outcome.COMPLETED
+        call.outcome = Outcome.ABORTED if relayed.is_aborted else Outcome.COMPLETED
         record.status, record.finish = relayed.status, usage.finish
         record.timeline.completion_tokens = usage.completion_tokens
         record.prompt_tokens = usage.prompt_tokens or record.prompt_tokens
@@ -252,6 +294,14 @@ class PairDispatcher:
         if not client.has_finished:
             await client.finish(error_event(status, message) if record.is_stream else b"")
 
+    async def _say_aborted(self, call: _Call) -> None:
+        """Where the workers could not be told: as if they had been, or by a last event."""
+        call.record.error = "aborted"
+        if call.client.has_begun or call.request is None:
+            await self._say_failed(call, 500, "the request was aborted")
+        else:
+            await self._reply(call, aborted_answer(call.request, call.record.rid), Outcome.ABORTED)
+
     async def _reply(self, call: _Call, answer: Answer, outcome: Outcome) -> None:
         call.outcome = outcome
         call.record.status = answer.status
@@ -264,3 +314,12 @@ class PairDispatcher:
             if name in headers:
                 return headers[name]
         return b""
+
+
+def _rids(call: _Call, prompts: set[int]) -> list[str]:
+    """What workers call those prompts; where each sample is a request of its own, every sample's."""
+    found: list[str] = []
+    for run in call.runs if prompts else ():
+        if run.ids is not None:
+            found += [run.ids.rids[number] for number in sorted(prompts) if number < len(run.ids.rids)]
+    return found

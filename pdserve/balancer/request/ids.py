@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import msgspec
 
@@ -19,6 +20,11 @@ class RequestIds(msgspec.Struct, frozen=True):
 
     rooms: tuple[int, ...]
     rids: tuple[Rid, ...]
+
+    def only(self, prompts: Iterable[int]) -> RequestIds:
+        """Those of some prompts, by their numbers."""
+        numbers = sorted(prompts)
+        return RequestIds(tuple(self.rooms[i] for i in numbers), tuple(self.rids[i] for i in numbers))
 
 
 class RoomAllocator:

@@ -67,21 +67,26 @@ class Renaming:
         return body
 
 
+def names_of(request: ParsedRequest) -> list[str]:
+    """The client's name for each prompt, samples of one alike; empty if it gave none.
+
+    As in SGLang: a list names each prompt of a batch, one name for a batch is numbered.
+    """
+    name, count = request.client_rid, request.num_prompts
+    if isinstance(name, str) and name:
+        return [name] if count is None else [f"{name}_{index}" for index in range(count)]
+    if isinstance(name, list) and all(isinstance(item, str) for item in name):
+        return [item for item in name for _ in range(request.num_samples)]
+    return []
+
+
 def renaming_of(request: ParsedRequest, ids: RequestIds) -> Renaming | None:
     """What to call the request in its answer; None if its client gave no name.
 
-    As SGLang does: a list names each prompt of a batch, one name for a batch is
-    numbered, and samples get names of their own.
+    As SGLang does: samples get names of their own.
     """
-    name = request.client_rid
-    if not name or request.num_samples > 1:
-        return None
-    if isinstance(name, str):
-        count = request.num_prompts
-        theirs = [name] if count is None else [f"{name}_{index}" for index in range(count)]
-    elif isinstance(name, list) and all(isinstance(item, str) for item in name):
-        theirs = name
-    else:
+    theirs = names_of(request) if request.num_samples == 1 else []
+    if not theirs:
         return None
     pairs = zip(ids.rids, theirs, strict=False)
     return Renaming({b'"%b"' % ours.encode(): msgspec.json.encode(given) for ours, given in pairs})

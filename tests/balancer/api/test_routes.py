@@ -36,7 +36,7 @@ def built(config: BalancerConfig) -> RouteMap:
     pool = HttpClient()
     fleet = WorkerFleet(config, pool)
     dispatcher = PairDispatcher(config, fleet, pool)
-    plane = DataPlane(dispatcher.dispatch, dispatcher.give_up, dispatcher.ledger)
+    plane = DataPlane(dispatcher.dispatch, dispatcher.abort, dispatcher.abort_all, dispatcher.ledger)
     asker, metrics = WorkerAsker(fleet, pool, config), WorkerMetrics()
     return build_routes(asker, plane, metrics, HealthControl(asker, dispatcher.ledger, metrics))
 
