@@ -11,9 +11,11 @@ waits for it, so decode keeps its pages until nothing of ours can land in them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,61 @@ MAX_REMEMBERED_ROOMS = 10_000
 """Failed rooms and records kept for decode ranks and metrics that ask late."""
 
 
+class Joins:
+    """First contact with decode ranks, on threads of their own; what they ask for meanwhile waits for it.
+
+    Mapping a peer's memory takes up to seconds. Credits and aborts of all others come
+    through the thread that takes registrations, so it must not wait.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._turn = threading.Lock()
+        self._queues: dict[str, deque[tuple[int | None, Callable[[], None]]]] = {}
+
+    def connect(self, agent: str, connect: Callable[[], None]) -> None:
+        """Start ``connect``, or do it after what ``agent`` has asked for so far if it is joining already."""
+        with self._lock:
+            is_joining = agent in self._queues
+            self._queues.setdefault(agent, deque()).append((None, connect))
+        if not is_joining:
+            threading.Thread(target=self._run, args=(agent,), name="pdserve-join", daemon=True).start()
+
+    def take(self, room: int, action: Callable[[], None], agent: str | None = None) -> None:
+        """Do ``action``, one at a time; later, in order, if ``agent`` or the room itself waits for a join.
+
+        Args:
+            agent: the decode rank that asks; None: any of the room's.
+        """
+        with self._lock:
+            for name, queue in self._queues.items():
+                if name == agent or any(waiting == room for waiting, _ in queue):
+                    queue.append((room, action))
+                    return
+        with self._turn:
+            action()
+
+    def is_joining(self, agent: str) -> bool:
+        """True while ``agent``'s first contact, or what waited for it, is not over."""
+        with self._lock:
+            return agent in self._queues
+
+    def _run(self, agent: str) -> None:
+        while True:
+            with self._lock:
+                room, action = self._queues[agent][0]
+            try:
+                with contextlib.nullcontext() if room is None else self._turn:
+                    action()
+            except Exception:
+                logger.exception("decode rank %s: message not acted on", agent)
+            with self._lock:
+                self._queues[agent].popleft()
+                if not self._queues[agent]:
+                    del self._queues[agent]
+                    return
+
+
 class PrefillPlane:
     """Data plane of one prefill rank. ``manager`` is the PdserveKVManager that owns the rooms."""
 
@@ -56,6 +113,7 @@ class PrefillPlane:
         self._piece_bytes = piece_bytes
         self._forced_path = forced_path
         self._blocks = engine.prepare(None, page_blocks(own.regions, own.device), own.kind)
+        self.joins = Joins()
         self._links: dict[str, PeerLink] = {}
         self._refused: dict[str, str] = {}
         self._failed_rooms: OrderedDict[int, str] = OrderedDict()
@@ -225,12 +283,12 @@ class PrefillPlane:
         """NIXL forgets a peer after a disconnect and never restores it; load it again from what we hold."""
         for agent in agents:
             info = self._manager.decode_kv_args_table.get(agent)
-            if info is None or agent not in self._links:
+            if info is None or agent not in self._links or self.joins.is_joining(agent):
                 continue
             with contextlib.suppress(PeerLost):
                 if not self._engine.is_connected(PeerName(agent)):
                     logger.warning("transport lost decode rank %s; loading it again", agent)
-                    self.connect(info, info.pdserve_offer)
+                    self.joins.connect(agent, functools.partial(self.connect, info, info.pdserve_offer))
 
     def _send_void(self, peer: PeerName, void: Void) -> None:
         info = self._manager.decode_kv_args_table.get(str(peer))

@@ -21,7 +21,7 @@ from typing import Any
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.base.conn import KVPoll
-from sglang.srt.disaggregation.common.conn import AbortNotification
+from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
 from sglang.srt.disaggregation.nixl.conn import (
     GUARD,
     KVArgsRegisterInfo,
@@ -190,32 +190,35 @@ class TransferManager(NixlKVManager):
         assert plane is not None
         if frames[0] == CONTROL_TAG:
             plane.take_control(frames[1])
-        elif self._handle_abort_notification(frames):
-            self._forget_unknown_room(frames)
+        elif frames[0] == ABORT_TAG:
+            if notification := AbortNotification.from_zmq(frames):
+                room = notification.room
+                plane.joins.take(room, functools.partial(self._take_abort, frames, room))
         elif frames[0] != GUARD:
             logger.warning("control socket: foreign message of %d frames", len(frames))
         elif frames[1] == b"None":
             self._take_registration(frames[1:])
         else:
-            self._take_room(TransferInfo.from_zmq(frames[1:]))
+            info = TransferInfo.from_zmq(frames[1:])
+            plane.joins.take(info.room, functools.partial(self._take_room, info), info.agent_name)
 
-    def _forget_unknown_room(self, frames: list[bytes]) -> None:
+    def _take_abort(self, frames: list[bytes], room: int) -> None:
         """An abort may overtake the request itself: its room must then fail at once, not after 300 s."""
-        notification = AbortNotification.from_zmq(frames)
-        if notification is None or notification.room in self.request_status:
+        self._handle_abort_notification(frames)
+        if room in self.request_status:
             return
         assert self.prefill_plane is not None
-        self.transfer_infos.pop(notification.room, None)
-        self.prefill_plane.remember_failure(notification.room, "aborted by the decode server")
+        self.transfer_infos.pop(room, None)
+        self.prefill_plane.remember_failure(room, "aborted by the decode server")
 
     def _take_registration(self, frames: list[bytes]) -> None:
         info = KVArgsRegisterInfo.from_zmq(frames)
-        offer = _read_offer(frames)
-        assert self.prefill_plane is not None
+        offer, plane = _read_offer(frames), self.prefill_plane
+        assert plane is not None
         if offer is None:
             ours, theirs = list(self.kv_args.kv_item_lens), list(info.dst_kv_item_lens)
             if info.decode_tp_size == self.attn_tp_size and theirs[: len(ours)] != ours:
-                self.prefill_plane.refuse(
+                plane.refuse(
                     str(info.agent_name),
                     f"decode rank {info.agent_name}: pages of {theirs[0]} bytes, this prefill's {ours[0]}; "
                     "only pdserve's data plane converts, and it is off there: use one --page-size",
@@ -226,7 +229,7 @@ class TransferManager(NixlKVManager):
         info.pdserve_offer = offer
         self.check_peer_aux_buffer_count(info.agent_name, len(info.dst_aux_ptrs))
         self.decode_kv_args_table[info.agent_name] = info
-        self.prefill_plane.connect(info, offer)
+        plane.joins.connect(info.agent_name, functools.partial(plane.connect, info, offer))
 
     def _take_room(self, info: Any) -> None:
         plane, room = self.prefill_plane, info.room

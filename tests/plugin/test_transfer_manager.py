@@ -37,6 +37,9 @@ class Plane:
         self.failed_rooms: dict[int, str] = {}
         self.refusals: dict[str, str] = {}
         self.agents = {AGENT}
+        from pdserve.plugin.sending import Joins
+
+        self.joins = Joins()
 
     def knows(self, agent: str) -> bool:
         return agent in self.agents
