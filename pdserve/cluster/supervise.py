@@ -117,7 +117,7 @@ def retry_s(retries: int) -> float:
     return min(FIRST_RETRY_S * 2.0 ** min(retries - 1, 10), MAX_RETRY_S)
 
 
-def _farewell(process: Supervised, text: str, pause_s: float) -> str:
+def _describe_loss(process: Supervised, text: str, pause_s: float) -> str:
     """What is told of a worker that is given up: the end of its log too, the first time."""
     line = f"{process.name} {text}; next try in {pause_s:g} s (log: {process.log_path})"
     tail = last_lines(process.read_log(), TAIL_LINES) if process.retries == 1 else ""
@@ -239,7 +239,7 @@ class Supervisor:
             process.retries += 1
             pause_s = retry_s(process.retries)
             after = "" if is_final else f" after {process.restarts} restarts in a row"
-            self._report(logging.ERROR, _farewell(process, f"given up{after}: {why}", pause_s))
+            self._report(logging.ERROR, _describe_loss(process, f"given up{after}: {why}", pause_s))
         else:
             process.restarts += 1
             pause_s = backoff_s(process.restarts)
