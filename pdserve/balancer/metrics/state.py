@@ -109,7 +109,7 @@ def _worker(fleet: WorkerFleet, worker: Worker, now_s: float, figures: WorkerFig
         breaker=worker.breaker.state._value_,
         paused=worker.is_paused,
         draining=worker.is_draining,
-        leaving=worker.is_leaving,
+        leaving=worker.is_leaving or worker.info.is_leaving,
         admission=_admission(worker),
         wedge=WedgeFigures(stalled_s=worker.stalled_s, wedged=worker.num_wedged),
         last_error=worker.last_error,

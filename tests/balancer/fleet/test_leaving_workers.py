@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from pdserve.balancer.metrics.ledger import RequestLedger
+from pdserve.balancer.metrics.state import render_state
+from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.types import WorkerInfo
 from tests.support.fleet_network import (
     D0,
@@ -31,6 +34,8 @@ async def test_it_keeps_what_it_has_and_gets_nothing_new() -> None:
         assert {r.pair.decode.worker_id for r in held} == {D0.worker_id, D1.worker_id}
         fleet.apply([P0, leaving(D0), D1])
         assert worker_states(fleet)["decode-0"] == "draining"
+        rows = render_state(fleet, WorkerMetrics(), RequestLedger()).workers
+        assert [row.worker_id for row in rows if row.leaving] == ["decode-0"]
         later = [await reserve(fleet, SHAPE, timeout_s=1) for _ in range(4)]
         assert {r.pair.decode.worker_id for r in later} == {D1.worker_id}
         for reservation in held:
