@@ -75,7 +75,7 @@ class CopyParams:
     """
 
     region_ptrs: int
-    """Address of uint64 ``[num_regions_total]``: base of each region, K of every layer, then V (MLA: one)."""
+    """Address of uint64 ``[num_regions_total]``: bases of the regions, in the order of layers."""
     page_ids: int
     """Address of int32 ``[num_page_ids]``: pool pages in token order."""
     slab: int

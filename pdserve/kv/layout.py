@@ -1,8 +1,8 @@
 """Byte geometry of FlashInfer-layout (NHD) paged KV pools, and runs of pages.
 
-A *region* is one layer's K pool or V pool (MLA: the layer's only pool). SGLang
-registers K of every layer, then V of every layer; each region is a row of token
-slots, ``page_size`` slots to a page, page ``p`` at ``base + p * page_bytes``::
+A *region* is one layer's K pool or V pool (MLA: the layer's only pool). Regions are
+in the order of layers, K0 V0 K1 V1 ..., a draft model's behind the target's. Each is
+a row of token slots, ``page_size`` slots to a page, page ``p`` at ``base + p * page_bytes``::
 
     region r:  | page 0 (padding) | page 1 | page 2 | ...
     page:      | token | token | ... page_size tokens, token_stride bytes apart
@@ -13,8 +13,10 @@ Nothing here touches the memory the numbers describe.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,7 @@ import numpy.typing as npt
 from pdserve.errors import KVLayoutMismatch
 
 PageIds = npt.NDArray[np.int32]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,10 @@ class PagedRegions:
     """Bytes from one token to the next; ``row_bytes`` when dense."""
     num_kv_heads: int = 1
     """KV heads of this rank; 1 for MLA's latent row."""
+    regions_per_layer: int = 1
+    """2 where K and V are pools of their own."""
+    num_draft_regions: int = 0
+    """How many of the last regions are a draft model's (speculative decoding)."""
 
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.num_pages < 1:
@@ -69,6 +76,13 @@ class PagedRegions:
         """One head of one token in one region."""
         return self.row_bytes // self.num_kv_heads
 
+    def filled_by(self, prefill: PagedRegions) -> PagedRegions:
+        """What a prefill fills of this pool: not a draft's regions if only decode runs a draft model."""
+        num_target = self.num_regions - self.num_draft_regions
+        if prefill.num_draft_regions or not self.num_draft_regions:
+            return self
+        return replace(self, bases=self.bases[:num_target], num_draft_regions=0)
+
     @property
     def is_dense(self) -> bool:
         """No gap between tokens, so a run of pages is one span of bytes."""
@@ -89,6 +103,16 @@ class PageRuns(NamedTuple):
     source: PageIds
     target: PageIds
     lengths: PageIds
+
+
+def by_layer(regions: Sequence[T], num_draft_regions: int) -> tuple[T, ...]:
+    """Regions in the order of layers. SGLang registers K, then V, of the target; then those of the draft."""
+    num_target = len(regions) - num_draft_regions
+    ordered: list[T] = []
+    for part in (regions[:num_target], regions[num_target:]):
+        half = len(part) // 2
+        ordered += itertools.chain.from_iterable(zip(part[:half], part[half:], strict=True))
+    return tuple(ordered)
 
 
 def page_runs(source: PageIds, target: PageIds) -> PageRuns:

@@ -18,7 +18,7 @@ import numpy as np
 
 from pdserve.config.worker_env import WorkerEnv
 from pdserve.errors import RegistrationFailed
-from pdserve.kv.layout import PagedRegions
+from pdserve.kv.layout import PagedRegions, by_layer
 from pdserve.kv.memory import Buffer
 from pdserve.transfer.engine import MemoryKind
 from pdserve.transfer.messages import Window
@@ -59,19 +59,23 @@ def unsupported(manager: Any, env: WorkerEnv) -> str:
 
 
 def regions_of(args: Any, *, is_mla: bool, total_kv_heads: int, tp_size: int) -> PagedRegions:
-    """The rank's pools from SGLang's KVArgs; every region is dense."""
+    """The rank's pools from SGLang's KVArgs, layer by layer; every region is dense."""
     page_size = int(args.page_size)
     row_bytes = int(args.kv_item_lens[0]) // page_size
     num_pages = min(
         int(length) // int(item) for length, item in zip(args.kv_data_lens, args.kv_item_lens, strict=True)
     )
+    num_draft = int(args.num_draft_entries)
+    bases = tuple(int(pointer) for pointer in args.kv_data_ptrs)
     return PagedRegions(
-        bases=tuple(int(pointer) for pointer in args.kv_data_ptrs),
+        bases=bases if is_mla else by_layer(bases, num_draft),
         num_pages=num_pages,
         page_size=page_size,
         row_bytes=row_bytes,
         token_stride=row_bytes,
         num_kv_heads=1 if is_mla else max(1, total_kv_heads // tp_size),
+        regions_per_layer=1 if is_mla else 2,
+        num_draft_regions=num_draft,
     )
 
 

@@ -25,13 +25,14 @@ def describe_layout(
     regions say.
 
     MHA registers K regions then V regions, ``2 * num_layers`` in all; MLA one
-    region per layer. ``kv_item_lens`` are bytes of one page of this rank's
-    heads (sglang/srt/disaggregation/base/conn.py, KVArgs).
+    region per layer; a draft model's follow, and need not be on both sides.
+    ``kv_item_lens`` are bytes of one page of this rank's heads
+    (sglang/srt/disaggregation/base/conn.py, KVArgs).
     """
     items = list(kv_args.kv_item_lens)
     page_size = int(kv_args.page_size)
     regions_per_layer = 1 if is_mla else 2
-    found_layers = len(items) // regions_per_layer
+    found_layers = (len(items) - int(kv_args.num_draft_entries)) // regions_per_layer
     total_heads = 1 if is_mla else total_kv_heads
     local_heads = 1 if is_mla else max(1, total_kv_heads // tp_size)
     scale = total_heads // local_heads

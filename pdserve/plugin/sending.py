@@ -171,11 +171,11 @@ class PrefillPlane:
     def submit(self, room: int, infos: list[Any], *, kv_indices: Any, first_page: int, is_last: bool,
                aux_index: int | None, events: list[Any]) -> None:  # fmt: skip
         """Queue one chunk of a room for every decode rank in ``infos`` (SGLang's TransferInfo)."""
-        aux = None if aux_index is None else self._own_aux(aux_index)
+        tables = [self._manager.decode_kv_args_table[info.agent_name] for info in infos]
+        aux = None if aux_index is None else self._own_aux(aux_index, tables)
         targets = []
-        for info in infos:
-            table = self._manager.decode_kv_args_table[info.agent_name]
-            peer_aux = None if aux_index is None else self._peer_aux(table, info.dst_aux_index)
+        for info, table in zip(infos, tables, strict=True):
+            peer_aux = None if aux is None else self._peer_aux(table, info.dst_aux_index, len(aux))
             targets.append(Target(PeerName(info.agent_name), info.dst_kv_indices, peer_aux))
         self.outbox.submit(
             ChunkJob(
@@ -295,15 +295,15 @@ class PrefillPlane:
         if info is not None:
             self._manager.send_control(info.endpoint, int(info.dst_port), [CONTROL_TAG, encode(void)])
 
-    def _own_aux(self, index: int) -> Spans:
+    def _own_aux(self, index: int, tables: list[Any]) -> Spans:
+        """Metadata rows; the leading ones if a decode rank has registered fewer, as SGLang's send_aux."""
         args = self._manager.kv_args
-        return _rows(args.aux_data_ptrs, args.aux_item_lens, index)
+        count = min(len(args.aux_data_ptrs), *(len(table.dst_aux_ptrs) for table in tables))
+        return _rows(args.aux_data_ptrs[:count], args.aux_item_lens, index)
 
-    def _peer_aux(self, table: Any, index: int) -> Spans:
-        # The stride is this side's item length, as SGLang's send_aux has it; a peer that
-        # registered fewer buffers gets the leading ones.
-        lengths = self._manager.kv_args.aux_item_lens
-        return _rows(table.dst_aux_ptrs[: len(lengths)], lengths, index)
+    def _peer_aux(self, table: Any, index: int, count: int) -> Spans:
+        # The stride is this side's item length, as SGLang's send_aux has it.
+        return _rows(table.dst_aux_ptrs[:count], self._manager.kv_args.aux_item_lens, index)
 
 
 def _rows(pointers: list[int], lengths: list[int], index: int) -> Spans:

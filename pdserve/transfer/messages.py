@@ -55,6 +55,7 @@ class PeerOffer(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     window_bytes: int
     """0: no window was left; only direct writes."""
     model_dtype: str = ""
+    num_draft_regions: int = 0
 
     @property
     def regions(self) -> PagedRegions:
@@ -66,6 +67,7 @@ class PeerOffer(msgspec.Struct, tag=True, frozen=True, kw_only=True):
             row_bytes=self.row_bytes,
             token_stride=self.token_stride,
             num_kv_heads=self.num_kv_heads,
+            num_draft_regions=self.num_draft_regions,
         )
 
     @property

@@ -58,6 +58,7 @@ class RankPool:
             window_address=0 if window is None else window.address,
             window_bytes=0 if window is None else window.nbytes,
             model_dtype=self.model_dtype,
+            num_draft_regions=self.regions.num_draft_regions,
         )
 
 
@@ -126,7 +127,8 @@ class PeerLink:
         regions = self.own.regions
         return deque(
             split_pieces(
-                num_regions=regions.num_regions, first_token=0, num_tokens=num_tokens,
+                num_regions=regions.num_regions, layer_regions=regions.regions_per_layer,
+                num_tokens=num_tokens,
                 slice_offset=part.source_offset, slice_bytes=part.nbytes,
                 piece_bytes=self.piece_bytes, token_unit=max(regions.page_size, self.offer.page_size),
             )
@@ -177,7 +179,7 @@ def connect_peer(
         KVLayoutMismatch: when no conversion leads from one pool to the other.
         PeerLost: when the transport cannot reach the memory.
     """
-    theirs, ours = offer.regions, own.regions
+    theirs, ours = offer.regions.filled_by(own.regions), own.regions
     if theirs.num_regions != ours.num_regions or theirs.head_bytes != ours.head_bytes:
         raise KVLayoutMismatch(
             f"decode rank {name}: {theirs.num_regions} regions of {theirs.head_bytes} bytes a head, "

@@ -115,28 +115,30 @@ class PathCosts:
 
 
 def split_pieces(
-    *, num_regions: int, first_token: int, num_tokens: int, slice_offset: int, slice_bytes: int,
-    piece_bytes: int, token_unit: int,
+    *, num_regions: int, num_tokens: int, slice_offset: int, slice_bytes: int,
+    piece_bytes: int, token_unit: int, layer_regions: int = 1,
 ) -> list[Piece]:  # fmt: skip
-    """Cut a chunk into pieces of at most ``piece_bytes``: by regions, by tokens only when one does not fit.
+    """Cut a chunk into pieces of at most ``piece_bytes``: by layers; by regions or tokens if none fits.
 
     Args:
+        layer_regions: regions of a layer; ``num_regions`` is a multiple of it.
         token_unit: tokens are cut at multiples of this (the page size), so that
             both sides keep copying whole pages. At least one unit per piece.
     """
     region_bytes = num_tokens * slice_bytes
     if region_bytes <= piece_bytes:
-        per_piece = max(1, piece_bytes // region_bytes)
+        unit = layer_regions if layer_regions * region_bytes <= piece_bytes else 1
+        num_units = num_regions // unit
         # Even pieces pipeline better than full ones and a small rest.
-        count = math.ceil(num_regions / per_piece)
-        bounds = [num_regions * index // count for index in range(count + 1)]
+        count = math.ceil(num_units / (piece_bytes // (unit * region_bytes)))
+        bounds = [num_units * index // count * unit for index in range(count + 1)]
         return [
-            Piece(begin, end - begin, first_token, num_tokens, slice_offset, slice_bytes)
+            Piece(begin, end - begin, 0, num_tokens, slice_offset, slice_bytes)
             for begin, end in itertools.pairwise(bounds)
         ]
     tokens = max(token_unit, piece_bytes // slice_bytes // token_unit * token_unit)
     return [
-        Piece(region, 1, first_token + start, min(tokens, num_tokens - start), slice_offset, slice_bytes)
+        Piece(region, 1, start, min(tokens, num_tokens - start), slice_offset, slice_bytes)
         for region in range(num_regions)
         for start in range(0, num_tokens, tokens)
     ]

@@ -25,7 +25,7 @@ ON = WorkerEnv(is_active=True)
 def _manager(**changes: Any) -> Any:
     args = {
         "kv_data_mem_kinds": ["DRAM"] * 4, "kv_data_ptrs": [1, 2, 3, 4], "kv_item_lens": [64] * 4,
-        "kv_data_lens": [640] * 4, "state_types": [], "page_size": 4,
+        "kv_data_lens": [640] * 4, "state_types": [], "page_size": 4, "num_draft_entries": 0,
     }  # fmt: skip
     fields = {
         "pp_size": 1, "attn_cp_size": 1, "dcp_size": 1, "kv_shard_size": 1, "is_hybrid_mla_backend": False,
@@ -77,6 +77,7 @@ def test_switched_off_is_off(env: WorkerEnv) -> None:
 def test_regions_come_from_sglangs_arguments() -> None:
     regions = regions_of(_manager().kv_args, is_mla=False, total_kv_heads=8, tp_size=2)
     assert (regions.num_regions, regions.num_pages, regions.row_bytes, regions.num_kv_heads) == (4, 10, 16, 4)
+    assert regions.bases == (1, 3, 2, 4), "layer by layer: SGLang registers K1 K2 V1 V2"
     latent = regions_of(_manager().kv_args, is_mla=True, total_kv_heads=1, tp_size=4)
     assert latent.num_kv_heads == 1
 

@@ -25,6 +25,7 @@ def _kv_args(**changes: object) -> SimpleNamespace:
         "page_size": 16,
         "kv_cache_dtype_str": "float32",
         "kv_layout": None,
+        "num_draft_entries": 0,
     }
     return SimpleNamespace(**{**values, **changes})
 

@@ -101,6 +101,8 @@ class Geometry:
     gap_bytes: int = 0
     tp_size: int = 1
     tp_rank: int = 0
+    regions_per_layer: int = 1
+    num_draft_regions: int = 0
 
 
 SAME = Geometry()
@@ -127,6 +129,8 @@ class Pool:
             row_bytes=row,
             token_stride=stride,
             num_kv_heads=geometry.num_kv_heads,
+            regions_per_layer=geometry.regions_per_layer,
+            num_draft_regions=geometry.num_draft_regions,
         )
         self.slots = geometry.num_pages * geometry.page_size
         self.aux = rng.integers(0, 256, (8, AUX_BYTES), dtype=np.uint8)

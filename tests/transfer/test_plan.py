@@ -74,14 +74,13 @@ def test_pieces_tile_regions_and_tokens_exactly(seed: int) -> None:
     rng = np.random.default_rng(seed)
     regions, tokens, nbytes = int(rng.integers(1, 70)), int(rng.integers(1, 300)), int(rng.integers(1, 600))
     unit, limit = int(rng.integers(1, 33)), int(rng.integers(1, 200_000))
-    first = int(rng.integers(0, 50))
     pieces = split_pieces(
-        num_regions=regions, first_token=first, num_tokens=tokens, slice_offset=3, slice_bytes=nbytes,
+        num_regions=regions, num_tokens=tokens, slice_offset=3, slice_bytes=nbytes,
         piece_bytes=limit, token_unit=unit,
     )  # fmt: skip
     covered = np.zeros((regions, tokens), dtype=int)
     for piece in pieces:
-        begin = piece.first_token - first
+        begin = piece.first_token
         covered[piece.region_begin :][: piece.num_regions, begin : begin + piece.num_tokens] += 1
         assert piece.nbytes <= max(limit, unit * nbytes)
         assert begin % unit == 0
