@@ -157,8 +157,9 @@ class Forecast(msgspec.Struct, frozen=True):
 class RequestShape(msgspec.Struct, frozen=True):
     """What a policy may know of a request before it runs.
 
-    ``prompt`` is the prompt's text or ids as they stand in the request, enough to
-    tell common prefixes; empty if nobody asked for it. Higher ``priority`` goes first.
+    ``prompt`` is the prompt's text or ids as they stand in the request, behind a zero byte and what the
+    template puts before them, enough to tell common prefixes; empty if nobody asked for it. Higher
+    ``priority`` goes first.
     In a batch ``prompt_tokens`` is the sum, ``max_new_tokens`` and ``forecast`` are each prompt's.
     ``forecast`` is None until the balancer has made one. ``route`` and ``user`` (the body's field of
     that name) are what answers of like requests are remembered by.

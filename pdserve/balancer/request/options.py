@@ -127,3 +127,9 @@ def priority_of(options: dict[str, Any]) -> int:
     """0 without one."""
     value = options.get("priority")
     return value if isinstance(value, int) else 0
+
+
+def user_of(options: dict[str, Any]) -> str:
+    """Empty without one."""
+    value = options.get("user")
+    return value if isinstance(value, str) else ""

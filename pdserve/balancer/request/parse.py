@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from pdserve.balancer.request.prompt import ABSENT as _ABSENT
+from pdserve.balancer.request.prompt import PromptHead, head_of
 from pdserve.balancer.request.request import (
     BYTES_PER_TOKEN,
     DEFAULT_NEW_TOKENS,
@@ -21,15 +23,13 @@ from pdserve.types import RequestShape
 LONG_BYTES = 4096
 """Below it a picture would be counted as a thousand tokens at most, which is about what it is."""
 
-_ABSENT = msgspec.Raw(b"")
-
 
 class _Sampling(msgspec.Struct):
     n: int | None = None
     max_new_tokens: int | None = None
 
 
-class _Plain(msgspec.Struct):
+class _Plain(PromptHead):
     text: msgspec.Raw = _ABSENT
     input_ids: msgspec.Raw = _ABSENT
     prompt: msgspec.Raw = _ABSENT
@@ -86,10 +86,11 @@ def parse_plain(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest 
     if prompt is None:
         return None
     new_tokens = _limit(route, plain)
+    head, head_tokens = head_of(route, plain)
     shape = RequestShape(
-        prompt_tokens=_magnitude(prompt),
+        prompt_tokens=_magnitude(prompt) + head_tokens,
         max_new_tokens=DEFAULT_NEW_TOKENS if new_tokens is None or new_tokens < 0 else new_tokens,
-        prompt=bytes(prompt) if wants_prompt else b"",
+        prompt=head + prompt if wants_prompt else b"",
         priority=plain.priority or 0,
         route=route,
         user=plain.user or "",
@@ -135,6 +136,8 @@ def _is_decodes_own(plain: _Plain) -> bool:
 def _prompt(route: Route, plain: _Plain) -> memoryview | None:
     """The one prompt as it stands in the body; None if there is none or there are several."""
     name = _PROMPT_FIELDS.get(route)
+    if plain.input_ids is not _ABSENT and route.is_chat:
+        return None
     if name is not None:
         raw = memoryview(getattr(plain, name))
     elif plain.text is not _ABSENT:

@@ -18,8 +18,10 @@ from pdserve.balancer.request.options import (
     priority_of,
     sampling_of,
     typed_options,
+    user_of,
 )
-from pdserve.balancer.request.request import BYTES_PER_TOKEN, ParsedRequest, RequestRefused, Route
+from pdserve.balancer.request.prompt import head_of_body, key_of, num_tokens, prompt_of
+from pdserve.balancer.request.request import ParsedRequest, RequestRefused, Route
 from pdserve.types import RequestShape
 
 MAX_TOP_LOGPROBS = 128
@@ -33,6 +35,7 @@ _PER_PROMPT += ("sampling_params",)
 _PER_PROMPT += ("extra_key", "cache_salt", "kv_hints", "session_params", "custom_logit_processor")
 _PER_PROMPT += ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_hidden_states")
 """Fields of GenerateReqInput that a batch may give as one value per prompt."""
+_PARTING = ("lora_path", "cache_salt", "extra_key")
 _SINGLE_WITH_SAMPLES = ("return_logprob", "logprob_start_len", "top_logprobs_num", "custom_logit_processor")
 
 _NO_EARLIER_ANSWER = (
@@ -50,7 +53,7 @@ def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
     fields = _document(body)
     if route is Route.RESPONSES and fields.get("previous_response_id"):
         raise RequestRefused(_NO_EARLIER_ANSWER, 501)
-    options, prompts = fields, fields
+    options = fields
     if route is Route.VERTEX:
         fields = _vertex(fields)
         options = fields["parameters"]
@@ -58,18 +61,18 @@ def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
     _refuse_poison(route, options, _texts(fields))
     sampling = sampling_of(route, options)
     samples = num_samples(route, options, sampling)
-    prompt_tokens = _prompt_tokens(fields)
+    prompt, (head, head_tokens) = prompt_of(fields), _head(route, body, options)
+    prompt_tokens = max(1, num_tokens(prompt) + head_tokens)
     _check_lists(route, options, samples, _num_prompts(fields) if route is Route.GENERATE else None)
     fields, num_prompts = _with_samples(route, fields, samples)
-    user = options.get("user")
     shape = RequestShape(
         prompt_tokens=prompt_tokens * (1 if num_prompts is None else samples),
         max_new_tokens=new_tokens(route, options, sampling),
-        prompt=_prompt_bytes(prompts) if wants_prompt else b"",
+        prompt=head + key_of(prompt) if wants_prompt else b"",
         priority=priority_of(options),
         num_prompts=num_prompts or 1,
         route=route,
-        user=user if isinstance(user, str) else "",
+        user=user_of(options),
     )
     return ParsedRequest(
         route=route,
@@ -81,6 +84,15 @@ def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
         needs_prefill_answer=needs_prefill_answer(route, options),
         client_rid=options.get(route.rid_field) if route.rid_field else None,
     )
+
+
+def _head(route: Route, body: bytes, options: dict[str, Any]) -> tuple[bytes, int]:
+    """Of the client's own bytes, so that it is the same whether the request is plain or not."""
+    if route.is_chat and options.get("input_ids") is not None:  # no template is applied
+        options = {name: options[name] for name in ("model", *_PARTING) if name in options}
+    elif route is not Route.VERTEX:
+        return head_of_body(route, body)
+    return head_of_body(route, msgspec.json.encode(options))
 
 
 def _document(body: bytes) -> dict[str, Any]:
@@ -237,38 +249,6 @@ def _num_prompts(fields: dict[str, Any]) -> int | None:
     if not batch:
         raise RequestRefused("the batch is empty: give at least one prompt")
     return len(batch)
-
-
-# -- what policies want to know ------------------------------------------------------------------
-
-
-def _prompt(fields: dict[str, Any]) -> Any:
-    names = ("input_ids", "text", "prompt", "messages", "input", "instances", "input_embeds")
-    return next((value for name in names if (value := fields.get(name)) is not None), None)
-
-
-def _prompt_tokens(fields: dict[str, Any]) -> int:
-    return max(1, _tokens(_prompt(fields)))
-
-
-def _prompt_bytes(fields: dict[str, Any]) -> bytes:
-    prompt = _prompt(fields)
-    first = prompt[0] if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else prompt
-    return b"" if first is None else msgspec.json.encode(first)
-
-
-def _tokens(value: Any, depth: int = 8) -> int:
-    """Magnitude of a prompt: ints are token ids, text counts by its bytes, containers add up."""
-    if isinstance(value, str):
-        return -(-len(value.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
-    if depth and isinstance(value, list):
-        if value and isinstance(value[0], int | float):
-            return len(value) if isinstance(value[0], int) else 1
-        return sum(_tokens(item, depth - 1) for item in value)
-    if depth and isinstance(value, dict):
-        names = ("content", "text", "input_ids")
-        return _tokens(next((value[name] for name in names if name in value), None), depth - 1)
-    return 0
 
 
 def _json_name(value: Any) -> str:

@@ -43,8 +43,12 @@ _SORTED = msgspec.json.Encoder(order="sorted")
 def canonical_text(prompt: bytes) -> bytes:
     """The text whose prefixes are the prompt's prefixes. Never raises.
 
-    ``prompt`` is JSON: a string, token ids, or a conversation.
+    ``prompt`` is JSON: a string, token ids, or a conversation. What stands before its messages in the
+    template (tools, a salt) precedes it, closed by a zero byte, which JSON cannot contain.
     """
+    head, mark, conversation = prompt.rpartition(b"\0")
+    if mark:
+        return head + mark + canonical_text(conversation)
     start = prompt[:64].lstrip()
     if start[:1] == b"[" and start[1:].lstrip()[:1] == b"{":
         try:
@@ -92,9 +96,23 @@ def _odd_message(message: Any) -> str:
     if content is None and calls:
         content = ""
     if not (isinstance(role, str) and isinstance(content, str)):
-        return f"{_json(message)}\0"
+        return f"{_json(_without_marks(message))}\0"
     rest = [message.get("name"), message.get("tool_call_id"), message.get("reasoning_content")]
     return _rendered(role, content, [*rest, calls] if calls else rest)
+
+
+def _without_marks(message: dict[str, Any]) -> dict[str, Any]:
+    """Anthropic's clients move their ``cache_control`` to the last message with each turn."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    parts = [
+        {name: value for name, value in part.items() if name != "cache_control"}
+        if isinstance(part, dict)
+        else part
+        for part in content
+    ]
+    return {**message, "content": parts}
 
 
 def _is_text(value: Any) -> bool:

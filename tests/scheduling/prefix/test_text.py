@@ -51,6 +51,13 @@ def test_equal_conversations_in_other_dress_have_equal_text(dressed: bytes) -> N
     assert canonical_text(dressed) == canonical_text(encode([SYSTEM, USER]))
 
 
+def test_what_stands_before_the_messages_stays_as_it_is() -> None:
+    head, plain = b'[{"name": "a tool"}]\0', encode([SYSTEM, USER])
+    assert canonical_text(head + plain) == head + canonical_text(plain)
+    assert canonical_text(head + encode([SYSTEM, USER], indent=2)) == head + canonical_text(plain)
+    assert canonical_text(head + b'"text"') == head + b'"text"'
+
+
 @pytest.mark.parametrize(
     "other",
     [
