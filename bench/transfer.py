@@ -13,7 +13,6 @@ having every byte in its pages, preparation, packing and unpacking included.
     stock         every page of every region its own descriptor, scattered pages
     merged        direct: neighbours on both sides merged, pages of a churned stock pool (churn.py)
     per layer     packed, one write per region, same pages
-    whole         packed, one write for all, same pages
     segments      direct, pages of a churned pool under pdserve's segment allocator
     planner       what pdserve does by itself, on the churned stock pool's pages
     planner+seg   what pdserve does by itself, on the churned segment pool's pages
@@ -41,6 +40,7 @@ from common import describe_setup, print_result, print_setup
 from pdserve.kv.layout import PageIds, num_runs
 from pdserve.transfer.plan import Path
 from pdserve.transfer.selftest.trial import SendReport, Trial, TrialGeometry
+from pdserve.transfer.slots import NUM_SLOTS
 
 GEOMETRIES = {
     # SmolLM2-135M in float16 and Llama-3.1-8B in bfloat16, blocks of 16 tokens.
@@ -70,7 +70,6 @@ COLUMNS = {
     "stock": Column("scattered", Path.DIRECT),
     "merged": Column("stock", Path.DIRECT),
     "per layer": Column("stock", Path.PACKED, "region"),
-    "whole": Column("stock", Path.PACKED, "all"),
     "packed": Column("stock", Path.PACKED),
     "segments": Column("segment", Path.DIRECT),
     "planner": Column("stock", None),
@@ -90,13 +89,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
     geometry = msgspec.structs.replace(GEOMETRIES[options.geometry], gpu=options.gpu)
-    if options.gpu >= 0:
-        geometry = msgspec.structs.replace(geometry, slab_bytes=2 << 30)  # "whole" must fit at 12000 tokens
     lengths = [int(text) for text in (options.tokens or TOKENS[options.geometry]).split(",")]
     setup = describe_setup(
         geometry=f"{options.geometry}: {geometry.num_layers} layers, {geometry.num_kv_heads} KV heads of "
         f"{geometry.head_bytes} bytes, pages of {geometry.page_size}, {geometry.token_bytes} bytes a token",
-        pool=f"{geometry.num_pages} pages a rank, slab {geometry.slab_bytes >> 20} MiB",
+        pool=f"{geometry.num_pages} pages a rank, slab {NUM_SLOTS} slots",
         rounds=options.rounds,
         seed=options.seed,
         transport=f"NIXL/UCX {geometry.kind}, two processes",
@@ -117,13 +114,15 @@ def _row(geometry: TrialGeometry, tokens: int, free: float, rounds: int, seed: i
     runs: dict[str, list[int]] = defaultdict(list)
     pages = _page_lists(geometry, count, rounds, seed, free)
     nbytes = count * geometry.page_size * geometry.token_bytes
+    region_bytes = nbytes // (2 * geometry.num_layers)
+    # "per layer" needs slots of a region; as many as pdserve has, so that the others have as many as there.
+    slot_bytes = max(PIECE_BYTES, region_bytes)
+    geometry = msgspec.structs.replace(geometry, slot_bytes=slot_bytes, slab_bytes=NUM_SLOTS * slot_bytes)
     with Trial(geometry, piece_bytes=PIECE_BYTES) as trial:
         for turn in range(-2, rounds):  # two rounds to warm up: page faults, the planner's laws
             for name, column in COLUMNS.items():
                 source, target = pages[column.pages][turn % rounds]
-                if column.piece == "all" and nbytes > geometry.slab_bytes:
-                    continue
-                piece = {"default": PIECE_BYTES, "all": nbytes, "region": nbytes // (2 * geometry.num_layers)}
+                piece = {"default": PIECE_BYTES, "region": region_bytes}
                 report = trial.send(source, target, path=column.path, piece_bytes=piece[column.piece])
                 if turn >= 0:
                     reports[name].append(report)

@@ -32,8 +32,6 @@ class DataPlaneConfig:
     """``direct`` or ``packed`` force one path where the geometry allows it."""
     slab_mb: int = 0
     """Slab of each rank in MiB; 0: 64 on CPU, 1024 on a GPU."""
-    windows: int = 8
-    """Parts of a decode rank's slab, one per prefill rank that writes to it."""
     cache_dir: str = ""
     """Where built CUDA kernels are kept; empty: pdserve's cache folder."""
 
@@ -42,12 +40,10 @@ class DataPlaneConfig:
             raise ConfigError(f"transfer path must be one of {', '.join(TRANSFER_PATHS)}, got {self.path!r}")
         if not 0 <= self.slab_mb <= 65536:
             raise ConfigError(f"slab must be 0 (default) to 65536 MiB, got {self.slab_mb}")
-        if not 1 <= self.windows <= 1024:
-            raise ConfigError(f"slab windows must be 1 to 1024, got {self.windows}")
 
     @classmethod
     def from_environ(cls, env: Mapping[str, str]) -> DataPlaneConfig:
-        """Read PDSERVE_DATA_PLANE (on, off), _TRANSFER_PATH, _SLAB_MB, _SLAB_WINDOWS.
+        """Read PDSERVE_DATA_PLANE (on, off), _TRANSFER_PATH, _SLAB_MB.
 
         Raises:
             ConfigError: naming the variable and what it may be.
@@ -55,17 +51,13 @@ class DataPlaneConfig:
         switch = env.get("PDSERVE_DATA_PLANE", "on")
         if switch not in SWITCH:
             raise ConfigError(f"PDSERVE_DATA_PLANE must be on or off, got {switch!r}")
-        numbers = {}
-        for name, default in (("PDSERVE_SLAB_MB", 0), ("PDSERVE_SLAB_WINDOWS", 8)):
-            text = env.get(name, "") or str(default)
-            if not text.isdigit():
-                raise ConfigError(f"{name} must be a whole number, got {text!r}")
-            numbers[name] = int(text)
+        slab_mb = env.get("PDSERVE_SLAB_MB", "") or "0"
+        if not slab_mb.isdigit():
+            raise ConfigError(f"PDSERVE_SLAB_MB must be a whole number, got {slab_mb!r}")
         return cls(
             is_on=switch == "on",
             path=env.get("PDSERVE_TRANSFER_PATH", "") or "auto",
-            slab_mb=numbers["PDSERVE_SLAB_MB"],
-            windows=numbers["PDSERVE_SLAB_WINDOWS"],
+            slab_mb=int(slab_mb),
             cache_dir=str(cache_dir() / "kernels"),
         )
 

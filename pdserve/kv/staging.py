@@ -1,93 +1,67 @@
-"""Slab space: who holds which bytes of a staging slab, and since when. Pure.
+"""Slab space: equal slots, and who holds how many of them. Pure.
 
-A ring: space is handed out in order and comes back in any order; the tail moves
-on when the oldest piece is back. A prefill uses one ring for its own source slab
-and one per decode rank for its window of that rank's slab, where space comes
-back as credits.
+Slots come back in any order, so one holder that never gives any back keeps only
+its own. It cannot have them all either: a holder may take a slot only while more
+are free than it holds already. One holder alone gets half of a slab, two get a
+third each, and a newcomer always finds a share free (dynamic thresholds, as
+switches share packet buffers: Choudhury and Hahne, 1998).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Hashable
 
 ALIGNMENT = 256
-"""Every piece starts at a multiple of this: vector loads, and NIXL's preference for aligned writes."""
+"""Every slot starts at a multiple of this: vector loads, and NIXL's preference for aligned writes."""
 
 
-@dataclass(slots=True, eq=False)
-class StagingSlab:
-    """A piece of the ring. ``generation`` is unique for the ring's life and never reused."""
+class SlotPool:
+    """Hands out the slots of one slab, last returned first. Not thread-safe: one owner."""
 
-    offset: int
-    nbytes: int
-    generation: int
-    is_free: bool = False
-
-
-class StagingRing:
-    """Hands out ``capacity`` bytes. Not thread-safe: one owner."""
-
-    def __init__(self, capacity: int) -> None:
-        if capacity < 0:
-            raise ValueError(f"a ring cannot have {capacity} bytes")
-        self.capacity = capacity - capacity % ALIGNMENT
-        self._held: deque[StagingSlab] = deque()
-        self._by_generation: dict[int, StagingSlab] = {}
-        self._head = 0
-        self._next_generation = 1
+    def __init__(self, nbytes: int, slot_bytes: int) -> None:
+        """``nbytes`` of slab, cut into slots of ``slot_bytes``; what is left over is not used."""
+        if nbytes < 0 or slot_bytes < 0:
+            raise ValueError(f"a slab cannot have {nbytes} bytes in slots of {slot_bytes}")
+        self.slot_bytes = slot_bytes - slot_bytes % ALIGNMENT
+        self.num_slots = nbytes // self.slot_bytes if self.slot_bytes else 0
+        self._free = list(range(self.num_slots - 1, -1, -1))
+        self._holders: dict[int, Hashable] = {}
+        self._held: Counter[Hashable] = Counter()
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes handed out and not yet returned, alignment included."""
-        return sum(slab.nbytes for slab in self._held if not slab.is_free)
+    def num_free(self) -> int:
+        """Slots that nobody holds."""
+        return len(self._free)
 
     @property
     def num_held(self) -> int:
-        """Pieces handed out and not yet returned."""
-        return len(self._by_generation)
+        """Slots handed out and not yet returned."""
+        return len(self._holders)
 
-    def alloc(self, nbytes: int) -> StagingSlab | None:
-        """A piece of at least ``nbytes``, or None while there is no room for it.
+    def held_by(self, holder: Hashable) -> int:
+        """Slots of this holder."""
+        return self._held[holder]
 
-        A piece larger than the ring never fits: ask ``capacity`` first.
-        """
-        size = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
-        offset = self._place(size)
-        if offset is None:
+    def take(self, holder: Hashable) -> int | None:
+        """The number of a slot that is ``holder``'s from now on; None while it may have no more."""
+        if self._held[holder] >= len(self._free):
             return None
-        slab = StagingSlab(offset, size, self._next_generation)
-        self._next_generation += 1
-        self._held.append(slab)
-        self._by_generation[slab.generation] = slab
-        self._head = offset + size
-        return slab
+        slot = self._free.pop()
+        self._holders[slot] = holder
+        self._held[holder] += 1
+        return slot
 
-    def free(self, slab: StagingSlab) -> None:
-        """Return a piece. Raises ValueError if it is not held (a credit that came twice)."""
-        if not self.free_generation(slab.generation):
-            raise ValueError(f"slab piece {slab.generation} is not held")
+    def give_back(self, slot: int) -> None:
+        """Return a slot. Raises ValueError if it is not held."""
+        if slot not in self._holders:
+            raise ValueError(f"slot {slot} is not held")
+        holder = self._holders.pop(slot)
+        self._held[holder] -= 1
+        if not self._held[holder]:
+            del self._held[holder]
+        self._free.append(slot)
 
-    def free_generation(self, generation: int) -> bool:
-        """Return the piece with this generation; False if it is not held."""
-        slab = self._by_generation.pop(generation, None)
-        if slab is None:
-            return False
-        slab.is_free = True
-        while self._held and self._held[0].is_free:
-            self._held.popleft()
-        if not self._held:
-            self._head = 0
-        return True
-
-    def _place(self, size: int) -> int | None:
-        if size > self.capacity:
-            return None
-        if not self._held:
-            return 0
-        tail = self._held[0].offset
-        if self._head > tail:
-            if self._head + size <= self.capacity:
-                return self._head
-            return 0 if size <= tail else None
-        return self._head if self._head + size <= tail else None
+    def offset(self, slot: int) -> int:
+        """Bytes from the start of the slab."""
+        return slot * self.slot_bytes

@@ -120,7 +120,7 @@ class PdserveKVManager(TransferManager):
             self.heartbeat_failures[failed_bootstrap_addr] = 0
             return
         if self.decode_plane is not None:
-            self.decode_plane.windows.release(
+            self.decode_plane.bury(
                 {f"{ip}:{port}" for ip, port in self._rank_endpoints(failed_bootstrap_addr)}
             )
         super()._handle_node_failure(failed_bootstrap_addr)

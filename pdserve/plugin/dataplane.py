@@ -1,4 +1,4 @@
-"""What both data planes need of SGLang: geometry from KVArgs, slabs, windows, dead prefill ranks.
+"""What both data planes need of SGLang: geometry from KVArgs, slabs, dead prefill ranks.
 
 ``unsupported`` names what keeps a server on SGLang's own NIXL path; the rest of
 this module is only used when it finds nothing.
@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,13 @@ from pdserve.errors import RegistrationFailed
 from pdserve.kv.layout import PagedRegions, by_layer
 from pdserve.kv.memory import Buffer
 from pdserve.transfer.engine import MemoryKind
-from pdserve.transfer.messages import Window
 from pdserve.transfer.nixl import NixlEngine
+from pdserve.transfer.slots import NUM_SLOTS, Slab
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("UCX",)
 """NIXL backends whose writes carry messages, which completion is counted by."""
-
-QUARANTINE_S = 120.0
-"""A window of a silent prefill rank is given to another one only after this long: it may still write."""
 
 
 def unsupported(manager: Any, env: WorkerEnv) -> str:
@@ -83,20 +79,11 @@ MIN_SLAB_BYTES = 32 << 20
 """A GPU that cannot spare this much cannot serve either."""
 
 
-@dataclass(slots=True)
-class Slab:
-    """Slab memory of one rank, registered with the transport. ``owner`` keeps the memory alive."""
-
-    address: int
-    nbytes: int
-    owner: Any
-
-
 def make_slab(engine: NixlEngine, nbytes: int, kind: MemoryKind, device: int) -> Slab:
     """Allocate and register slab memory on the pools' device.
 
     SGLang has sized its pools before; if the device cannot give so much any more, a
-    smaller slab does (more turns of the window, the same bytes).
+    smaller slab does (smaller pieces, the same bytes).
     """
     while True:
         try:
@@ -111,68 +98,12 @@ def make_slab(engine: NixlEngine, nbytes: int, kind: MemoryKind, device: int) ->
             nbytes //= 2
     spans = np.array([(buffer.address, nbytes, device_id(kind, device))], dtype=np.uint64)
     engine.register(spans, kind)
-    return Slab(buffer.address, nbytes, buffer)
+    return Slab(buffer.address, nbytes, nbytes // NUM_SLOTS, buffer)
 
 
 def device_id(kind: MemoryKind, device: int) -> int:
     """NIXL's device number of memory: host memory is always 0."""
     return device if kind is MemoryKind.VRAM else 0
-
-
-@dataclass(slots=True)
-class WindowTable:
-    """Which prefill rank holds which window of this decode rank's slab."""
-
-    slab: Slab
-    count: int
-    _holders: dict[int, str] = field(default_factory=dict)
-    _released: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def window_bytes(self) -> int:
-        """Every window has the same size."""
-        return self.slab.nbytes // self.count
-
-    def window_of(self, endpoint: str) -> Window | None:
-        """The window of a prefill rank (``ip:port``), always the same one; None when all are out.
-
-        A window that changes hands gets a new number, so that nothing said of the old
-        one can be taken for the new.
-        """
-        for number, holder in self._holders.items():
-            if holder == endpoint:
-                self._released.pop(number, None)
-                return self._window(number)
-        free = self._free_number()
-        if free is None:
-            logger.warning("no slab window left for prefill rank %s: direct writes only", endpoint)
-            return None
-        self._holders[free] = endpoint
-        return self._window(free)
-
-    def _free_number(self) -> int | None:
-        if len(self._holders) < self.count:
-            return len(self._holders)
-        now_s = time.monotonic()
-        for number, since_s in self._released.items():
-            if now_s - since_s > QUARANTINE_S:
-                del self._released[number], self._holders[number]
-                return number + self.count
-        return None
-
-    def holder(self, number: int) -> str | None:
-        """Endpoint of the prefill rank that holds this window."""
-        return self._holders.get(number)
-
-    def release(self, endpoint_host_ports: set[str]) -> None:
-        """These prefill ranks are believed dead; their windows may be given away after the quarantine."""
-        for number, holder in self._holders.items():
-            if holder in endpoint_host_ports:
-                self._released.setdefault(number, time.monotonic())
-
-    def _window(self, number: int) -> Window:
-        place = number % self.count
-        return Window(number, self.slab.address + place * self.window_bytes, self.window_bytes)
 
 
 ACK_PATIENCE_S = 0.5

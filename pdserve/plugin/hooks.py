@@ -57,7 +57,7 @@ HOOKS: tuple[HookTarget, ...] = (
         "sglang.srt.disaggregation.nixl.conn.NixlKVReceiver",
         "replace",
         "pdserve.plugin.backend:PdserveKVReceiver",
-        "order-free completion and slab windows of the data plane",
+        "order-free completion and slab slots of the data plane",
     ),
     HookTarget(
         "sglang.srt.disaggregation.nixl.conn.NixlKVBootstrapServer",

@@ -11,11 +11,12 @@ from sglang.srt.disaggregation.nixl.conn import NixlKVReceiver
 from pdserve.errors import ProtocolMismatch
 from pdserve.kv.coalesce import PageCopier
 from pdserve.kv.layout import PageIds
-from pdserve.plugin.dataplane import WindowTable
 from pdserve.plugin.idle import wake_scheduler
 from pdserve.transfer.inbox import Inbox
-from pdserve.transfer.messages import Credit, Void, Window, decode_control, encode
+from pdserve.transfer.messages import Credit, PeerOffer, decode_control, encode
 from pdserve.transfer.nixl import NixlEngine
+from pdserve.transfer.peer import RankPool
+from pdserve.transfer.slots import SlotLender
 
 logger = logging.getLogger(__name__)
 
@@ -23,20 +24,23 @@ logger = logging.getLogger(__name__)
 class DecodePlane:
     """Data plane of one decode rank. ``manager`` is the PdserveKVManager that owns the rooms."""
 
-    def __init__(self, manager: Any, engine: NixlEngine, copier: PageCopier, windows: WindowTable) -> None:
+    def __init__(
+        self, manager: Any, engine: NixlEngine, copier: PageCopier, pool: RankPool, lender: SlotLender
+    ) -> None:
         self._manager = manager
-        self.windows = windows
-        self.inbox = Inbox(engine, copier, self, self._send_credit)
+        self._pool = pool
+        self._lender = lender
+        self.inbox = Inbox(engine, copier, self, lender, self._send_credit)
         self.inbox.start()
 
-    def window_for(self, endpoint: str) -> Window | None:
-        """The slab window that a prefill rank (``ip:port``) may write to; None when all are out."""
-        window = self.windows.window_of(endpoint)
+    def offer(self, endpoint: str, instance_id: str, *, wants_slots: bool) -> PeerOffer:
+        """What the prefill rank at ``endpoint`` (``ip:port``), which is about to connect, is told."""
         self.inbox.expect_connection()
-        if window is not None:
-            self.inbox.close_window(window.number - self.windows.count)
-            self.inbox.open_window(window)
-        return window
+        return self._pool.offer(self._lender, endpoint, instance_id, wants_slots=wants_slots)
+
+    def bury(self, endpoints: set[str]) -> None:
+        """These prefill ranks (``ip:port``) are believed dead."""
+        self._lender.bury(endpoints)
 
     def expect(self, room: int, pages: PageIds) -> None:
         """The room's pages are about to be announced."""
@@ -49,8 +53,8 @@ class DecodePlane:
         except ProtocolMismatch as exc:
             logger.warning("control message not acted on: %s", exc)
             return
-        if isinstance(message, Void):
-            self.inbox.void(message)
+        if not isinstance(message, Credit):
+            self.inbox.take_control(message)
 
     # RoomOwner, called from the inbox thread
 
@@ -80,23 +84,22 @@ class DecodePlane:
         )
         wake_scheduler()
 
-    def _send_credit(self, credit: Credit) -> None:
-        endpoint = self.windows.holder(credit.window)
-        if endpoint is None:
-            return
+    def _send_credit(self, endpoint: str, credit: Credit) -> None:
         host, _, port = endpoint.rpartition(":")
         self._manager.send_control(host, int(port), [b"PDSERVE", encode(credit)])
 
 
 class PdserveKVReceiver(NixlKVReceiver):
-    """SGLang's receiver; announces its rooms to the inbox and offers a slab window."""
+    """SGLang's receiver; announces its rooms to the inbox and offers slots of the slab."""
 
     def _register_kv_args(self) -> bool:
         if self.bootstrap_infos is None:
             return False
         message = self.kv_mgr.build_receiver_registration_message()
         for info in self.bootstrap_infos:
-            frames = self.kv_mgr.offer_frames(f"{info['rank_ip']}:{info['rank_port']}")
+            endpoint = f"{info['rank_ip']}:{info['rank_port']}"
+            # A dummy rank of MLA sends no KV: it would only hold slots that others need.
+            frames = self.kv_mgr.offer_frames(endpoint, wants_slots=not info.get("is_dummy", False))
             if not self._send_bootstrap_message(
                 bootstrap_info=info, message=[*message, *frames], operation="_register_kv_args"
             ):

@@ -23,15 +23,15 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 
 from pdserve.errors import PdserveError, PeerLost, ProtocolMismatch
 from pdserve.kv.coalesce import PageCopier
-from pdserve.plugin.dataplane import Slab
 from pdserve.plugin.idle import wake_scheduler
 from pdserve.transfer.engine import PeerName, Spans
 from pdserve.transfer.jobs import ChunkJob, Target, TransferRecord
-from pdserve.transfer.messages import Credit, PeerOffer, Void, decode_control, encode
+from pdserve.transfer.messages import Ask, Credit, PeerOffer, Void, decode_control, encode
 from pdserve.transfer.nixl import NixlEngine
 from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import PeerLink, RankPool, connect_peer, page_blocks
 from pdserve.transfer.plan import Path
+from pdserve.transfer.slots import Slab
 from pdserve.transfer.steps import StepRunner
 from pdserve.transfer.warm_up import warm_up
 
@@ -104,13 +104,12 @@ class PrefillPlane:
 
     def __init__(
         self, manager: Any, engine: NixlEngine, copier: PageCopier, own: RankPool, slab: Slab,
-        *, piece_bytes: int, forced_path: Path | None,
+        *, forced_path: Path | None,
     ) -> None:  # fmt: skip
         self._manager = manager
         self._engine = engine
         self._own = own
         self._slab = slab
-        self._piece_bytes = piece_bytes
         self._forced_path = forced_path
         self._blocks = engine.prepare(None, page_blocks(own.regions, own.device), own.kind)
         self.joins = Joins()
@@ -120,10 +119,9 @@ class PrefillPlane:
         self._records: OrderedDict[int, TransferRecord] = OrderedDict()
         self._records_lock = threading.Lock()
         runner = StepRunner(
-            engine, copier, rank=manager._prefill_unique_rank(), kind=own.kind, device=own.device,
-            slab_address=slab.address, slab_bytes=slab.nbytes,
+            engine, copier, slab, rank=manager._prefill_unique_rank(), kind=own.kind, device=own.device,
         )  # fmt: skip
-        self.outbox = Outbox(runner, self, self._send_void)
+        self.outbox = Outbox(runner, self, self._send_control)
         self.outbox.start()
 
     # Peers
@@ -139,7 +137,7 @@ class PrefillPlane:
             peer = self._engine.connect(info.agent_metadata)
             link = connect_peer(
                 self._engine, peer, offer, self._own, source_blocks=self._blocks,
-                max_piece_bytes=min(self._piece_bytes, self._slab.nbytes // 2),
+                max_piece_bytes=self._slab.slot_bytes,
             )  # fmt: skip
         except PdserveError as exc:
             logger.error("decode rank %s cannot be served: %s", name, exc)
@@ -290,10 +288,10 @@ class PrefillPlane:
                     logger.warning("transport lost decode rank %s; loading it again", agent)
                     self.joins.connect(agent, functools.partial(self.connect, info, info.pdserve_offer))
 
-    def _send_void(self, peer: PeerName, void: Void) -> None:
+    def _send_control(self, peer: PeerName, message: Void | Ask) -> None:
         info = self._manager.decode_kv_args_table.get(str(peer))
         if info is not None:
-            self._manager.send_control(info.endpoint, int(info.dst_port), [CONTROL_TAG, encode(void)])
+            self._manager.send_control(info.endpoint, int(info.dst_port), [CONTROL_TAG, encode(message)])
 
     def _own_aux(self, index: int, tables: list[Any]) -> Spans:
         """Metadata rows; the leading ones if a decode rank has registered fewer, as SGLang's send_aux."""

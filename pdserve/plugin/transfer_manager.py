@@ -5,7 +5,7 @@
     room metadata (page ids) ────────────────► room WaitingForInput
                                                chunks ─► outbox
     inbox counts messages ◄──── NIXL writes ───┘
-    Credit ──────────────────────────────────► slab space back
+    Credit ──────────────────────────────────► slots of the slab again
     KV_STATUS Failed ◄──────────────────────── any failure or abort, at once
 
 Everything else, and every peer that sends no offer, stays SGLang's own path.
@@ -38,7 +38,6 @@ from pdserve.kv.cuda_copy import make_copier
 from pdserve.plugin.dataplane import (
     BACKENDS,
     DeadPeerWatch,
-    WindowTable,
     device_id,
     make_slab,
     regions_of,
@@ -53,6 +52,7 @@ from pdserve.transfer.messages import PeerOffer, decode_offer, encode
 from pdserve.transfer.nixl import NixlEngine
 from pdserve.transfer.peer import RankPool
 from pdserve.transfer.plan import Path
+from pdserve.transfer.slots import SlotLender
 from pdserve.transfer.ucx import transport_problem
 
 logger = logging.getLogger(__name__)
@@ -61,9 +61,6 @@ OFFER_FRAME = 24
 """Index of our frame in a registration, after SGLang's own (0 is the room, "None")."""
 
 DEFAULT_SLAB_MB = {MemoryKind.DRAM: 64, MemoryKind.VRAM: 1024}
-
-PIECES_PER_WINDOW = 4
-"""A window holds at least so many pieces, so that gather, write and scatter overlap."""
 
 
 class TransferManager(NixlKVManager):
@@ -129,19 +126,16 @@ class TransferManager(NixlKVManager):
             regions, is_gpu=kind is MemoryKind.VRAM, device=device, cache_dir=config.cache_dir
         )
         slab = make_slab(engine, (config.slab_mb or DEFAULT_SLAB_MB[kind]) << 20, kind, device)
-        piece_bytes = slab.nbytes // config.windows // PIECES_PER_WINDOW
         pool = RankPool(regions, total_heads, tp_size, tp_rank, kind, device_id(kind, device), dtype)
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
             forced_path = None if config.path == "auto" else Path(config.path)
-            self.prefill_plane = PrefillPlane(
-                self, engine, copier, pool, slab, piece_bytes=piece_bytes, forced_path=forced_path
-            )
+            self.prefill_plane = PrefillPlane(self, engine, copier, pool, slab, forced_path=forced_path)
         else:
-            self.decode_plane = DecodePlane(self, engine, copier, WindowTable(slab, config.windows))
-            self._rank_pool = pool
+            lender = SlotLender(slab)
+            self.decode_plane = DecodePlane(self, engine, copier, pool, lender)
         logger.info(
-            "data plane on: %d regions of %d pages, slab %d MiB, pieces of %d KiB, path %s",
-            regions.num_regions, regions.num_pages, slab.nbytes >> 20, piece_bytes >> 10, config.path,
+            "data plane on: %d regions of %d pages, slab %d MiB in slots of %d KiB, path %s",
+            regions.num_regions, regions.num_pages, slab.nbytes >> 20, slab.slot_bytes >> 10, config.path,
         )  # fmt: skip
 
     def send_control(self, host: str, port: int, frames: list[bytes]) -> None:
@@ -213,15 +207,17 @@ class TransferManager(NixlKVManager):
 
     def _take_registration(self, frames: list[bytes]) -> None:
         info = KVArgsRegisterInfo.from_zmq(frames)
-        offer, plane = _read_offer(frames), self.prefill_plane
+        offer, problem = _read_offer(frames)
+        plane = self.prefill_plane
         assert plane is not None
         if offer is None:
             ours, theirs = list(self.kv_args.kv_item_lens), list(info.dst_kv_item_lens)
             if info.decode_tp_size == self.attn_tp_size and theirs[: len(ours)] != ours:
+                problem = problem or "it is off there: use one --page-size"
                 plane.refuse(
                     str(info.agent_name),
                     f"decode rank {info.agent_name}: pages of {theirs[0]} bytes, this prefill's {ours[0]}; "
-                    "only pdserve's data plane converts, and it is off there: use one --page-size",
+                    f"only pdserve's data plane converts, and {problem}",
                 )
                 return
             self._add_remote_peer(info)
@@ -326,20 +322,20 @@ class TransferManager(NixlKVManager):
         self.dead_peer_watch.forget(bootstrap_room)
         super().clear_deferred_abort_state(bootstrap_room)
 
-    def offer_frames(self, endpoint: str) -> list[bytes]:
+    def offer_frames(self, endpoint: str, *, wants_slots: bool) -> list[bytes]:
         """Our frame for the registration with this prefill rank (``ip:port``); none without a plane."""
         plane = self.decode_plane
         if plane is None:
             return []
-        offer = self._rank_pool.offer(plane.window_for(endpoint), self._pdserve_env.instance_id)
-        return [encode(offer)]
+        return [encode(plane.offer(endpoint, self._pdserve_env.instance_id, wants_slots=wants_slots))]
 
 
-def _read_offer(frames: list[bytes]) -> PeerOffer | None:
+def _read_offer(frames: list[bytes]) -> tuple[PeerOffer | None, str]:
+    """A registration's offer, or None and why one that is there cannot be used."""
     if len(frames) <= OFFER_FRAME or not frames[OFFER_FRAME]:
-        return None
+        return None, ""
     try:
-        return decode_offer(frames[OFFER_FRAME])
+        return decode_offer(frames[OFFER_FRAME]), ""
     except ProtocolMismatch as exc:
         logger.warning("decode rank %s: %s; it is served SGLang's way", frames[3].decode(), exc)
-        return None
+        return None, str(exc)

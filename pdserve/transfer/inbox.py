@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,8 +21,9 @@ from typing import Protocol
 from pdserve.errors import PdserveError
 from pdserve.kv.coalesce import Completion, PageCopier
 from pdserve.kv.layout import PageIds
-from pdserve.transfer.engine import PeerName, TransferEngine
-from pdserve.transfer.messages import Arrival, Credit, Void, Window, decode_arrival
+from pdserve.transfer.engine import TransferEngine
+from pdserve.transfer.messages import Arrival, Ask, Credit, Void, decode_arrival
+from pdserve.transfer.slots import SlotLender
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,6 @@ class _Room:
 @dataclass(slots=True)
 class _Scatter:
     arrival: Arrival
-    peer: PeerName
     completion: Completion
     begun_s: float
 
@@ -72,16 +71,12 @@ class InboxStats:
     """Cumulative; times in seconds."""
 
     num_messages: int = 0
-    num_duplicates: int = 0
+    num_stale: int = 0
+    """Second copies of a message, and pieces whose lease was over."""
     num_stray: int = 0
+    """Messages of rooms that nobody expects."""
     num_scattered: int = 0
     scattered_bytes: int = 0
-    scatter_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _Due:
-    generations: list[int] = field(default_factory=list)
     scatter_s: float = 0.0
 
 
@@ -158,25 +153,31 @@ class Inbox:
     """Receives for one decode rank. ``start`` it; ``expect`` and ``forget`` rooms; ``close`` it."""
 
     def __init__(
-        self, engine: TransferEngine, copier: PageCopier, owner: RoomOwner,
-        send_credit: Callable[[Credit], None], *, arrival_timeout_s: float = 30.0,
+        self, engine: TransferEngine, copier: PageCopier, owner: RoomOwner, lender: SlotLender,
+        send_credit: Callable[[str, Credit], None], *, arrival_timeout_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        """``arrival_timeout_s``: how long messages may stay away after the last one of the room has come."""
+        """Receive for ``owner`` through the slots of ``lender``.
+
+        Args:
+            send_credit: sends to a prefill rank, given as it entered the lender's books; never raises.
+            arrival_timeout_s: how long messages may stay away after the last one of the room has come.
+        """
         self._engine = engine
         self._copier = copier
         self._owner = owner
         self._send_credit = send_credit
         self._arrival_timeout_s = arrival_timeout_s
-        self._windows: dict[int, Window] = {}
-        self._voided: dict[int, set[int]] = defaultdict(set)
+        self._clock = clock
+        self.lender = lender
         self._rooms: dict[int, _Room] = {}
         self._counter = ArrivalCounter()
         self._scatters: list[_Scatter] = []
-        self._reading: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._is_closing = False
         self._stir_until_s = 0.0
+        self._next_check_s = 0.0
         self.stats = InboxStats()
         self._thread = threading.Thread(target=self._run, name="pdserve-inbox", daemon=True)
 
@@ -192,21 +193,10 @@ class Inbox:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
-    def close_window(self, number: int) -> None:
-        """The window has been given to another prefill rank under a new number."""
-        with self._lock:
-            self._windows.pop(number, None)
-            self._voided.pop(number, None)
-
-    def open_window(self, window: Window) -> None:
-        """Make a window known before its prefill rank learns of it."""
-        with self._lock:
-            self._windows[window.number] = window
-
     def expect_connection(self) -> None:
         """A peer is about to connect: look often for ``CONNECT_S``, which drives the handshake."""
         with self._wake:
-            self._stir_until_s = time.monotonic() + CONNECT_S
+            self._stir_until_s = self._clock() + CONNECT_S
             self._wake.notify()
 
     def expect(self, room: int, pages: PageIds) -> None:
@@ -230,32 +220,29 @@ class Inbox:
             state = self._rooms.get(room)
             return state is not None and state.busy > 0
 
-    def void(self, void: Void) -> None:
-        """Never act on these pieces any more; their space goes back at once unless a scatter reads it."""
-        with self._lock:
-            free = [number for number in void.generations if (void.window, number) not in self._reading]
-            self._voided[void.window].update(free)
-        if free:
-            self._send_credit(Credit(agent=self._engine.name, window=void.window, generations=free))
+    def take_control(self, message: Void | Ask) -> None:
+        """What a prefill rank says of slots."""
+        match message:
+            case Void(holder=holder, leases=leases):
+                self.lender.void(holder, leases)
+            case Ask(holder=holder, num_slots=num_slots):
+                self.lender.ask(holder, num_slots)
+        self._send_credits()
 
     def _run(self) -> None:
         busy_until_s = 0.0
-        next_check_s = 0.0
         while True:
             with self._wake:
-                is_quiet = not self._rooms and not self._scatters and time.monotonic() > self._stir_until_s
+                is_quiet = not self._rooms and not self._scatters and self._clock() > self._stir_until_s
                 if is_quiet and not self._is_closing:
                     # A message that came for nobody still owns slab space: look once in a while.
                     self._wake.wait(1.0)
                 if self._is_closing:
                     return
-            now_s = time.monotonic()
+            now_s = self._clock()
             try:
                 if self.poll():
                     busy_until_s = now_s + BUSY_FOR_S
-                if now_s >= next_check_s:
-                    next_check_s = now_s + 1.0
-                    self._fail_overdue(now_s)
             except Exception:
                 # The thread serves every other room too.
                 logger.exception("receiving loop: unexpected error")
@@ -264,99 +251,121 @@ class Inbox:
     def poll(self) -> bool:
         """Take what has arrived, finish scatters. The thread's body; tests call it themselves."""
         messages = self._engine.arrivals()
-        credits: dict[tuple[PeerName, int], _Due] = defaultdict(_Due)
         for peer, raw in messages:
             self.stats.num_messages += 1
             try:
-                self._take(peer, decode_arrival(raw), credits)
+                self._take(decode_arrival(raw))
             except PdserveError as exc:
                 logger.warning("message from %s not acted on: %s", peer, exc)
-        has_finished = self._finish_scatters(credits)
-        for (_, window), due in credits.items():
-            self._send_credit(
-                Credit(agent=self._engine.name, window=window, generations=due.generations,
-                       scatter_s=due.scatter_s)
-            )  # fmt: skip
+        has_finished = self._finish_scatters()
+        now_s = self._clock()
+        if now_s >= self._next_check_s:
+            self._next_check_s = now_s + min(1.0, self._arrival_timeout_s / 4)
+            self._fail_overdue(now_s)
+            self.lender.reclaim()
+        self._send_credits()
         return bool(messages) or has_finished
 
-    def _take(self, peer: PeerName, arrival: Arrival, credits: dict[tuple[PeerName, int], _Due]) -> None:
+    def _send_credits(self) -> None:
+        for holder, deal in self.lender.deals():
+            endpoint = self.lender.endpoint(holder)
+            if endpoint is not None:
+                self._send_credit(
+                    endpoint,
+                    Credit(agent=self._engine.name, holder=holder, over=deal.over, grants=deal.grants,
+                           recall=deal.recall, scatter_s=deal.scatter_s),
+                )  # fmt: skip
+
+    def _take(self, arrival: Arrival) -> None:
         slab = arrival.slab
-        with self._lock:
-            if slab is not None and slab.generation in self._voided[slab.window]:
-                self._voided[slab.window].discard(slab.generation)
+        address = 0
+        if slab is not None:
+            found = self.lender.read(slab.lease)
+            if found is None:
+                self.stats.num_stale += 1
                 return
+            address = found
+        with self._lock:
             room = self._rooms.get(arrival.room)
             is_known_room = self._counter.is_expected(arrival.room)
             is_new = room is not None and self._counter.claim(arrival.room, arrival.rank, arrival.seq)
             if is_new and room is not None:
                 room.busy += 1  # before the owner is asked, see the module's head
-                if slab is not None:
-                    self._reading.add((slab.window, slab.generation))
         if not is_new or room is None:
-            if is_known_room:
-                self.stats.num_duplicates += 1
-                return  # its space went back, or will, with the first copy
-            self.stats.num_stray += 1
-            self._give_back(peer, arrival, credits, 0.0)
-            return
-        if not self._owner.is_open(arrival.room):
+            self.stats.num_stale += is_known_room
+            self.stats.num_stray += not is_known_room
+            self._end_lease(arrival)
+        elif not self._owner.is_open(arrival.room):
             self._leave(arrival)
-            self._give_back(peer, arrival, credits, 0.0)
-            return
-        if slab is None:
+        elif slab is None:
             self._leave(arrival)
             self._count(arrival)
-            return
-        self._scatter(peer, arrival, room, credits)
+        else:
+            self._scatter(arrival, room, address)
 
-    def _scatter(
-        self, peer: PeerName, arrival: Arrival, room: _Room, credits: dict[tuple[PeerName, int], _Due]
-    ) -> None:
+    def _scatter(self, arrival: Arrival, room: _Room, address: int) -> None:
         slab = arrival.slab
         assert slab is not None
-        begin = time.perf_counter()
+        begin_s = self._clock()
         try:
-            window = self._windows.get(slab.window)
-            if window is None or slab.offset + slab.piece.nbytes > window.nbytes:
-                raise PdserveError(f"piece of {slab.piece.nbytes} bytes is not within window {slab.window}")
-            completion = self._copier.scatter_pages(room.pages, slab.piece, window.address + slab.offset)
+            if slab.piece.nbytes > self.lender.slot_bytes:
+                raise PdserveError(
+                    f"a piece of {slab.piece.nbytes} bytes in a slot of {self.lender.slot_bytes}"
+                )
+            completion = self._copier.scatter_pages(room.pages, slab.piece, address)
+            scatter = _Scatter(arrival, completion, begin_s)
+            is_done = completion.is_done()
         except Exception as exc:
-            if not isinstance(exc, PdserveError):
-                logger.exception("room=%s: unexpected error while unpacking", arrival.room)
-            # This room only: the messages behind it in the same batch belong to others.
-            self._leave(arrival)
-            self._give_back(peer, arrival, credits, 0.0)
-            self._owner.failed(arrival.room, f"KV could not be unpacked: {exc}")
+            self._fail_scatter(arrival, exc)
             return
-        scatter = _Scatter(arrival, peer, completion, begin)
-        if completion.is_done():
-            self._finish(scatter, credits)
+        if is_done:
+            self._finish(scatter)
         else:
             with self._lock:
                 self._scatters.append(scatter)
 
-    def _finish_scatters(self, credits: dict[tuple[PeerName, int], _Due]) -> bool:
-        done = [scatter for scatter in self._scatters if scatter.completion.is_done()]
-        for scatter in done:
+    def _fail_scatter(self, arrival: Arrival, exc: Exception) -> None:
+        """This room only: the messages behind it in the same batch belong to others."""
+        if not isinstance(exc, PdserveError):
+            logger.error("room=%s: unexpected error while unpacking", arrival.room, exc_info=exc)
+        self._leave(arrival)
+        self._owner.failed(arrival.room, f"KV could not be unpacked: {exc}")
+
+    def _finish_scatters(self) -> bool:
+        has_finished = False
+        for scatter in list(self._scatters):
+            failure: Exception | None = None
+            try:
+                if not scatter.completion.is_done():
+                    continue
+            except Exception as exc:  # a CUDA event reports errors of its kernel here
+                failure = exc
             with self._lock:
                 self._scatters.remove(scatter)
-            self._finish(scatter, credits)
-        return bool(done)
+            has_finished = True
+            if failure is None:
+                self._finish(scatter)
+            else:
+                self._fail_scatter(scatter.arrival, failure)
+        return has_finished
 
-    def _finish(self, scatter: _Scatter, credits: dict[tuple[PeerName, int], _Due]) -> None:
-        seconds = time.perf_counter() - scatter.begun_s
+    def _finish(self, scatter: _Scatter) -> None:
+        seconds = self._clock() - scatter.begun_s
         assert scatter.arrival.slab is not None
         self.stats.num_scattered += 1
         self.stats.scattered_bytes += scatter.arrival.slab.piece.nbytes
         self.stats.scatter_s += seconds
-        self._leave(scatter.arrival)
-        self._give_back(scatter.peer, scatter.arrival, credits, seconds)
+        self._leave(scatter.arrival, seconds)
         self._count(scatter.arrival)
 
-    def _leave(self, arrival: Arrival) -> None:
+    def _end_lease(self, arrival: Arrival, scatter_s: float = 0.0) -> None:
+        if arrival.slab is not None:
+            self.lender.end(arrival.slab.lease, scatter_s)
+
+    def _leave(self, arrival: Arrival, scatter_s: float = 0.0) -> None:
+        """Nothing is read or written for the message any more."""
+        self._end_lease(arrival, scatter_s)
         with self._lock:
-            if arrival.slab is not None:
-                self._reading.discard((arrival.slab.window, arrival.slab.generation))
             state = self._rooms.get(arrival.room)
             if state is None:
                 return
@@ -370,18 +379,9 @@ class Inbox:
             state = self._rooms.get(arrival.room)
             if state is not None:
                 is_missing = bool(self._counter.missing(arrival.room))
-                state.incomplete_since_s = time.monotonic() if is_missing else None
+                state.incomplete_since_s = self._clock() if is_missing else None
         if is_complete:
             self._owner.rank_arrived(arrival.room, arrival.rank)
-
-    @staticmethod
-    def _give_back(
-        peer: PeerName, arrival: Arrival, credits: dict[tuple[PeerName, int], _Due], seconds: float
-    ) -> None:
-        if arrival.slab is not None:
-            due = credits[peer, arrival.slab.window]
-            due.generations.append(arrival.slab.generation)
-            due.scatter_s += seconds
 
     def _fail_overdue(self, now_s: float) -> None:
         with self._lock:

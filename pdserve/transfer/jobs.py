@@ -6,16 +6,14 @@ Only the outbox thread uses these objects after ``Outbox.submit``.
 from __future__ import annotations
 
 import enum
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from pdserve.kv.coalesce import Completion
 from pdserve.kv.layout import PageIds
-from pdserve.kv.staging import StagingSlab
 from pdserve.transfer.engine import PeerName, Spans, TransferHandle
-from pdserve.transfer.messages import Arrival
+from pdserve.transfer.messages import Arrival, Grant
 from pdserve.transfer.peer import WritePlan
 from pdserve.transfer.plan import Path
 
@@ -118,11 +116,11 @@ class ChunkJob:
         """The gate counts the chunk from now on."""
         self.state = JobState.WRITING
 
-    def fail(self, reason: str, *, is_silent: bool = False) -> None:
+    def fail(self, reason: str, now_s: float, *, is_silent: bool = False) -> None:
         """Give the chunk up; the first reason stays."""
         if not self.has_failed:
             self.state = JobState.FAILING if self.is_entered else JobState.ABANDONED
-            self.failure, self.failed_at_s, self.is_silent = reason, time.monotonic(), is_silent
+            self.failure, self.failed_at_s, self.is_silent = reason, now_s, is_silent
 
 
 class RoomGate(Protocol):
@@ -148,8 +146,10 @@ class Step:
     message: Arrival
     handle: TransferHandle | None = None
     gathered: Completion | None = None
-    source: StagingSlab | None = None
-    window: StagingSlab | None = None
+    source: int | None = None
+    """Slot of the own slab, while it is held."""
+    grant: Grant | None = None
+    """Slot of the peer's slab."""
     is_direct: bool = False
     is_settled: bool = False
     """The posted write is over: the transport neither reads its source nor writes its target any more."""

@@ -1,14 +1,13 @@
 """What the two ends of a transfer tell each other.
 
 ``PeerOffer`` travels once, decode to prefill, with SGLang's registration.
-``Arrival`` rides on a write, prefill to decode. ``Credit`` goes back over the
-control connection when slab space is free again; ``Void`` asks for space whose
-arrival was never acted on.
+``Arrival`` rides on a write, prefill to decode. The rest goes over the control
+connections and is about slots of the decode rank's slab, see slots.py: ``Credit``
+to the prefill, ``Void`` and ``Ask`` to the decode rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
@@ -20,21 +19,22 @@ from pdserve.transfer.engine import MemoryKind
 
 _T = TypeVar("_T")
 
-PROTOCOL_VERSION = 1
-"""1: first. Both sides must be equal: a prefill treats another version as a stock decode server."""
+PROTOCOL_VERSION = 2
+"""Both sides must speak the same.
+
+1: a window of the slab for each prefill rank. 2: slots, leased one by one; regions lie layer by layer.
+"""
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A part of the slab that one prefill rank writes to."""
+class Grant(msgspec.Struct, frozen=True, array_like=True):
+    """A slot that the prefill rank may write one piece to; a decode rank gives a lease number once."""
 
-    number: int
-    address: int
-    nbytes: int
+    lease: int
+    slot: int
 
 
 class PeerOffer(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """A decode rank's pool and slab window, as one prefill rank may write to them."""
+    """A decode rank's pool and slab, as one prefill rank may write to them."""
 
     version: int
     instance_id: str
@@ -49,11 +49,12 @@ class PeerOffer(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     tp_rank: int
     memory: str
     device: int
-    window: int
-    """Number of the window, to be given back in every ``Arrival``."""
-    window_address: int
-    window_bytes: int
-    """0: no window was left; only direct writes."""
+    holder: int
+    """What the decode rank calls this prefill rank in messages about slots; new with every registration."""
+    slab_address: int
+    slot_bytes: int
+    """0: no slab; only direct writes."""
+    grants: tuple[Grant, ...] = ()
     model_dtype: str = ""
     num_draft_regions: int = 0
 
@@ -77,12 +78,9 @@ class PeerOffer(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class SlabPiece(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """Where in a window a piece lies, and which part of the room's pages it is."""
+    """In which slot a piece lies, from its start, and which part of the room's pages it is."""
 
-    window: int
-    generation: int
-    offset: int
-    """Bytes from the start of the window."""
+    lease: int
     region_begin: int
     num_regions: int
     first_token: int
@@ -116,29 +114,48 @@ class Arrival(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Credit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """These pieces of the window are free again."""
+    """News of a decode rank's slots for one prefill rank."""
 
     agent: str
     """The decode rank's transport name."""
-    window: int
-    generations: list[int]
+    holder: int
+    over: list[int] = []
+    """Leases whose piece is done with; the slots are not the prefill's any more."""
+    grants: list[Grant] = []
+    recall: list[int] = []
+    """Leases to give back by ``Void`` unless they are in use: others need the slots."""
     scatter_s: float = 0.0
-    """Time the decode rank spent on them."""
+    """Time the decode rank spent on the pieces that are over."""
 
 
 class Void(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """The prefill asks for these pieces back: their arrivals must not be acted on any more."""
+    """Nothing is written under these leases any more, and arrivals of them must not be acted on."""
 
-    window: int
-    generations: list[int]
+    holder: int
+    leases: list[int]
 
 
-Control = Credit | Void
-"""What travels over the control connection."""
+class Ask(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The prefill has pieces waiting for so many slots more than it holds."""
 
+    holder: int
+    num_slots: int
+
+
+Control = Credit | Void | Ask
+"""What travels over the control connections."""
+
+
+class _OfferVersion(msgspec.Struct, tag="PeerOffer", frozen=True):
+    """What an offer of any version has."""
+
+    version: int
+
+
+_VERSION = msgspec.msgpack.Decoder(_OfferVersion)
 _ARRIVAL = msgspec.msgpack.Decoder(Arrival)
 _OFFER = msgspec.msgpack.Decoder(PeerOffer)
-_CONTROL: msgspec.msgpack.Decoder[Credit | Void] = msgspec.msgpack.Decoder(Credit | Void)
+_CONTROL: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Credit | Void | Ask)
 
 
 def encode(message: msgspec.Struct) -> bytes:
@@ -158,12 +175,13 @@ def decode_control(raw: bytes) -> Control:
 
 def decode_offer(raw: bytes) -> PeerOffer:
     """Raises ProtocolMismatch for anything else, and for another version."""
-    offer = _decode(_OFFER, raw)
-    if offer.version != PROTOCOL_VERSION:
+    version = _decode(_VERSION, raw).version
+    if version != PROTOCOL_VERSION:
         raise ProtocolMismatch(
-            f"peer speaks data-plane version {offer.version}, this pdserve {PROTOCOL_VERSION}"
+            f"it speaks version {version} of pdserve's data plane, this server version {PROTOCOL_VERSION}; "
+            "run one version of pdserve on all servers"
         )
-    return offer
+    return _decode(_OFFER, raw)
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[_T], raw: bytes) -> _T:

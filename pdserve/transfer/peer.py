@@ -3,7 +3,7 @@
 What a chunk needs at the peer becomes *steps*; every step is one posted write::
 
     direct:  pool pages ─────────────────────────────► pool pages      1 step, many descriptors
-    packed:  pool pages ─gather► own slab ─► window ─scatter► pages    1 step per piece, 1 descriptor
+    packed:  pool pages ─gather► own slab ─► slot ─scatter► pages      1 step per piece, 1 descriptor
     aux:     metadata row ───────────────────────────► metadata row    1 step, last chunk only
 """
 
@@ -18,10 +18,10 @@ import numpy.typing as npt
 from pdserve.errors import KVLayoutMismatch
 from pdserve.kv.coalesce import Piece
 from pdserve.kv.layout import HeadSlice, PagedRegions, PageIds, head_slice, heads_of_rank, num_runs
-from pdserve.kv.staging import StagingRing
 from pdserve.transfer.engine import DescriptorList, MemoryKind, PeerName, StridedSpans, TransferEngine
-from pdserve.transfer.messages import PROTOCOL_VERSION, PeerOffer, Window
+from pdserve.transfer.messages import PROTOCOL_VERSION, PeerOffer
 from pdserve.transfer.plan import Path, PathCosts, split_pieces
+from pdserve.transfer.slots import GrantedSlots, SlotLender
 
 Indices = npt.NDArray[np.int32]
 
@@ -38,8 +38,14 @@ class RankPool:
     device: int
     model_dtype: str = ""
 
-    def offer(self, window: Window | None, instance_id: str) -> PeerOffer:
-        """What a decode rank with this pool tells a prefill rank that may write to ``window``."""
+    def offer(
+        self, lender: SlotLender, endpoint: str, instance_id: str, *, wants_slots: bool = True
+    ) -> PeerOffer:
+        """What a decode rank with this pool tells the prefill rank at ``endpoint``.
+
+        A rank that sends no KV wants no slots.
+        """
+        holder, grants = lender.enter(endpoint) if wants_slots else (0, ())
         return PeerOffer(
             version=PROTOCOL_VERSION,
             instance_id=instance_id,
@@ -54,9 +60,10 @@ class RankPool:
             tp_rank=self.tp_rank,
             memory=str(self.kind),
             device=self.device,
-            window=-1 if window is None else window.number,
-            window_address=0 if window is None else window.address,
-            window_bytes=0 if window is None else window.nbytes,
+            holder=holder,
+            slab_address=lender.slab_address,
+            slot_bytes=lender.slot_bytes if wants_slots else 0,
+            grants=grants,
             model_dtype=self.model_dtype,
             num_draft_regions=self.regions.num_draft_regions,
         )
@@ -73,8 +80,11 @@ class PeerLink:
     """Part of each token row that this rank has to send; None when it holds no head of the peer's."""
     blocks: tuple[DescriptorList, DescriptorList] | None
     """Prepared pages of both pools; None when the geometries differ, so that only packed works."""
-    window: StagingRing
+    slots: GrantedSlots
     piece_bytes: int
+    """Longest piece; fits a slot of either side."""
+    starved_since_s: float | None = None
+    """Since when no piece could be started for want of a slot."""
     costs: PathCosts = field(default_factory=PathCosts)
 
     @property
@@ -106,7 +116,7 @@ class PeerLink:
                 raise KVLayoutMismatch(
                     f"{self.name}: pages of {regions.page_size} and {target_size} tokens, "
                     f"{regions.row_bytes} and {self.offer.row_bytes} bytes a token need slab space, "
-                    "and the decode rank has none left; raise PDSERVE_SLAB_MB on the decode servers"
+                    f"and slots of {self.piece_bytes} bytes hold no token; raise PDSERVE_SLAB_MB"
                 )
             return WritePlan(Path.PACKED, nbytes=nbytes, pieces=pieces)
         first = first_token // target_size
@@ -121,8 +131,8 @@ class PeerLink:
         return WritePlan(path, nbytes=nbytes, pages=pages, num_descriptors=num_descriptors, pieces=pieces)
 
     def _pieces(self, part: HeadSlice, num_tokens: int) -> deque[Piece]:
-        """The chunk cut to fit the window; empty without a window."""
-        if self.piece_bytes <= 0:
+        """The chunk cut to fit the slots; empty if they hold no token."""
+        if self.piece_bytes < part.nbytes:
             return deque()
         regions = self.own.regions
         return deque(
@@ -201,9 +211,8 @@ def connect_peer(
     if is_same and theirs.is_dense and ours.is_dense:
         target = engine.prepare(name, page_blocks(theirs, offer.device), offer.kind)
         blocks = (source_blocks, target)
-    window = StagingRing(offer.window_bytes)
-    piece_bytes = min(max_piece_bytes, window.capacity // 2)
-    return PeerLink(name, offer, own, part, blocks, window, piece_bytes)
+    piece_bytes = min(max_piece_bytes, offer.slot_bytes)
+    return PeerLink(name, offer, own, part, blocks, GrantedSlots(offer), piece_bytes)
 
 
 def page_blocks(regions: PagedRegions, device: int) -> StridedSpans:

@@ -122,8 +122,8 @@ def split_pieces(
 
     Args:
         layer_regions: regions of a layer; ``num_regions`` is a multiple of it.
-        token_unit: tokens are cut at multiples of this (the page size), so that
-            both sides keep copying whole pages. At least one unit per piece.
+        token_unit: tokens are cut at multiples of this (the page size), so that both
+            sides keep copying whole pages; anywhere if not even one unit fits a piece.
     """
     region_bytes = num_tokens * slice_bytes
     if region_bytes <= piece_bytes:
@@ -136,7 +136,9 @@ def split_pieces(
             Piece(begin, end - begin, 0, num_tokens, slice_offset, slice_bytes)
             for begin, end in itertools.pairwise(bounds)
         ]
-    tokens = max(token_unit, piece_bytes // slice_bytes // token_unit * token_unit)
+    tokens = max(1, piece_bytes // slice_bytes)
+    if tokens > token_unit:
+        tokens -= tokens % token_unit
     return [
         Piece(region, 1, start, min(tokens, num_tokens - start), slice_offset, slice_bytes)
         for region in range(num_regions)

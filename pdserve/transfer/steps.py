@@ -7,44 +7,60 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from pdserve.errors import PeerLost, RegistrationFailed
+from pdserve.errors import PeerLost, RegistrationFailed, TransferFailed
 from pdserve.kv.coalesce import PageCopier
-from pdserve.kv.staging import StagingRing
+from pdserve.kv.staging import SlotPool
 from pdserve.transfer.engine import MemoryKind, PeerName, TransferEngine, TransferState
 from pdserve.transfer.jobs import RankWrites, Step, WriteStage
-from pdserve.transfer.messages import Arrival, Credit, SlabPiece, encode
+from pdserve.transfer.messages import Arrival, Credit, Grant, SlabPiece, encode
 from pdserve.transfer.peer import PeerLink
 from pdserve.transfer.plan import Path
+from pdserve.transfer.slots import Slab
+
+STARVED_S = 60.0
+"""A piece that gets no slot for so long fails its room: its peer, or all others together, have hung."""
 
 
 @dataclass(slots=True)
 class _Due:
-    """A piece of a peer's window whose credit has not come."""
+    """A piece in a peer's slot that the peer has not said it is done with."""
 
     writes: RankWrites
     settled_s: float | None = None
-    """Since when (monotonic) its write is over; None while its bytes may still land."""
+    """Since when its write is over; None while its bytes may still land."""
 
 
 class StepRunner:
     """Posts and reaps single writes. Knows slabs and costs, not queues."""
 
     def __init__(
-        self, engine: TransferEngine, copier: PageCopier, *, rank: int, kind: MemoryKind, device: int,
-        slab_address: int, slab_bytes: int,
+        self, engine: TransferEngine, copier: PageCopier, slab: Slab, *, rank: int, kind: MemoryKind,
+        device: int, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._engine = engine
         self._copier = copier
         self._rank = rank
         self._kind, self._device = kind, device
-        self._slab_address = slab_address
-        self._ring = StagingRing(slab_bytes)
+        self._slab_address = slab.address
+        self._source = SlotPool(slab.nbytes, slab.slot_bytes)
+        self._clock = clock
         self._num_sent: dict[tuple[int, PeerName], int] = defaultdict(int)
-        self._credits_due: dict[tuple[PeerName, int], _Due] = {}
+        self._due: dict[tuple[PeerName, int], _Due] = {}
+
+    @property
+    def num_due(self) -> int:
+        """Pieces in slots of peers that have not said they are done with them."""
+        return len(self._due)
+
+    @property
+    def num_source_held(self) -> int:
+        """Slots of the own slab in use."""
+        return self._source.num_held
 
     def post_next(self, peer: PeerLink, writes: RankWrites) -> bool:
         """Post the next write; False if it must wait for slab space."""
@@ -59,7 +75,7 @@ class StepRunner:
         elif writes.plan.nbytes:
             self._post_direct(peer, writes)
         writes.advance()
-        writes.posted_s = time.perf_counter()
+        writes.posted_s = self._clock()
         return True
 
     def reap(self, peer: PeerLink | None, writes: RankWrites, step: Step) -> bool:
@@ -83,76 +99,84 @@ class StepRunner:
         if state is TransferState.FAILED:
             raise PeerLost(f"a write to decode rank {writes.target.peer} failed")
         self._release(writes, step)
-        now_s = time.perf_counter()
+        now_s = self._clock()
         if step.is_direct and peer is not None and writes.plan is not None and not writes.is_mixed:
             peer.costs.observe(Path.DIRECT, writes.num_planned, writes.plan.nbytes, now_s - writes.started_s)
         if not writes.in_flight and writes.is_posted:
             writes.job.record.wait_s += now_s - writes.posted_s
         return True
 
-    def take_credit(self, peer: PeerLink, credit: Credit, now_s: float) -> None:
-        """Free the pieces, and learn what the packed path took when they were the chunk's last.
+    def take_credit(self, peer: PeerLink, credit: Credit, now_s: float) -> list[int]:
+        """Take grants, and learn what the packed path took when the pieces that are over were a chunk's last.
 
         Args:
-            now_s: when the credit came (perf_counter).
+            now_s: when the credit came.
+
+        Returns:
+            Recalled leases that the decode rank may have back.
         """
-        if credit.window != peer.offer.window:
-            return  # of a window that this rank held before: its generations are others
-        for generation in credit.generations:
-            if not peer.window.free_generation(generation):
-                continue
-            due = self._credits_due.pop((peer.name, generation), None)
-            if due is None:
-                continue
-            writes = due.writes
-            writes.num_credits_due -= 1
-            if writes.num_credits_due or writes.stage is WriteStage.PAYLOAD or writes.is_mixed:
-                continue
-            if writes.plan is not None:
-                seconds = now_s - writes.started_s
-                peer.costs.observe(Path.PACKED, writes.num_planned, writes.plan.nbytes, seconds)
+        for lease in credit.over:
+            peer.slots.end(lease)
+            due = self._due.pop((peer.name, lease), None)
+            if due is not None:
+                self._learn_packed(peer, due.writes, now_s)
+        if credit.holder != peer.slots.holder:
+            return []  # of an earlier registration, which the decode rank takes back by itself
+        peer.slots.add(credit.grants)
+        return peer.slots.recall(credit.recall)
 
-    def overdue(self, peer: PeerLink, before_s: float) -> list[int]:
-        """Uncredited generations of this peer's window whose write was over at ``before_s`` (monotonic).
+    def _learn_packed(self, peer: PeerLink, writes: RankWrites, now_s: float) -> None:
+        writes.num_credits_due -= 1
+        if writes.num_credits_due or writes.stage is WriteStage.PAYLOAD or writes.is_mixed:
+            return
+        if writes.plan is not None:
+            peer.costs.observe(Path.PACKED, writes.num_planned, writes.plan.nbytes, now_s - writes.started_s)
 
-        A write in flight may still land, so its piece is never among them. Each is
+    def overdue(self, name: PeerName, before_s: float) -> list[int]:
+        """Leases of this peer's slots whose write was over at ``before_s``, and no credit has come.
+
+        A write in flight may still land, so its lease is never among them. Each is
         reported again only after as long again.
         """
         found = []
-        for (name, generation), due in self._credits_due.items():
-            if name == peer.name and due.settled_s is not None and due.settled_s < before_s:
-                due.settled_s = time.monotonic()
-                found.append(generation)
+        for (peer, lease), due in self._due.items():
+            if peer == name and due.settled_s is not None and due.settled_s < before_s:
+                due.settled_s = self._clock()
+                found.append(lease)
         return found
 
     def give_up(self, peer: PeerLink | None, writes: RankWrites, step: Step) -> None:
         """Nothing more is done for a step: its gather or its write is over, or its post was refused."""
         self._release(writes, step)
-        if step.window is None or step.handle is not None:
+        if step.grant is None or step.handle is not None:
             return
-        key = (writes.target.peer, step.window.generation)
-        if key in self._credits_due and writes.job.may_have_written:
+        key = (writes.target.peer, step.grant.lease)
+        if key in self._due and writes.job.may_have_written:
             self._settle(writes, step)  # bytes of a refused post may still land: asked back, much later
-        elif peer is not None:
-            peer.window.free_generation(step.window.generation)
-            if self._credits_due.pop(key, None) is not None:
-                writes.num_credits_due -= 1
+            return
+        if self._due.pop(key, None) is not None:
+            writes.num_credits_due -= 1
+        if peer is not None:
+            peer.slots.put_back(step.grant)
+
+    def forget_peer(self, name: PeerName) -> None:
+        """The peer is gone: no credit will come."""
+        for key in [key for key in self._due if key[0] == name]:
+            del self._due[key]
 
     def _release(self, writes: RankWrites, step: Step) -> None:
         if step in writes.in_flight:
             writes.in_flight.remove(step)
         # While a post's outcome is unknown the transport may still read the source.
         if step.source is not None and (step.handle is None or step.is_settled):
-            self._ring.free(step.source)
+            self._source.give_back(step.source)
             step.source = None
 
     def _settle(self, writes: RankWrites, step: Step) -> None:
         step.is_settled = True
-        if step.window is None:
-            return
-        due = self._credits_due.get((writes.target.peer, step.window.generation))
+        due = None if step.grant is None else self._due.get((writes.target.peer, step.grant.lease))
         if due is not None:  # its credit may have come before the write was polled
-            due.settled_s = time.monotonic()
+            due.settled_s = self._clock()
 
     def forget(self, writes: RankWrites) -> None:
         """The writes are over: drop the room's message count after its last chunk or its failure."""
@@ -160,11 +184,13 @@ class StepRunner:
             self._num_sent.pop((writes.job.room, writes.target.peer), None)
 
     def _plan(self, peer: PeerLink, writes: RankWrites) -> None:
-        begin = time.perf_counter()
+        begin = self._clock()
         job = writes.job
         plan = peer.plan(job.pages, writes.target.pages, job.first_token, job.forced_path)
-        if plan.path is Path.PACKED and peer.piece_bytes > self._ring.capacity:
-            raise RegistrationFailed(f"a piece of {peer.piece_bytes} bytes does not fit the own slab")
+        if plan.path is Path.PACKED and peer.piece_bytes > self._source.slot_bytes:
+            raise RegistrationFailed(
+                f"pieces of {peer.piece_bytes} bytes do not fit the own slots of {self._source.slot_bytes}"
+            )
         writes.plan, writes.started_s = plan, begin
         writes.num_planned = plan.num_descriptors if plan.path is Path.DIRECT else len(plan.pieces)
         record = job.record
@@ -172,7 +198,7 @@ class StepRunner:
         if plan.nbytes:
             record.num_direct += plan.path is Path.DIRECT
             record.num_packed += plan.path is Path.PACKED
-        record.plan_s += time.perf_counter() - begin
+        record.plan_s += self._clock() - begin
 
     def _message(
         self, writes: RankWrites, slab: SlabPiece | None = None, *, is_final: bool = False
@@ -187,7 +213,7 @@ class StepRunner:
 
     def _post_direct(self, peer: PeerLink, writes: RankWrites) -> None:
         assert peer.blocks is not None and writes.plan is not None
-        begin = time.perf_counter()
+        begin = self._clock()
         source, target = peer.direct_indices(writes.plan)
         job = writes.job
         step = Step(self._message(writes, is_final=job.is_last and job.aux is None), is_direct=True)
@@ -196,43 +222,38 @@ class StepRunner:
         )
         writes.in_flight.append(step)
         writes.plan.pieces.clear()
-        self._count(writes, post_s=time.perf_counter() - begin, num_descriptors=writes.plan.num_descriptors)
+        self._count(writes, post_s=self._clock() - begin, num_descriptors=writes.plan.num_descriptors)
 
     def _post_aux(self, writes: RankWrites) -> None:
         assert writes.job.aux is not None and writes.target.aux is not None
-        begin = time.perf_counter()
+        begin = self._clock()
         step = Step(self._message(writes, is_final=writes.job.is_last))
         step.handle = self._engine.write_spans(
             writes.target.peer, writes.job.aux, writes.target.aux, (MemoryKind.DRAM, MemoryKind.DRAM),
             encode(step.message),
         )  # fmt: skip
         writes.in_flight.append(step)
-        self._count(writes, post_s=time.perf_counter() - begin, num_descriptors=len(writes.job.aux))
+        self._count(writes, post_s=self._clock() - begin, num_descriptors=len(writes.job.aux))
 
     def _start_piece(self, peer: PeerLink, writes: RankWrites) -> bool:
         assert writes.plan is not None
-        piece = writes.plan.pieces[0]
-        window = peer.window.alloc(piece.nbytes)
-        source = self._ring.alloc(piece.nbytes) if window is not None else None
-        if window is None or source is None:
-            if window is not None:
-                peer.window.free(window)
+        source, grant = self._take_slots(peer)
+        if source is None or grant is None:
             return self._go_direct_if_quicker(peer, writes)
-        writes.blocked_since_s = None
-        writes.plan.pieces.popleft()
-        begin = time.perf_counter()
+        peer.starved_since_s = writes.blocked_since_s = None
+        piece = writes.plan.pieces.popleft()
+        begin = self._clock()
         try:
-            gathered = self._copier.gather_pages(writes.job.pages, piece, self._slab_address + source.offset)
+            address = self._slab_address + self._source.offset(source)
+            gathered = self._copier.gather_pages(writes.job.pages, piece, address)
         except Exception:
-            peer.window.free(window)
-            self._ring.free(source)
+            peer.slots.put_back(grant)
+            self._source.give_back(source)
             raise
-        writes.job.record.gather_s += time.perf_counter() - begin
+        writes.job.record.gather_s += self._clock() - begin
         assert peer.slice is not None
         slab = SlabPiece(
-            window=peer.offer.window,
-            generation=window.generation,
-            offset=window.offset,
+            lease=grant.lease,
             region_begin=piece.region_begin,
             num_regions=piece.num_regions,
             first_token=writes.job.first_token + piece.first_token,
@@ -241,34 +262,54 @@ class StepRunner:
             slice_bytes=piece.slice_bytes,
         )
         is_final = writes.job.is_last and writes.job.aux is None and not writes.plan.pieces
-        step = Step(self._message(writes, slab, is_final=is_final), None, gathered, source, window)
+        step = Step(self._message(writes, slab, is_final=is_final), None, gathered, source, grant)
         writes.in_flight.append(step)
         if gathered.is_done():
             self._post_piece(peer, writes, step)
         return True
 
     def _post_piece(self, peer: PeerLink, writes: RankWrites, step: Step) -> None:
-        assert step.source is not None and step.window is not None and step.message.slab is not None
+        assert step.source is not None and step.grant is not None and step.message.slab is not None
         slab = step.message.slab
         nbytes = slab.num_regions * slab.num_tokens * slab.slice_bytes
-        begin = time.perf_counter()
-        source = np.array([[self._slab_address + step.source.offset, nbytes, self._device]], dtype=np.uint64)
-        address = peer.offer.window_address + step.window.offset
-        target = np.array([[address, nbytes, peer.offer.device]], dtype=np.uint64)
-        self._credits_due[peer.name, step.window.generation] = _Due(writes)
+        begin = self._clock()
+        address = self._slab_address + self._source.offset(step.source)
+        source = np.array([[address, nbytes, self._device]], dtype=np.uint64)
+        target = np.array([[peer.slots.address(step.grant), nbytes, peer.offer.device]], dtype=np.uint64)
+        self._due[peer.name, step.grant.lease] = _Due(writes)
         writes.num_credits_due += 1
         step.handle = self._engine.write_spans(
             peer.name, source, target, (self._kind, peer.offer.kind), encode(step.message)
         )
-        self._count(writes, post_s=time.perf_counter() - begin, num_descriptors=1)
+        self._count(writes, post_s=self._clock() - begin, num_descriptors=1)
+
+    def _take_slots(self, peer: PeerLink) -> tuple[int | None, Grant | None]:
+        """A slot of either slab, or neither."""
+        grant = peer.slots.take()
+        source = None if grant is None else self._source.take(peer.name)
+        if grant is not None and source is None:
+            peer.slots.put_back(grant)
+            grant = None
+        return source, grant
 
     def _go_direct_if_quicker(self, peer: PeerLink, writes: RankWrites) -> bool:
-        """A full window: wait for credits no longer than writing the rest directly would take."""
+        """No slot is free: wait for one no longer than writing the rest directly would take.
+
+        Raises:
+            TransferFailed: when the peer's pieces have waited for ``STARVED_S``.
+        """
         assert writes.plan is not None
-        now_s = time.perf_counter()
+        now_s = self._clock()
         if writes.blocked_since_s is None:
             writes.blocked_since_s = now_s
+        if peer.starved_since_s is None:
+            peer.starved_since_s = now_s
         if not peer.can_direct:
+            if now_s - peer.starved_since_s > STARVED_S:
+                lacking = "of this prefill rank" if peer.slots.num_unused else f"of decode rank {peer.name}"
+                raise TransferFailed(
+                    writes.job.room, f"no slot of the slab {lacking} became free within {STARVED_S:.0f} s"
+                )
             return False
         rest = sum(piece.nbytes for piece in writes.plan.pieces)
         descriptors = writes.plan.num_descriptors * rest // max(1, writes.plan.nbytes)

@@ -1,4 +1,4 @@
-"""Page runs, head ranges and slab rings: the arithmetic under every transfer."""
+"""Page runs, head ranges and slots: the arithmetic under every transfer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from pdserve.errors import KVLayoutMismatch
 from pdserve.kv.coalesce import HostPageCopier, Piece, check_piece
 from pdserve.kv.layout import HeadSlice, PagedRegions, head_slice, heads_of_rank, num_runs, page_runs
-from pdserve.kv.staging import ALIGNMENT, StagingRing, StagingSlab
+from pdserve.kv.staging import ALIGNMENT, SlotPool
 from tests.support.rows import rows
 
 
@@ -150,39 +150,43 @@ def test_gather_then_scatter_is_numpys_own_indexing(seed: int) -> None:
 
 
 @rows("seed", range(10))
-def test_ring_pieces_never_overlap_and_all_space_comes_back(seed: int) -> None:
+def test_slots_have_one_holder_and_all_come_back(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    ring = StagingRing(int(rng.integers(4, 40)) * ALIGNMENT)
-    held: list[StagingSlab] = []
-    seen: set[int] = set()
+    pool = SlotPool(int(rng.integers(4, 40)) * 1000, 1000)
+    assert pool.slot_bytes % ALIGNMENT == 0
+    held: dict[int, int] = {}
     for _ in range(400):
         if held and rng.random() < 0.5:
-            ring.free(held.pop(int(rng.integers(0, len(held)))))
+            slot = int(rng.choice(list(held)))
+            pool.give_back(slot)
+            del held[slot]
             continue
-        slab = ring.alloc(int(rng.integers(1, ring.capacity)))
-        if slab is None:
-            assert held, "an empty ring refuses nothing that fits"
+        holder = int(rng.integers(0, 3))
+        slot = pool.take(holder)
+        if slot is None:
+            assert pool.held_by(holder) >= pool.num_free, "a holder of fewer slots than are free gets one"
             continue
-        assert slab.offset % ALIGNMENT == 0
-        assert slab.offset + slab.nbytes <= ring.capacity
-        assert slab.generation not in seen
-        seen.add(slab.generation)
-        for other in held:
-            assert slab.offset + slab.nbytes <= other.offset or other.offset + other.nbytes <= slab.offset
-        held.append(slab)
-        assert ring.held_bytes == sum(one.nbytes for one in held)
-    for slab in held:
-        ring.free(slab)
-    assert ring.held_bytes == ring.num_held == 0
-    assert ring.alloc(ring.capacity) is not None
-
-
-def test_ring_takes_a_credit_once() -> None:
-    ring = StagingRing(1024)
-    slab = ring.alloc(100)
-    assert slab is not None
-    assert ring.free_generation(slab.generation)
-    assert not ring.free_generation(slab.generation)
+        assert slot not in held
+        assert pool.offset(slot) + pool.slot_bytes <= pool.num_slots * pool.slot_bytes
+        held[slot] = holder
+        assert pool.num_held == len(held)
+    for slot in held:
+        pool.give_back(slot)
+    assert pool.num_free == pool.num_slots
     with pytest.raises(ValueError, match="is not held"):
-        ring.free(slab)
-    assert ring.alloc(2000) is None
+        pool.give_back(0)
+
+
+def test_holders_that_never_give_back_leave_slots_to_the_next() -> None:
+    pool = SlotPool(32 * 256, 256)
+    shares = []
+    for holder in range(6):
+        while pool.take(holder) is not None:
+            pass
+        shares.append(pool.held_by(holder))
+    assert shares == [16, 8, 4, 2, 1, 1]
+
+
+def test_a_slab_smaller_than_a_slot_has_none() -> None:
+    assert SlotPool(0, 0).take("a") is None
+    assert SlotPool(1000, 2000).num_slots == 0

@@ -1,4 +1,4 @@
-"""What the data plane serves and what it leaves to SGLang; who holds which window."""
+"""What the data plane serves and what it leaves to SGLang."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 from pdserve.config.launch import LaunchConfig
 from pdserve.config.worker_env import DataPlaneConfig, WorkerEnv
 from pdserve.errors import ConfigError, KVLayoutMismatch
-from pdserve.plugin import dataplane
-from pdserve.plugin.dataplane import Slab, WindowTable, regions_of, unsupported
+from pdserve.plugin.dataplane import regions_of, unsupported
 from pdserve.transfer.engine import MemoryKind, PeerName
 from pdserve.transfer.peer import RankPool, connect_peer
 from tests.support.kv_rig import DecodeRank, Geometry, PrefillRank
@@ -89,7 +88,6 @@ def test_regions_come_from_sglangs_arguments() -> None:
         ({"PDSERVE_TRANSFER_PATH": "fast"}, "auto, direct, packed"),
         ({"PDSERVE_SLAB_MB": "-1"}, "PDSERVE_SLAB_MB must be a whole number"),
         ({"PDSERVE_SLAB_MB": "99999999"}, "65536 MiB"),
-        ({"PDSERVE_SLAB_WINDOWS": "0"}, "1 to 1024"),
     ],
 )
 def test_wrong_settings_are_named(environ: dict[str, str], message: str) -> None:
@@ -106,39 +104,6 @@ def test_launch_options_reach_the_workers_environment() -> None:
     for wrong in ({"data_plane": "maybe"}, {"transfer_path": "slow"}, {"slab_mb": -3}):
         with pytest.raises(ConfigError):
             LaunchConfig(**wrong)  # type: ignore[arg-type]
-
-
-def test_windows_do_not_overlap_and_stay_with_their_prefill() -> None:
-    table = WindowTable(Slab(4096, 1000, None), 4)
-    windows = [table.window_of(f"10.0.0.{number}:5") for number in range(4)]
-    spans = [(window.address, window.address + window.nbytes) for window in windows if window]
-    assert len(spans) == 4
-    assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))  # noqa: RUF007
-    assert table.window_of("10.0.0.2:5") == windows[2]
-    assert table.holder(2) == "10.0.0.2:5"
-
-
-def test_a_silent_prefills_window_is_given_away_only_after_the_quarantine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    table = WindowTable(Slab(0, 1000, None), 1)
-    assert table.window_of("a:1") is not None
-    assert table.window_of("b:1") is None
-    table.release({"a:1"})
-    assert table.window_of("b:1") is None, "the old holder may still write"
-    monkeypatch.setattr(dataplane, "QUARANTINE_S", -1.0)
-    window = table.window_of("b:1")
-    assert window is not None
-    assert (window.number, window.address) == (1, 0), "the same place under a new number"
-    assert table.holder(1) == "b:1"
-    assert table.holder(0) is None
-
-
-def test_a_returning_prefill_keeps_its_window() -> None:
-    table = WindowTable(Slab(0, 1000, None), 1)
-    table.window_of("a:1")
-    table.release({"a:1"})
-    assert table.window_of("a:1") is not None
 
 
 @rows(

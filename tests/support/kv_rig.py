@@ -19,13 +19,15 @@ import numpy.typing as npt
 
 from pdserve.kv.coalesce import Completion, HostPageCopier, PageCopier, Piece
 from pdserve.kv.layout import PagedRegions, PageIds
+from pdserve.kv.staging import ALIGNMENT
 from pdserve.transfer.engine import MemoryKind, PeerName, TransferEngine
 from pdserve.transfer.inbox import Inbox
 from pdserve.transfer.jobs import ChunkJob, Target
-from pdserve.transfer.messages import Credit, PeerOffer, Void, Window
+from pdserve.transfer.messages import Ask, Credit, PeerOffer, Void
 from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import RankPool, connect_peer, page_blocks
 from pdserve.transfer.plan import Path
+from pdserve.transfer.slots import Slab, SlotLender
 from pdserve.transfer.steps import StepRunner
 from tests.support.loopback import LoopbackFabric
 
@@ -217,41 +219,37 @@ class DecodeRank:
 
     def __init__(
         self, engine: TransferEngine, geometry: Geometry, rng: np.random.Generator,
-        *, slab_bytes: int = 1 << 20, arrival_timeout_s: float = 30.0,
+        *, slab_bytes: int = 1 << 20, slot_bytes: int = 4096, arrival_timeout_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.engine, self.geometry = engine, geometry
         self.pool = Pool(geometry, rng)
         self.slab = np.zeros(max(slab_bytes, 1), dtype=np.uint8)
-        self.slab_bytes = slab_bytes
         engine.register(self.pool.spans(), MemoryKind.DRAM)
         engine.register(
             np.array([(self.slab.ctypes.data, self.slab.nbytes, 0)], dtype=np.uint64), MemoryKind.DRAM
         )
         self.owner = Owner()
-        self.prefills: dict[int, PrefillRank] = {}
+        self.prefills: dict[str, PrefillRank] = {}
+        lender = SlotLender(Slab(self.slab.ctypes.data, slab_bytes, slot_bytes), clock)
         self.inbox = Inbox(
-            engine, make_copier(self.pool.regions), self.owner, self._credit,
-            arrival_timeout_s=arrival_timeout_s,
+            engine, make_copier(self.pool.regions), self.owner, lender, self._credit,
+            arrival_timeout_s=arrival_timeout_s, clock=clock,
         )  # fmt: skip
         self.num_credit_messages = 0
 
-    def _credit(self, credit: Credit) -> None:
+    def _credit(self, endpoint: str, credit: Credit) -> None:
         self.num_credit_messages += 1
-        self.prefills[credit.window].outbox.credit(credit)
+        self.prefills[endpoint].outbox.credit(credit)
 
     def offer(self, prefill: PrefillRank) -> PeerOffer:
-        """A window of the slab for this prefill rank; each gets an equal part of it."""
-        number = len(self.prefills)
-        self.prefills[number] = prefill
-        share = self.slab_bytes // 2
-        address = self.slab.ctypes.data + number * share
-        window = Window(number, address, share)
-        self.inbox.open_window(window)
+        """What this prefill rank is told when it registers."""
+        self.prefills[prefill.engine.name] = prefill
         geometry = self.geometry
         pool = RankPool(
             self.pool.regions, geometry.total_kv_heads, geometry.tp_size, geometry.tp_rank, MemoryKind.DRAM, 0
         )
-        return pool.offer(window, "d")
+        return pool.offer(self.inbox.lender, prefill.engine.name, "d")
 
 
 class PrefillRank:
@@ -260,7 +258,7 @@ class PrefillRank:
     def __init__(
         self, engine: TransferEngine, geometry: Geometry, rng: np.random.Generator,
         *, slab_bytes: int = 1 << 20, max_piece_bytes: int = 4096, credit_timeout_s: float = 30.0,
-        rank: int = 0,
+        rank: int = 0, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.engine, self.geometry = engine, geometry
         self.pool = Pool(geometry, rng)
@@ -274,14 +272,17 @@ class PrefillRank:
         self.gate = Gate()
         self.max_piece_bytes = max_piece_bytes
         self.peers: dict[PeerName, DecodeRank] = {}
+        slab = Slab(self.slab.ctypes.data, slab_bytes, _whole_slots(max_piece_bytes))
         self.runner = StepRunner(
-            engine, make_copier(self.pool.regions), rank=rank, kind=MemoryKind.DRAM, device=0,
-            slab_address=self.slab.ctypes.data, slab_bytes=slab_bytes,
+            engine, make_copier(self.pool.regions), slab, rank=rank, kind=MemoryKind.DRAM, device=0,
+            clock=clock,
         )  # fmt: skip
-        self.outbox = Outbox(self.runner, self.gate, self._void, credit_timeout_s=credit_timeout_s)
+        self.outbox = Outbox(
+            self.runner, self.gate, self._control, credit_timeout_s=credit_timeout_s, clock=clock
+        )
 
-    def _void(self, peer: PeerName, void: Void) -> None:
-        self.peers[peer].inbox.void(void)
+    def _control(self, peer: PeerName, message: Void | Ask) -> None:
+        self.peers[peer].inbox.take_control(message)
 
     def connect(self, decode: DecodeRank) -> PeerName:
         """Exchange offers, as SGLang's registration does."""
@@ -319,6 +320,10 @@ def wait_until(
         time.sleep(0.0005)
 
 
+def _whole_slots(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 class Rig:
     """One prefill and one decode rank on a loopback fabric."""
 
@@ -328,12 +333,12 @@ class Rig:
         self.rng = np.random.default_rng(seed)
         self.fabric = make_fabric()
         decode_kwargs = {k: kwargs.pop(k) for k in ("arrival_timeout_s",) if k in kwargs}
-        slab = kwargs.pop("window_bytes", 1 << 19)
         self.decode = DecodeRank(
             self.fabric.engine("d"),
             target,
             self.rng,
-            slab_bytes=2 * int(str(slab)),
+            slab_bytes=int(str(kwargs.pop("decode_slab_bytes", 1 << 20))),
+            slot_bytes=_whole_slots(int(str(kwargs.get("max_piece_bytes", 4096)))),
             **decode_kwargs,  # type: ignore[arg-type]
         )
         self.prefill = PrefillRank(self.fabric.engine("p"), source, self.rng, **kwargs)  # type: ignore[arg-type]
@@ -386,8 +391,8 @@ class Rig:
     def settle(self) -> None:
         """Nothing is held any more, on either side."""
         wait_until(
-            lambda: self.prefill.outbox.is_idle and not self.prefill.outbox.held_window_bytes(),
+            lambda: self.prefill.outbox.is_idle and not self.prefill.outbox.num_due,
             poll=self.decode.inbox.poll,
         )
-        assert self.prefill.runner._ring.held_bytes == 0
+        assert self.prefill.runner.num_source_held == 0
         assert not any(self.prefill.gate.outstanding.values())

@@ -199,7 +199,7 @@ def test_a_forgotten_room_is_not_scattered_and_its_space_comes_back(rig: Rig) ->
 def test_a_room_is_a_success_only_after_its_earlier_chunks_whatever_ends_first(rig: Rig) -> None:
     rig.fabric.faults.holds = lambda message: decode_arrival(message).seq == 0
     rig.send(6, 48, path=Path.DIRECT, chunks=3)
-    wait_until(lambda: sum(len(writes.in_flight) for writes in rig.prefill.outbox._active) == 1)
+    wait_until(lambda: rig.prefill.outbox._lanes[rig.peer].num_in_flight == 1)
     assert not rig.prefill.gate.done
     rig.fabric.faults.holds = lambda message: False
     rig.receive(6)
@@ -209,13 +209,13 @@ def test_a_room_is_a_success_only_after_its_earlier_chunks_whatever_ends_first(r
 
 def test_a_full_window_ends_in_direct_writes_not_in_a_wait() -> None:
     # Nobody polls the inbox, so no credit ever comes back while the chunk is sent.
-    rig = Rig(window_bytes=8192)
+    rig = Rig(decode_slab_bytes=8192)
     try:
         source, target = rig.send(8, 150, path=Path.PACKED)
         wait_until(lambda: bool(rig.prefill.gate.done))
         record = rig.prefill.gate.done[0].record
         assert record.num_writes > 2
-        assert rig.prefill.outbox.held_window_bytes() > 0
+        assert rig.prefill.outbox.num_due > 0
         rig.receive(8)
         rig.check(source, target, 150)
         rig.settle()
@@ -224,7 +224,7 @@ def test_a_full_window_ends_in_direct_writes_not_in_a_wait() -> None:
 
 
 def test_a_full_window_waits_for_credits_when_only_packed_works() -> None:
-    rig = Rig(1, Geometry(), Geometry(page_size=8), window_bytes=8192)
+    rig = Rig(1, Geometry(), Geometry(page_size=8), decode_slab_bytes=8192)
     try:
         source, target = rig.send(8, 150)
         wait_until(lambda: rig.fabric.num_writes >= 1)
@@ -255,7 +255,7 @@ def test_a_peer_that_dies_fails_its_chunks_and_frees_the_source_slab(rig: Rig) -
     rig.fabric.faults.is_held = False
     wait_until(lambda: 1 in rig.prefill.gate.failures)
     assert rig.prefill.gate.failures[1][1]
-    wait_until(lambda: rig.prefill.runner._ring.held_bytes == 0)
+    wait_until(lambda: rig.prefill.runner.num_source_held == 0)
     rig.peer = PeerName("never-connected")
     rig.send(2, 10)
     wait_until(lambda: 2 in rig.prefill.gate.failures)

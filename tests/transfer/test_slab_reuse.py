@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pdserve.transfer.messages import decode_arrival
+from pdserve.transfer.messages import Void, decode_arrival
 from pdserve.transfer.plan import Path
 from tests.support import kv_rig
 from tests.support.kv_rig import Geometry, Pace, Rig, wait_until
@@ -14,12 +14,12 @@ from tests.support.kv_rig import Geometry, Pace, Rig, wait_until
 
 def test_a_piece_is_not_asked_back_while_its_write_is_in_flight() -> None:
     """Else its late bytes would lie in another room's piece, which is then reported complete."""
-    rig = Rig(credit_timeout_s=0.02, max_piece_bytes=4096, window_bytes=1 << 14)
+    rig = Rig(credit_timeout_s=0.02, max_piece_bytes=4096, decode_slab_bytes=1 << 14)
     try:
         stalled, voids = {1}, []
         rig.fabric.faults.holds = lambda message: decode_arrival(message).room in stalled
-        void = rig.decode.inbox.void
-        rig.decode.inbox.void = lambda message: (voids.append(message), void(message))[1]
+        take = rig.decode.inbox.take_control
+        rig.decode.inbox.take_control = lambda message: (voids.append(message), take(message))[1]
         first = rig.send(1, 60, path=Path.PACKED, within=range(1, 20))
         wait_until(lambda: rig.fabric.num_writes >= 2)
         time.sleep(0.05)  # longer than the time-out; a sweep comes within it
@@ -29,7 +29,7 @@ def test_a_piece_is_not_asked_back_while_its_write_is_in_flight() -> None:
         wait_until(lambda: len(rig.prefill.gate.done) == 2)
         rig.receive(2)
         rig.check(*second, 60)
-        assert not voids
+        assert not [message for message in voids if isinstance(message, Void)]
         rig.receive(1)
         rig.check(*first, 60)
         rig.settle()
@@ -43,7 +43,9 @@ def test_a_post_refused_after_a_late_gather_leaves_nothing_behind(
 ) -> None:
     """On a GPU the post comes after the gather, in another turn of the loop."""
     monkeypatch.setattr(kv_rig, "PACE", Pace.LATE_COPIES)
-    rig = Rig(target=Geometry(page_size=8), slab_bytes=1 << 13, window_bytes=1 << 13, credit_timeout_s=0.02)
+    rig = Rig(
+        target=Geometry(page_size=8), slab_bytes=1 << 13, decode_slab_bytes=1 << 13, credit_timeout_s=0.02
+    )
     try:
         rig.fabric.faults.refuses = lambda message: decode_arrival(message).room == 1
         rig.fabric.faults.refusal_may_have_written = may_have_written

@@ -13,7 +13,13 @@ from pdserve.transfer.selftest.trial import Trial, TrialGeometry
 pytestmark = pytest.mark.process
 
 BASE = TrialGeometry(
-    num_layers=3, num_pages=67, page_size=16, num_kv_heads=3, head_bytes=40, slab_bytes=1 << 18
+    num_layers=3,
+    num_pages=67,
+    page_size=16,
+    num_kv_heads=3,
+    head_bytes=40,
+    slab_bytes=1 << 18,
+    slot_bytes=1 << 14,
 )
 
 
@@ -66,6 +72,6 @@ def test_bytes_arrive_where_asked_and_nowhere_else(name: str) -> None:
             assert after.untouched == before.untouched
             assert report.record.nbytes == num_tokens * 2 * source.num_layers * num_heads * source.head_bytes
         deadline_s = time.monotonic() + 5
-        while trial.held_window_bytes():
+        while trial.num_due:
             assert time.monotonic() < deadline_s, "slab space did not come back"
             time.sleep(0.001)

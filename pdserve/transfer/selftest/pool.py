@@ -28,6 +28,7 @@ class TrialGeometry(msgspec.Struct, frozen=True, kw_only=True):
     gap_bytes: int = 0
     """Bytes between tokens that belong to nobody."""
     slab_bytes: int = 64 << 20
+    slot_bytes: int = 2 << 20
     seed: int = 0
     gpu: int = -1
     """CUDA device of pool and slab; -1: host memory."""

@@ -30,12 +30,13 @@ from pdserve.kv.layout import PageIds
 from pdserve.transfer.engine import MemoryKind, PeerName
 from pdserve.transfer.inbox import Inbox
 from pdserve.transfer.jobs import ChunkJob, Target, TransferRecord
-from pdserve.transfer.messages import Credit, Void, Window, decode_control, decode_offer, encode
+from pdserve.transfer.messages import Ask, Credit, Void, decode_control, decode_offer, encode
 from pdserve.transfer.nixl import AgentTuning, NixlEngine, tune_agents
 from pdserve.transfer.outbox import Outbox
 from pdserve.transfer.peer import PeerLink, RankPool, connect_peer, page_blocks
 from pdserve.transfer.plan import Path
 from pdserve.transfer.selftest.pool import PoolSums, TrialGeometry, TrialPool, make_buffer
+from pdserve.transfer.slots import Slab, SlotLender
 from pdserve.transfer.steps import StepRunner
 from pdserve.transfer.warm_up import warm_up
 
@@ -73,9 +74,8 @@ class _Arrived(msgspec.Struct, tag=True, frozen=True):
     failure: str = ""
 
 
-_COMMANDS: msgspec.msgpack.Decoder[_Expect | _Digest | _Stop] = msgspec.msgpack.Decoder(
-    _Expect | _Digest | _Stop
-)
+_Command = _Expect | _Digest | _Stop | Void | Ask
+_COMMANDS: msgspec.msgpack.Decoder[_Command] = msgspec.msgpack.Decoder(_Command)
 _REPLIES: msgspec.msgpack.Decoder[_Hello | _Arrived | PoolSums] = msgspec.msgpack.Decoder(
     _Hello | _Arrived | PoolSums
 )
@@ -86,7 +86,8 @@ class _Rank:
 
     def __init__(self, name: str, geometry: TrialGeometry) -> None:
         self.memory = TrialPool(geometry)
-        self.slab = make_buffer(geometry, geometry.slab_bytes)
+        memory = make_buffer(geometry, geometry.slab_bytes)
+        self.slab = Slab(memory.address, geometry.slab_bytes, geometry.slot_bytes, memory)
         if geometry.kind is MemoryKind.DRAM:
             tune_agents(lambda: AgentTuning(has_progress_thread=False))
         self.engine = NixlEngine.create(name=name)
@@ -110,14 +111,15 @@ class _DecodeRank:
         self._commands, self._reports = commands, reports
         self._send_lock = threading.Lock()
         self._rank = _Rank("trial-decode", geometry)
-        self._window = Window(0, self._rank.slab.address, geometry.slab_bytes)
-        self.inbox = Inbox(self._rank.engine, self._rank.copier, self, self._report)
-        self.inbox.open_window(self._window)
+        lender = SlotLender(self._rank.slab)
+        self.inbox = Inbox(
+            self._rank.engine, self._rank.copier, self, lender, lambda _, credit: self._report(credit)
+        )
         self.inbox.expect_connection()
         self.inbox.start()
 
     def serve(self) -> None:
-        offer = self._rank.pool.offer(self._window, "trial")
+        offer = self._rank.pool.offer(self.inbox.lender, "trial-prefill", "trial")
         self._commands.send_bytes(encode(_Hello(self._rank.engine.describe(), encode(offer))))
         while True:
             match _COMMANDS.decode(self._commands.recv_bytes()):
@@ -128,6 +130,8 @@ class _DecodeRank:
                     ids = np.array(pages, dtype=np.int32)
                     sums = self._rank.memory.digest(ids, num_tokens, first_head, num_heads)
                     self._commands.send_bytes(encode(sums))
+                case Void() | Ask() as control:
+                    self.inbox.take_control(control)
                 case _Stop():
                     self.inbox.close()
                     return
@@ -182,6 +186,7 @@ class Trial:
         self._commands, commands = context.Pipe()
         reports_in, reports = context.Pipe(duplex=False)
         self._reports = reports_in
+        self._send_lock = threading.Lock()
         self._child = context.Process(target=_serve, args=(self.target, commands, reports), daemon=True)
         self._child.start()
         reports.close()
@@ -190,12 +195,12 @@ class Trial:
         self._flights: dict[int, _Flight] = {}
         self._next_room = 1
         self._scatter_s = 0.0
-        self.link = self._connect(min(piece_bytes, source.slab_bytes))
+        self.link = self._connect(min(piece_bytes, source.slot_bytes))
         runner = StepRunner(
-            self._rank.engine, self._rank.copier, rank=0, kind=source.kind, device=source.device,
-            slab_address=self._rank.slab.address, slab_bytes=source.slab_bytes,
+            self._rank.engine, self._rank.copier, self._rank.slab, rank=0, kind=source.kind,
+            device=source.device,
         )  # fmt: skip
-        self._outbox = Outbox(runner, self, self._send_void)
+        self._outbox = Outbox(runner, self, self._send_control)
         self._outbox.add_peer(self.link)
         self._outbox.start()
         self._reader = threading.Thread(target=self._read_reports, name="pdserve-trial", daemon=True)
@@ -220,7 +225,7 @@ class Trial:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._outbox.close()
-        self._commands.send_bytes(encode(_Stop()))
+        self._command(_Stop())
         self._child.join(10)
         if self._child.is_alive():
             self._child.kill()
@@ -242,7 +247,7 @@ class Trial:
         room, flight = self._next_room, _Flight()
         self._next_room += 1
         self._flights[room] = flight
-        self._commands.send_bytes(encode(_Expect(room, target.tolist())))
+        self._command(_Expect(room, target.tolist()))
         self._commands.recv_bytes()
         if piece_bytes:
             self.link.piece_bytes = piece_bytes
@@ -271,14 +276,15 @@ class Trial:
     ) -> PoolSums:
         """Checksums of the decode rank's pool; see ``TrialPool.digest``."""
         command = _Digest(pages.tolist(), num_tokens, first_head, num_heads or self.target.num_kv_heads)
-        self._commands.send_bytes(encode(command))
+        self._command(command)
         reply = _REPLIES.decode(self._commands.recv_bytes())
         assert isinstance(reply, PoolSums)
         return reply
 
-    def held_window_bytes(self) -> int:
-        """Slab space the decode rank has not given back."""
-        return self._outbox.held_window_bytes()
+    @property
+    def num_due(self) -> int:
+        """Pieces that the decode rank has not said it is done with."""
+        return self._outbox.num_due
 
     # RoomGate
 
@@ -304,8 +310,12 @@ class Trial:
         flight.sent.set()
         flight.done.set()
 
-    def _send_void(self, peer: PeerName, void: Void) -> None:
-        raise TransferFailed(0, f"{peer}: slab pieces {void.generations} were never credited")
+    def _send_control(self, peer: PeerName, message: Void | Ask) -> None:
+        self._command(message)
+
+    def _command(self, message: msgspec.Struct) -> None:
+        with self._send_lock:
+            self._commands.send_bytes(encode(message))
 
     def _read_reports(self) -> None:
         while True:
