@@ -90,6 +90,10 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0
     keeps_prefixes: bool | None = None
     """Its prefix cache is on, which on a decode worker it is only on request; None: not known."""
+    low_priority_first: bool | None = None
+    """Its scheduler serves lower priority values first; None: not known, or it ignores priorities."""
+    default_priority: int | None = None
+    """The priority of requests that come without one; None: they come last."""
     is_leaving: bool = False
     """It was told to stop: it finishes the requests it has and is given no other."""
 
@@ -158,8 +162,8 @@ class RequestShape(msgspec.Struct, frozen=True):
     """What a policy may know of a request before it runs.
 
     ``prompt`` is the prompt's text or ids as they stand in the request, behind a zero byte and what the
-    template puts before them, enough to tell common prefixes; empty if nobody asked for it. Higher
-    ``priority`` goes first.
+    template puts before them, enough to tell common prefixes; empty if nobody asked for it. ``priority``
+    is the client's, None without one: whether higher or lower ones go first is the workers' setting.
     In a batch ``prompt_tokens`` is the sum, ``max_new_tokens`` and ``forecast`` are each prompt's.
     ``forecast`` is None until the balancer has made one. ``route`` and ``user`` (the body's field of
     that name) are what answers of like requests are remembered by.
@@ -168,7 +172,7 @@ class RequestShape(msgspec.Struct, frozen=True):
     prompt_tokens: int
     max_new_tokens: int
     prompt: bytes = b""
-    priority: int = 0
+    priority: int | None = None
     num_prompts: int = 1
     route: str = ""
     user: str = ""

@@ -94,6 +94,8 @@ class WorkerMembership:
             sglang_version=str(sglang_version),
             pid=os.getpid(),
             keeps_prefixes=keeps_prefixes(self._server_args),
+            low_priority_first=low_priority_first(self._server_args),
+            default_priority=default_priority(self._server_args),
         )
 
 
@@ -141,6 +143,18 @@ def keeps_prefixes(server_args: Any) -> bool:
     if str(server_args.disaggregation_mode) == "decode":
         return bool(server_args.disaggregation_decode_enable_radix_cache)
     return not server_args.disable_radix_cache
+
+
+def low_priority_first(server_args: Any) -> bool | None:
+    """Whether lower priority values are served first; None if the scheduler ignores priorities."""
+    is_set = bool(server_args.schedule_low_priority_values_first)
+    return is_set if is_set or server_args.enable_priority_scheduling else None
+
+
+def default_priority(server_args: Any) -> int | None:
+    """What a request without a priority counts as; None if there is no such setting."""
+    value = server_args.default_priority_value if server_args.enable_priority_scheduling else None
+    return None if value is None else int(value)
 
 
 def reachable_host(listen_host: str) -> str:

@@ -20,7 +20,15 @@ from pdserve.scheduling.kv_room import ENDLESS, WorkerLimits
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.placement import Placement
 from pdserve.scheduling.policy import Policy
-from pdserve.scheduling.queue import NOBODY, AdmissionQueue, Grant, QueueFull, QueueOrder, Waiter
+from pdserve.scheduling.queue import (
+    NOBODY,
+    AdmissionQueue,
+    Grant,
+    PriorityOrder,
+    QueueFull,
+    QueueOrder,
+    Waiter,
+)
 from pdserve.scheduling.regime import RegimeMonitor
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.slo import make_objective
@@ -226,6 +234,12 @@ class Admission:
         if reservation is not None:
             self._objective.sent(reservation, shape)
         return reservation
+
+    def set_priorities(self, priorities: PriorityOrder) -> None:
+        """Which priorities go first from now on, of those that wait already too."""
+        if priorities != self.queue.priorities:
+            self.queue.priorities = priorities
+            self.queue.reorder()
 
     # -- the fleet's state -------------------------------------------------------------------
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
+
+import msgspec
 
 from pdserve.scheduling.regime import Regime
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.work import Work
 from pdserve.scheduling.workers import PairKey
-from pdserve.types import RequestShape
+from pdserve.types import RequestShape, WorkerInfo
 
 FCFS, SHORTEST, AUTO = "fcfs", "shortest", "auto"
 AGING = 8.0
@@ -53,6 +55,33 @@ class QueueOrder:
         if self.is_shortest:
             return since_s + min(AGING * work_s, self._most_s)
         return since_s
+
+
+class PriorityOrder(msgspec.Struct, frozen=True):
+    """Which priorities go first: as SGLang's schedulers order their own queues.
+
+    ``default`` is that of requests without one; None: they come last either way.
+    """
+
+    is_low_first: bool = False
+    default: int | None = None
+
+    @classmethod
+    def of(cls, workers: Iterable[WorkerInfo]) -> PriorityOrder:
+        """What the workers are set to; where they differ, SGLang's own defaults: high first, none last."""
+        orders = {
+            cls(worker.low_priority_first, worker.default_priority)
+            for worker in workers
+            if worker.low_priority_first is not None
+        }
+        return orders.pop() if len(orders) == 1 else cls()
+
+    def rank(self, priority: int | None) -> float:
+        """Smaller goes first."""
+        value = self.default if priority is None else priority
+        if value is None:
+            return math.inf
+        return value if self.is_low_first else -value
 
 
 _T = TypeVar("_T", contravariant=True)
@@ -100,11 +129,11 @@ class Waiter:
     due_s: float = math.inf
     is_hopeless: bool = False
     number: int = 0
-    place: tuple[int, float, int] = (0, 0.0, 0)
+    place: tuple[float, float, int] = (0.0, 0.0, 0)
     num_overtaken: int = 0
 
 
-def _place(waiter: Waiter) -> tuple[int, float, int]:
+def _place(waiter: Waiter) -> tuple[float, float, int]:
     return waiter.place
 
 
@@ -118,6 +147,7 @@ class AdmissionQueue:
     def __init__(self, size: int, order: QueueOrder) -> None:
         self.size = size
         self.order = order
+        self.priorities = PriorityOrder()
         self.least_tokens = NOBODY
         self._waiters: list[Waiter] = []
         self._num_joined = 0
@@ -178,7 +208,7 @@ class AdmissionQueue:
 
     def _put(self, waiter: Waiter) -> None:
         key = self.order.key(waiter.since_s, waiter.work.total_s, is_hopeless=waiter.is_hopeless)
-        waiter.place = -waiter.shape.priority, key, waiter.number
+        waiter.place = self.priorities.rank(waiter.shape.priority), key, waiter.number
 
     def leave(self, waiter: Waiter) -> None:
         """Give up the place; nothing happens if that was done before."""

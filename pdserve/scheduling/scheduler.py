@@ -23,6 +23,7 @@ from pdserve.scheduling.lengths import LengthPredictor, Lengths
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.load_sample import Sample
 from pdserve.scheduling.policy import PairCost, Policy, PromptTree, policy_of
+from pdserve.scheduling.queue import PriorityOrder
 from pdserve.scheduling.workers import PairKey, WorkerSlots
 from pdserve.types import InstanceId, RequestShape, Role, WorkerInfo
 
@@ -60,6 +61,7 @@ class Scheduler:
         self.abort = admission.abort
         self.enqueue, self.leave, self.timed_out = admission.enqueue, admission.leave, admission.timed_out
         self._why_none_ready = why_none_ready
+        self._infos: dict[InstanceId, WorkerInfo] = {}
         self._max_open = config.max_concurrent_requests
         self._is_stopping = False
 
@@ -67,16 +69,23 @@ class Scheduler:
 
     def add_worker(self, info: WorkerInfo) -> WorkerSlots:
         """Know a worker; it is used once a pair of it is set ready."""
-        self.table.add(info)
+        self._know(info)
         return self.admission.placement.add_worker(info)
 
     def update_worker(self, info: WorkerInfo) -> None:
         """The description of a known worker has changed."""
+        self._know(info)
+
+    def _know(self, info: WorkerInfo) -> None:
         self.table.add(info)
+        self._infos[info.instance_id] = info
+        self.admission.set_priorities(PriorityOrder.of(self._infos.values()))
 
     def remove_worker(self, instance_id: InstanceId) -> None:
         """Forget a worker, which is in no ready pair any more; its reservations may still end."""
         self.table.remove(instance_id)
+        self._infos.pop(instance_id, None)
+        self.admission.set_priorities(PriorityOrder.of(self._infos.values()))
         self.policy.forget(instance_id)
         self.admission.placement.remove_worker(instance_id)
 

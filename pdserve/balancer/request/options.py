@@ -123,10 +123,10 @@ def new_tokens(route: Route, options: dict[str, Any], sampling: Sequence[dict[st
     return next((n for n in limits if isinstance(n, int) and n >= 0), DEFAULT_NEW_TOKENS)
 
 
-def priority_of(options: dict[str, Any]) -> int:
-    """0 without one."""
+def priority_of(options: dict[str, Any]) -> int | None:
+    """None without one."""
     value = options.get("priority")
-    return value if isinstance(value, int) else 0
+    return value if isinstance(value, int) else None
 
 
 def user_of(options: dict[str, Any]) -> str:

@@ -91,7 +91,7 @@ def parse_plain(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest 
         prompt_tokens=_magnitude(prompt) + head_tokens,
         max_new_tokens=DEFAULT_NEW_TOKENS if new_tokens is None or new_tokens < 0 else new_tokens,
         prompt=head + prompt if wants_prompt else b"",
-        priority=plain.priority or 0,
+        priority=plain.priority,
         route=route,
         user=plain.user or "",
     )

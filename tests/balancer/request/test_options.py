@@ -191,7 +191,7 @@ def _expected(name: str, value: Any) -> Any:
     if name == "n":
         return max(1, value)
     if name == "priority":
-        return value or 0
+        return value
     return value if value and value > 0 else 128  # no limit, or one that leads to an error
 
 
