@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pdserve.balancer.request.request import DEFAULT_NEW_TOKENS, RequestRefused, Route
+from pdserve.balancer.request.request import DEFAULT_NEW_TOKENS, MAX_NEW_TOKENS, RequestRefused, Route
 
 MAX_SAMPLES = 1024
 
@@ -120,7 +120,8 @@ def new_tokens(route: Route, options: dict[str, Any], sampling: Sequence[dict[st
     """The most tokens that an answer may have; SGLang's own default where no limit was given."""
     limits = [item.get("max_new_tokens") for item in sampling]
     limits += [options.get(name) or None for name in _LIMITS.get(route, ())]  # a chat's 0 is no limit
-    return next((n for n in limits if isinstance(n, int) and n >= 0), DEFAULT_NEW_TOKENS)
+    limit = next((n for n in limits if isinstance(n, int) and n >= 0), DEFAULT_NEW_TOKENS)
+    return min(limit, MAX_NEW_TOKENS)
 
 
 def priority_of(options: dict[str, Any]) -> int | None:

@@ -13,6 +13,7 @@ from pdserve.balancer.request.prompt import PromptHead, head_of
 from pdserve.balancer.request.request import (
     BYTES_PER_TOKEN,
     DEFAULT_NEW_TOKENS,
+    MAX_NEW_TOKENS,
     ParsedRequest,
     RequestRefused,
     Route,
@@ -85,11 +86,10 @@ def parse_plain(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest 
     prompt = _prompt(route, plain)
     if prompt is None:
         return None
-    new_tokens = _limit(route, plain)
     head, head_tokens = head_of(route, plain)
     shape = RequestShape(
         prompt_tokens=_magnitude(prompt) + head_tokens,
-        max_new_tokens=DEFAULT_NEW_TOKENS if new_tokens is None or new_tokens < 0 else new_tokens,
+        max_new_tokens=_limit(route, plain),
         prompt=head + prompt if wants_prompt else b"",
         priority=plain.priority,
         route=route,
@@ -98,15 +98,17 @@ def parse_plain(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest 
     return ParsedRequest(route, shape, plain.stream is True, raw=body)
 
 
-def _limit(route: Route, plain: _Plain) -> int | None:
+def _limit(route: Route, plain: _Plain) -> int:
     """The limit that the route's model has a field for."""
     if route is Route.GENERATE:
-        return None if plain.sampling_params is None else plain.sampling_params.max_new_tokens
-    if route is Route.RESPONSES:
-        return plain.max_output_tokens
-    if route is Route.CHAT or route is Route.INVOCATIONS:
-        return plain.max_completion_tokens or plain.max_tokens
-    return plain.max_tokens
+        limit = None if plain.sampling_params is None else plain.sampling_params.max_new_tokens
+    elif route is Route.RESPONSES:
+        limit = plain.max_output_tokens
+    elif route is Route.CHAT or route is Route.INVOCATIONS:
+        limit = plain.max_completion_tokens or plain.max_tokens or None  # a chat's 0 is no limit
+    else:
+        limit = plain.max_tokens
+    return DEFAULT_NEW_TOKENS if limit is None or limit < 0 else min(limit, MAX_NEW_TOKENS)
 
 
 def _is_unnamed(plain: _Plain) -> bool:

@@ -20,6 +20,8 @@ from pdserve.types import RequestShape
 
 DEFAULT_NEW_TOKENS = 128
 """SGLang's own default of max_new_tokens."""
+MAX_NEW_TOKENS = 2**31
+"""More than any model has context: a limit of hundreds of digits is no number to reckon with."""
 
 BYTES_PER_TOKEN = 4
 """A rule of thumb for English text; the policy needs the magnitude only."""

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from pdserve.balancer.request.options import lax_bool, lax_int
 from pdserve.balancer.request.parse import parse_request
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused, Route
+from tests.support.balancer_client import running_site
 from tests.support.examples import n_examples
 
 TRUE = (True, 1, 1.0, "true", "True", "yes", "YES", "y", "on", "On", "1", "t")
@@ -133,6 +134,13 @@ def test_limits_are_read_whatever_they_are_written_as(limit: Any) -> None:
         assert read(route, **{name: limit}).shape.max_new_tokens == 2
 
 
+@pytest.mark.parametrize("limit", [10**400, "9" * 400], ids=["number", "text"])
+async def test_a_limit_of_hundreds_of_digits_is_for_the_worker_to_refuse(limit: Any) -> None:
+    async with running_site() as site:
+        reply = await site.ask("POST", "/v1/chat/completions", {**BASE[Route.CHAT], "max_tokens": limit})
+        assert reply.status == 200  # of the fake, which looks at no limit
+
+
 def test_a_limit_of_another_route_is_none() -> None:
     assert read(Route.RESPONSES, max_tokens=5).shape.max_new_tokens == 128
     assert read(Route.COMPLETIONS, max_completion_tokens=5).shape.max_new_tokens == 128
@@ -192,7 +200,7 @@ def _expected(name: str, value: Any) -> Any:
         return max(1, value)
     if name == "priority":
         return value
-    return value if value and value > 0 else 128  # no limit, or one that leads to an error
+    return min(value, 2**31) if value and value > 0 else 128  # no limit, or one that leads to an error
 
 
 @pytest.mark.engine
