@@ -23,6 +23,8 @@ Progress = Callable[[str], None]
 """Hears one line per step of preparing a model."""
 
 ROLE_ARGS = ("prefill_args", "decode_args")
+STOP_TIMES = ("shutdown_delay_s", "drain_s")
+"""Settings of the balancer that a launch must know, too: it kills a balancer that takes longer."""
 ENGINE_COMMANDS = ("launch", "prefill", "decode")
 """Commands that pass what follows ``--`` on to SGLang."""
 
@@ -74,7 +76,8 @@ def launch_config(
         name: words(flags[name], f"--{name.replace('_', '-')}") for name in ROLE_ARGS if name in flags
     }
     flags = {**flags, **role_args, "sglang_args": sglang_args or None}
-    config = merge(LaunchConfig(), file.launch, flags)
+    of_balancer = {name: file.balancer[name] for name in STOP_TIMES if name in file.balancer}
+    config = merge(LaunchConfig(), {**of_balancer, **file.launch}, flags)
     make_policy(config.policy)
     slo_settings(config.slo)
     if path is not None and (file.balancer or file.bootstrap):

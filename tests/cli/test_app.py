@@ -165,6 +165,13 @@ def test_option_wins_over_file_and_file_over_default(run: Run, model: str, tmp_p
     assert done.out.count(f"--config {file}") == 2  # balancer and bootstrap read their own sections
 
 
+def test_a_launch_waits_as_long_as_its_balancer_was_told_to(run: Run, model: str, tmp_path: Path) -> None:
+    file = tmp_path / "f.toml"
+    file.write_text("[launch]\nshutdown_delay_s = 2.0\n[balancer]\ndrain_s = 120.0\nshutdown_delay_s = 9.0\n")
+    assert "--shutdown-delay 2 --drain 120" in dry_run(run, model, "--config", str(file)).out
+    assert "--shutdown-delay 2 --drain 3" in dry_run(run, model, "--config", str(file), "--drain", "3").out
+
+
 def test_mistake_is_one_line_and_exit_2(run: Run, model: str) -> None:
     mistakes: tuple[tuple[Sequence[str], str], ...] = (
         (("--page-size", "32"), "SGLang's own flags follow a `--`"),
