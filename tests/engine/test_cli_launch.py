@@ -69,6 +69,8 @@ def test_model_that_does_not_fit_says_so(tiny_model: Path, tmp_path: Path) -> No
     args = [str(tiny_model), "--port", str(free_port()), "--log-dir", str(tmp_path)]
     flags = ["--mem-fraction-static", "0.99", "--max-total-tokens", "4000000000", "--dtype", "float32"]
     done = _launch(*args, "--", *flags)
+    _assert_one_clear_line(done, 2, "this machine is too small", "--max-total-tokens", "--force")
+    done = _launch(*args, "--force", "--", *flags)
     _assert_one_clear_line(done, 1, "not enough memory", "KV pool", "--max-total-tokens")
 
 
