@@ -331,8 +331,10 @@ class Attempts:
 
     def _prefilled(self, run: Run, reservation: Reservation) -> None:
         self._reservations.prefill_finished(reservation)
-        if run.aborted_prompts and run.ids is not None:  # both workers know the request by now
-            self.aborts.abort(reservation.pair, run.ids.only(run.aborted_prompts), run.lines)
+        if (run.is_aborted or run.aborted_prompts) and run.ids is not None and run.request.route.rid_field:
+            # Both workers know the request by now; an abort may have overtaken it.
+            ids = run.ids if run.is_aborted else run.ids.only(run.aborted_prompts)
+            self.aborts.abort(reservation.pair, ids, run.lines)
         if run.on_prefilled is not None:
             run.on_prefilled()
 

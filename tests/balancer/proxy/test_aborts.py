@@ -143,6 +143,22 @@ async def test_a_request_whose_prefill_has_answered_ends_on_decode() -> None:
         await site.check_clean()
 
 
+async def test_an_abort_that_overtakes_its_request_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang forgets an abort of a request that it does not know yet."""
+    async with running_site(request_s=60.0) as site:
+        site.decode.behaviour.gate = asyncio.Event()
+        hold = site.hold(Role.PREFILL, Point.ADMITTED)
+        reply = asyncio.ensure_future(ask(site, "/generate", {"text": "hi", "rid": "mine"}))
+        await until(lambda: hold.is_reached, "it runs")
+        with monkeypatch.context() as patch:
+            for fake in site.fakes:
+                patch.setattr(fake, "_abort", lambda rid: None)
+            await abort(site, rid="mine")
+        hold.release()
+        assert is_aborted(await reply)
+        await site.check_clean()
+
+
 async def test_what_comes_after_an_abort_of_all_is_served() -> None:
     async with running_site() as site:
         await abort(site, abort_all=True)
