@@ -203,7 +203,7 @@ def test_a_second_close_counts_for_nothing() -> None:
 
 # -- gaps within streams -----------------------------------------------------------------------
 
-EVENT, END = b'data: {"text":"a"}\n\n', b"data: [DONE]\n\n"
+EVENT, END = b'data: {"text":"a","meta_info":{}}\n\n', b"data: [DONE]\n\n"
 
 
 class Meter:
@@ -223,7 +223,7 @@ class Meter:
 def test_of_eight_streams_in_a_row_every_gap_between_tokens_is_measured_once(length: int) -> None:
     meter = Meter()
     for phase in range(SAMPLING):
-        tally = StreamTally(meter, phase)
+        tally = StreamTally(Route.GENERATE, meter, phase)
         for chunk in (*[EVENT] * length, END):
             tally.add(chunk)
         assert tally.usage().completion_tokens == length
@@ -234,7 +234,7 @@ def test_of_eight_streams_in_a_row_every_gap_between_tokens_is_measured_once(len
 def test_events_that_came_together_have_no_gap() -> None:
     meter = Meter()
     for phase in range(SAMPLING):
-        tally = StreamTally(meter, phase)
+        tally = StreamTally(Route.GENERATE, meter, phase)
         for _ in range(10):
             tally.add(EVENT * 2)
     assert meter.gaps == []
@@ -243,7 +243,7 @@ def test_events_that_came_together_have_no_gap() -> None:
 
 def test_a_running_stream_is_told_within_eight_events() -> None:
     meter = Meter()
-    tally = StreamTally(meter)
+    tally = StreamTally(Route.GENERATE, meter)
     for _ in range(100):
         tally.add(EVENT)
     assert 100 - SAMPLING < sum(meter.events) <= 100

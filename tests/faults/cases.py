@@ -6,7 +6,8 @@ and who may be blamed, from the rules of the design:
     no event at the client yet  another pair is tried; without one 502, silence 504
     events at the client        the stream ends with an error event
     decode has the KV           a prefill that fails later is blamed, the answer goes on
-    4xx, or an abort asked for  goes to the client, nobody is blamed, nothing is tried again
+    4xx                         goes to the client, nobody is blamed, nothing is tried again
+    an abort not asked for here goes to the client, its worker is blamed, nothing is tried again
 """
 
 from __future__ import annotations
@@ -161,11 +162,11 @@ def expected(case: Case) -> Expected:
 
 
 def _expected_aborted(case: Case) -> Expected:
-    """Somebody's wish, not a failure: nobody is blamed, and it is not tried again."""
+    """It may be somebody's wish: it is not tried again. Nobody told the balancer: the worker is blamed."""
     is_answer_safe = case.stage is Stage.DECODED or (case.stage is Stage.STREAMING and case.stream)
     if case.leg is Role.PREFILL and is_answer_safe:
         return Expected(("ok",), "nobody")
-    return Expected(("aborted",), "nobody")
+    return Expected(("aborted",), "leg")
 
 
 def _expected_before(case: Case) -> Expected:

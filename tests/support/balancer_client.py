@@ -28,6 +28,16 @@ class Reply:
     headers: dict[str, str]
     body: bytes
 
+    @classmethod
+    def of(cls, raw: bytes) -> Self:
+        """The response that these bytes are."""
+        head, _, body = raw.partition(b"\r\n\r\n")
+        status_line, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        if headers.get("transfer-encoding") == "chunked":
+            body = _unchunk(body)
+        return cls(int(status_line.split()[1]), headers, body)
+
     @property
     def json(self) -> Any:
         """The body's document."""
@@ -71,13 +81,7 @@ class Exchange:
     async def reply(self) -> Reply:
         """Everything until the server closes."""
         async with asyncio.timeout(DEADLINE_S):
-            raw = await self._reader.read()
-        head, _, body = raw.partition(b"\r\n\r\n")
-        status_line, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-        if headers.get("transfer-encoding") == "chunked":
-            body = _unchunk(body)
-        return Reply(int(status_line.split()[1]), headers, body)
+            return Reply.of(await self._reader.read())
 
 
 def _unchunk(data: bytes) -> bytes:

@@ -49,9 +49,15 @@ class Behaviour:
     """Accept the request and never answer it."""
     hang_after: int | None = None
     """Fall silent after this many streamed events."""
+    go_on: asyncio.Event | None = None
+    """If set, ends the silence within ``segments``."""
     reset_before_head: bool = False
     reset_after: int | None = None
     """Break the connection after this many events (0: after the head); a JSON body breaks half-way."""
+    segments: tuple[bytes, ...] = ()
+    """Sent in place of a stream's events, each in a segment of its own, and nothing after them."""
+    body: bytes = b""
+    """Sent in place of a whole answer."""
     finish: dict[str, Any] = field(default_factory=lambda: {"type": "length", "length": 3})
     close_after_answer: bool = False
     """End the connection after a response without announcing it: the peer holds a stale connection."""
@@ -126,8 +132,12 @@ class Run:
             connection.abort()
         elif does.status != 200:
             self._respond(does.status, does.error_body)
+        elif self._is_stream and does.segments:
+            await self._send_segments()
         elif self._is_stream:
             await self._stream()
+        elif does.body and not self._is_probe:
+            self._respond(200, does.body)
         else:
             await self._complete()
 
@@ -191,6 +201,20 @@ class Run:
             if does.token_delay_s:
                 await asyncio.sleep(does.token_delay_s)
         self._end_stream()
+
+    async def _send_segments(self) -> None:
+        does, connection = self._does, self._connection
+        connection.begin_stream()
+        for step, segment in enumerate(does.segments):
+            if does.hang_after == step:
+                await (does.go_on or asyncio.Event()).wait()
+            connection.chunk(segment)
+            await asyncio.sleep(does.token_delay_s)
+        if does.reset_after is not None:
+            connection.fin()
+        else:
+            self.is_over = True
+            connection.end_stream()
 
     def _send_event(self, event: dict[str, Any]) -> None:
         self._connection.chunk(b"data: " + json.dumps(event).encode() + b"\n\n")

@@ -5,6 +5,13 @@
     other /v1/…     {"object":"error","message","type","param","code"}     OpenAI, SGLang's flat form
     everything else {"error":{"message"}}
 
+In a stream that has begun it is an event:
+
+    /v1/messages    event: error, the same document
+    /v1/responses   event: error, {"type":"error","sequence_number","code","message","param"}
+    other /v1/…     data: {"error":{"object":"error","message","type","param","code"}}
+    everything else data: {"error":{"message","type","code"}}
+
 Pure. Source: the exception handlers of sglang/srt/entrypoints/http_server.py.
 """
 
@@ -108,7 +115,18 @@ def worker_error_status(error: WorkerError) -> int:
     return 504 if isinstance(error, WorkerTimeout) else 502
 
 
-def error_event(status: int, message: str) -> bytes:
-    """The last SSE event of a stream that broke; no ``[DONE]`` follows it."""
-    error = {"message": message, "type": error_type(status), "code": status}
+def error_event(path: str, status: int, message: str, sequence_number: int = 0) -> bytes:
+    """The last SSE event of a stream that broke, as the SDKs of its dialect take one; nothing follows it.
+
+    ``sequence_number`` is the event's own, on ``/v1/responses``.
+    """
+    if _is_under(path, "/v1/messages"):
+        return render_event(route_error(path, status, message).body, b"error")
+    if _is_under(path, "/v1/responses"):
+        code = "invalid_request_error" if status < 500 else "server_error"
+        fields = {"type": "error", "sequence_number": sequence_number, "code": code, "message": message}
+        return render_event(msgspec.json.encode({**fields, "param": None}), b"error")
+    error: dict[str, object] = {"message": message, "type": error_type(status), "code": status}
+    if path.startswith("/v1/") or path == "/invocations":
+        error |= {"object": "error", "param": None}
     return render_event(msgspec.json.encode({"error": error}))

@@ -20,12 +20,13 @@ from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.fleet.worker import PairState
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.record import RequestRecord
-from pdserve.balancer.proxy.relay import LegFailed, PairRelay, Relayed
+from pdserve.balancer.proxy.answer import LegFailed, Relayed
+from pdserve.balancer.proxy.relay import PairRelay
 from pdserve.balancer.proxy.retry import FailureJudge, History, RetryBudget
 from pdserve.balancer.request.aborted import aborted_answer
 from pdserve.balancer.request.headers import JSON_LINE
 from pdserve.balancer.request.ids import RequestIds, RoomAllocator
-from pdserve.balancer.request.request import ParsedRequest
+from pdserve.balancer.request.request import ParsedRequest, Route
 from pdserve.balancer.request.transforms import ResponseSink, renaming_of
 from pdserve.balancer.request.usage import Usage
 from pdserve.config.balancer import BalancerConfig
@@ -129,20 +130,24 @@ class Reservations:
         self._scheduler.serve()
 
     def release_ended(self, reservation: Reservation, relayed: Relayed) -> str:
-        """Release after a whole answer; returns what was wrong with the prefill leg, if anything."""
-        error = relayed.prefill_error
-        if relayed.is_aborted:
-            self.release(reservation)
-        elif error is None:
+        """Release after a complete answer; returns what was wrong with either leg, if anything."""
+        error = relayed.decode_error or relayed.prefill_error
+        if error is None:
             self.release(reservation, prefill_ok=True, decode_ok=True)
+            return ""
+        if error is relayed.decode_error:
+            prefill_ok = True if relayed.prefill_error is None else None
+            self.release(reservation, prefill_ok=prefill_ok, decode_ok=False, error=error)
+        elif relayed.is_aborted:
+            self.release(reservation, prefill_ok=False, error=error)
         elif isinstance(error, WorkerRejected) and error.status < 500:
             self.release(reservation, decode_ok=True)
+            return ""
         else:
             # Only a late one: have it pinged, rather than taken for dead.
             reason = str(error) if isinstance(error, WorkerTimeout) else error
             self.release(reservation, prefill_ok=False, decode_ok=True, error=reason)
-            return str(error)
-        return ""
+        return str(error)
 
     def release_failed(self, reservation: Reservation, failure: LegFailed) -> None:
         """Blame the leg that failed first, by its own error; no worker for the client's fault."""
@@ -168,7 +173,8 @@ class Run(msgspec.Struct, eq=False):
     ``on_prefilled`` is called when the prompt is computed.
     ``is_aborted``: its client, or an operator, has asked for its end; ``aborted_prompts``: for that of
     some of a batch's, by their numbers.
-    ``history`` is what its failures so far tell; None before the first.
+    ``history`` is what its failures so far tell; None before the first. ``sequence_number`` is the next
+    event's in a stream of ``/v1/responses`` that has broken off.
     """
 
     request: ParsedRequest
@@ -182,6 +188,7 @@ class Run(msgspec.Struct, eq=False):
     on_prefilled: Callable[[], None] | None = None
     is_aborted: bool = False
     aborted_prompts: frozenset[int] = frozenset()
+    sequence_number: int = 0
     trace: RequestTrace | None = None
     history: History | None = None
 
@@ -248,7 +255,7 @@ class Attempts:
         shape, usage = run.shape, relayed.usage
         if shape is not None and usage.completion_tokens:
             mean = round(usage.completion_tokens / shape.num_prompts)
-            is_cut = relayed.is_aborted or usage.finish in ("length", "abort") or mean >= shape.max_new_tokens
+            is_cut = usage.is_cut or mean >= shape.max_new_tokens
             self._scheduler.learn(shape, mean, is_cut=is_cut)
 
     def _may_retry(self, run: Run) -> bool:
@@ -299,7 +306,7 @@ class Attempts:
         record.rid, record.room, record.pair = ids.rids[0], ids.rooms[0], pair
         record.reason = reservation.why
         record.timeline.paired_s = time.monotonic()
-        is_over = False
+        is_over, relay = False, None
         try:
             body = request.render_body(pair.prefill.bootstrap_host, pair.prefill.bootstrap_port, ids)
             renaming = renaming_of(request, ids) if request.client_rid else None
@@ -311,10 +318,7 @@ class Attempts:
                 relayed = await relay.run(body, (run.lines, run.lines), run.sink)
             else:
                 relayed = await _traced(run, relay, body, trace)
-            if why := self._reservations.release_ended(reservation, relayed):
-                record.error = why
-                logger.warning("prefill did not end well rid=%s: %s", record.rid, why)
-            self._learn(run, relayed)
+            self._ended(run, reservation, relayed)
             is_over = relayed.prefill_error is None and not relayed.is_aborted
             return relayed
         except LegFailed as exc:
@@ -325,9 +329,19 @@ class Attempts:
             raise
         finally:
             self._reservations.release(reservation)
+            if relay is not None and request.route is Route.RESPONSES:
+                run.sequence_number = relay.next_sequence_number
             self.rooms.give_back(ids)
             if not is_over and request.route.rid_field:
                 self.aborts.abort(pair, ids, run.lines)
+
+    def _ended(self, run: Run, reservation: Reservation, relayed: Relayed) -> None:
+        if run.is_aborted or run.aborted_prompts:  # what came of it is nobody's fault
+            self._reservations.release(reservation)
+        elif why := self._reservations.release_ended(reservation, relayed):
+            run.record.error = why
+            logger.warning("a leg did not end well rid=%s: %s", run.record.rid, why)
+        self._learn(run, relayed)
 
     def _prefilled(self, run: Run, reservation: Reservation) -> None:
         self._reservations.prefill_finished(reservation)
@@ -355,6 +369,8 @@ async def _traced(run: Run, relay: PairRelay, body: bytes, trace: RunTrace) -> R
     try:
         relayed = await relay.run(body, attempt.leg_lines(run.lines), run.sink)
         attempt.answered(relayed.status, relayed.prefill_error, relay.prefill_answer)
+        if relayed.decode_error is not None:
+            attempt.failed(Role.DECODE, relayed.decode_error, is_prefill_done=True)
         return relayed
     except LegFailed as exc:
         attempt.failed(exc.role, exc.error, is_prefill_done=exc.is_prefill_done)

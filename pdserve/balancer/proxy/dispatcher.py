@@ -25,8 +25,8 @@ from pdserve.balancer.api.errors import (
 from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.record import Outcome, RequestRecord
+from pdserve.balancer.proxy.answer import LegFailed, Rejected, Relayed
 from pdserve.balancer.proxy.attempts import Attempts, Run
-from pdserve.balancer.proxy.relay import LegFailed, Rejected, Relayed
 from pdserve.balancer.proxy.samples import run_samples
 from pdserve.balancer.request.aborted import aborted_answer
 from pdserve.balancer.request.headers import forwarded_headers
@@ -236,8 +236,12 @@ class PairDispatcher:
 
     def _completed(self, call: _Call, relayed: Relayed) -> None:
         record, usage = call.record, relayed.usage
-        call.outcome = Outcome.ABORTED if relayed.is_aborted else Outcome.COMPLETED
+        is_aborted = relayed.is_aborted or usage.finish == "abort"
+        call.outcome = Outcome.ABORTED if is_aborted else Outcome.COMPLETED
         record.status, record.finish = relayed.status, usage.finish
+        if usage.failure is not None:  # the worker's own, within its answer
+            call.outcome, record.status = Outcome.FAILED, usage.failure.status
+            record.error = record.error or usage.failure.message
         record.timeline.completion_tokens = usage.completion_tokens
         record.prompt_tokens = usage.prompt_tokens or record.prompt_tokens
         self._ledger.close(record, call.outcome)
@@ -292,7 +296,9 @@ class PairDispatcher:
         record.status = status
         self._ledger.close(record, call.outcome)
         if not client.has_finished:
-            await client.finish(error_event(status, message) if record.is_stream else b"")
+            sequence_number = call.runs[-1].sequence_number if call.runs else 0
+            event = error_event(record.route, status, message, sequence_number)
+            await client.finish(event if record.is_stream else b"")
 
     async def _say_aborted(self, call: _Call) -> None:
         """Where the workers could not be told: as if they had been, or by a last event."""

@@ -19,12 +19,14 @@ from collections.abc import Callable
 import msgspec
 from msgspec import structs
 
+from pdserve.balancer.proxy.answer import LegFailed, Rejected, Relayed, relayed_headers
+from pdserve.balancer.request.events import Said, first_said
 from pdserve.balancer.request.merge import merge_whole, stream_merger
-from pdserve.balancer.request.request import ParsedRequest
+from pdserve.balancer.request.request import ParsedRequest, Route
 from pdserve.balancer.request.transforms import Renaming, ResponseSink
-from pdserve.balancer.request.usage import StreamTally, Usage, stream_failure, usage_of_body
-from pdserve.errors import PdserveError, WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
-from pdserve.http.answer import Answer, Headers
+from pdserve.balancer.request.usage import BatchTally, StreamTally, Usage, usage_of_body
+from pdserve.errors import WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
+from pdserve.http.answer import Answer
 from pdserve.http.client import HttpClient
 from pdserve.http.client_response import ClientResponse, Wakeup
 from pdserve.http.sse import EVENT_END, EventSplitter
@@ -34,82 +36,10 @@ from pdserve.types import Pair, Role
 PREFILL_GRACE_S = 5.0
 """How long after decode's end prefill may take to end its own answer."""
 
-STUMBLED = b"Internal Server Error"
-"""starlette's whole body for an exception that no handler knows."""
-ABORTED = re.compile(rb'"finish_reason":\s*(?:\{"type":\s*)?"abort"')
+ABORTED = re.compile(rb'"finish_reason":\s*(?:\{"type":\s*)?"abort"|"status":\s*"failed"')
+"""How an answer says that it was dropped; Anthropic's has no word for it."""
 TRANSFER_FAILED = re.compile(rb"(transfer|bootstrap|handshake) failed for request|KVTransferError")
 """What SGLang's legs say of each other (disaggregation/prefill.py, decode.py, common/conn.py)."""
-
-_NOT_RELAYED = frozenset(
-    b"connection content-length date keep-alive server transfer-encoding x-request-id".split()
-)
-
-
-class Rejected(WorkerRejected):
-    """An error status with the headers it came with, so that it can be relayed as it is."""
-
-    def __init__(self, response: ClientResponse, body: bytes) -> None:
-        super().__init__(response.url, response.status, body)
-        self.headers = relayed_headers(response)
-
-
-def relayed_headers(response: ClientResponse) -> Headers:
-    """A worker's headers but for those that belong to its connection or that we set."""
-    return tuple([header for header in response.headers if header[0].lower() not in _NOT_RELAYED])
-
-
-class LegFailed(PdserveError):
-    """One leg failed. ``role`` is the one that failed first, None if both were silent.
-
-    ``is_prefill_done`` tells whether the prefill leg had ended well before, ``is_request_fault`` whether
-    another worker has rejected the request too.
-    """
-
-    is_request_fault = False
-
-    def __init__(self, role: Role | None, error: WorkerError, *, is_prefill_done: bool = False) -> None:
-        super().__init__(str(error))
-        self.role = role
-        self.error = error
-        self.is_prefill_done = is_prefill_done
-
-    @property
-    def is_stale(self) -> bool:
-        """True if only a kept connection had been closed: nobody's fault, and no attempt really."""
-        return isinstance(self.error, WorkerUnreachable) and self.error.is_stale
-
-    @property
-    def is_client_fault(self) -> bool:
-        """True if the worker refused the request itself: no other pair would take it either.
-
-        A 500 in the web framework's own words is that: its handler stumbled over the
-        request (an unknown parameter of /vertex_generate), the engine never saw it.
-        """
-        error = self.error
-        return isinstance(error, WorkerRejected) and (error.status < 500 or error.body == STUMBLED)
-
-
-class Relayed(msgspec.Struct, frozen=True):
-    """Decode has ended well and all its bytes are here: sent, or waiting in ``whole``.
-
-    ``prefill_error`` is None if the prefill leg ended well too. ``is_aborted``: somebody
-    had prefill drop the request; its answer says so, and decode is still to be told.
-    """
-
-    status: int
-    usage: Usage
-    whole: Answer | None
-    prefill_error: WorkerError | None = None
-    is_aborted: bool = False
-
-    async def finish(self, sink: ResponseSink) -> None:
-        """Send the end of the answer, unless it is out already."""
-        if sink.has_finished:
-            return
-        if self.whole is None:
-            await sink.finish()
-        else:
-            await sink.answer(self.whole)
 
 
 class _Leg(msgspec.Struct, eq=False):
@@ -149,16 +79,13 @@ class _Leg(msgspec.Struct, eq=False):
             self.parts = [b"".join(self.parts)]
         return self.parts[0] if self.parts else b""
 
-    @property
-    def has_event(self) -> bool:
-        """True once a whole server-sent event is here."""
-        return EVENT_END in self.body()
-
-    def check_stream(self) -> None:
-        """A 200 stream whose first event says that the server failed is a failed leg."""
-        failure = stream_failure(self.parts[0]) if self.parts else None
-        if failure is not None and failure[0] >= 500:
-            self.error, self.is_done = WorkerRejected(self.response.url, failure[0], self.body()), False
+    def check_stream(self, route: Route) -> Said | None:
+        """What a 200 stream says first; None if it has not begun. Of its server's failure: a failed leg."""
+        said = first_said(route, self.body(), is_whole=self.is_done)
+        if said is not None and said.failure is not None and said.failure.is_servers:
+            failed = WorkerRejected(self.response.url, said.failure.status, self.body())
+            self.error, self.is_done = failed, False
+        return said
 
 
 class PairRelay:
@@ -173,6 +100,7 @@ class PairRelay:
     __slots__ = (
         "_bug",
         "_decode",
+        "_first_said",
         "_is_aborted",
         "_is_opening",
         "_limits",
@@ -182,6 +110,7 @@ class PairRelay:
         "_prefill",
         "_renaming",
         "_request",
+        "_tally",
         "_timeline",
         "_wakeup",
     )
@@ -207,6 +136,8 @@ class PairRelay:
         self._wakeup = Wakeup()
         self._is_opening = False
         self._is_aborted = False
+        self._first_said: Said | None = None
+        self._tally: StreamTally | None = None
         self._bug: Exception | None = None
 
     async def run(self, body: bytes, lines: tuple[bytes, bytes], sink: ResponseSink) -> Relayed:
@@ -231,7 +162,8 @@ class PairRelay:
             else:
                 whole = self._whole(prefill, decode)
                 usage = usage_of_body(whole.body)
-            relayed = Relayed(decode.response.status, usage, whole)
+            said_wrong = _said_wrong(decode, usage)
+            relayed = Relayed(decode.response.status, usage, whole, decode_error=said_wrong)
             if self._advance_prefill(prefill):
                 return relayed if prefill.is_done else structs.replace(relayed, prefill_error=prefill.error)
             await relayed.finish(sink)
@@ -252,6 +184,11 @@ class PairRelay:
     def prefill_answer(self) -> bytes:
         """The prefill leg's answer as far as it has arrived."""
         return self._prefill.body()
+
+    @property
+    def next_sequence_number(self) -> int:
+        """The ``sequence_number`` that an event of ours would have in the stream that has broken off."""
+        return 0 if self._tally is None else self._tally.next_sequence_number
 
     def _on_change(self) -> None:
         try:
@@ -278,11 +215,12 @@ class PairRelay:
         prefill, decode, request = self._prefill, self._decode, self._request
         is_prefill_over = self._advance_prefill(prefill)
         is_open = decode.advance()
-        if request.is_stream and decode.is_accepted and (is_open or decode.has_event):
-            is_open = True
-            decode.check_stream()
-            if decode.is_done and not decode.parts:
-                decode.error = WorkerUnreachable(decode.response.url, "its stream ended without a byte")
+        if request.is_stream and decode.is_accepted and decode.error is None:
+            if self._first_said is None:
+                self._first_said = decode.check_stream(request.route)
+            is_open = self._first_said is not None
+            if decode.is_done and not is_open:
+                decode.error = WorkerUnreachable(decode.response.url, "its stream ended without an answer")
         if decode.error is not None or (is_prefill_over and prefill.error is not None):
             return True
         if is_prefill_over and not is_open and ABORTED.search(prefill.body()):
@@ -292,15 +230,16 @@ class PairRelay:
 
     def _aborted(self, prefill: _Leg, sink: ResponseSink) -> Relayed:
         """Prefill's answer as the client's: SGLang's decode server would wait for KV that never comes."""
-        response, body = prefill.response, prefill.body()
+        response, body, usage = prefill.response, prefill.body(), Usage("abort")
         if self._renaming is not None:
             body = self._renaming.apply(body)
-        whole = Answer(response.status, body, relayed_headers(response))
+        whole: Answer | None = Answer(response.status, body, relayed_headers(response))
         if self._request.is_stream:
-            sink.begin(response.status, whole.headers)
+            sink.begin(response.status, relayed_headers(response))
             sink.push(body)
-            return Relayed(response.status, Usage("abort"), None, is_aborted=True)
-        return Relayed(response.status, Usage("abort"), whole, is_aborted=True)
+            whole = None
+        error = _said_wrong(prefill, usage)
+        return Relayed(response.status, usage, whole, prefill_error=error, is_aborted=True)
 
     async def _wait(self) -> None:
         await self._wakeup.wait()
@@ -317,13 +256,21 @@ class PairRelay:
 
     async def _stream(self, prefill: _Leg, decode: _Leg, sink: ResponseSink) -> Usage:
         self._timeline.first_token_s = time.monotonic()
-        is_one_answer = (self._request.num_prompts or 1) == 1 and self._request.num_samples == 1
-        response, tally = decode.response, StreamTally(self._timeline.meter if is_one_answer else None)
+        request, response = self._request, decode.response
+        if (request.num_prompts or 1) == 1 and request.num_samples == 1:
+            tally = StreamTally(request.route, self._timeline.meter)
+        else:
+            tally = BatchTally(request.route)
+        if self._first_said is not None:
+            tally.prompt_tokens = self._first_said.prompt_tokens
+        self._tally = tally
         rewrite, splitter = self._rewrite(prefill), EventSplitter()
 
         def pour(data: bytes) -> bool:
             if splitter.tail or not data.endswith(EVENT_END):  # a part of an event waits for its end
                 data = splitter.feed(data)
+                if not data:
+                    return sink.push(data)
             tally.add(data)
             return sink.push(rewrite(data) if rewrite else data)
 
@@ -338,7 +285,9 @@ class PairRelay:
             sink.on_writable = None
         if response.error is not None:
             raise LegFailed(Role.DECODE, response.error, is_prefill_done=prefill.is_done)
-        sink.push(splitter.tail if self._renaming is None else self._renaming.apply(splitter.tail))
+        if splitter.tail:
+            sink.push(splitter.tail if self._renaming is None else self._renaming.apply(splitter.tail))
+            tally.add(splitter.tail + EVENT_END)
         return tally.usage()
 
     def _rewrite(self, prefill: _Leg) -> Callable[[bytes], bytes] | None:
@@ -371,10 +320,20 @@ class PairRelay:
             return False
         if prefill.is_done:
             if self._request.is_stream:
-                prefill.check_stream()
+                prefill.check_stream(self._request.route)
             self._timeline.prefill_done_s = time.monotonic()
             self._on_prefilled()
         return True
+
+
+def _said_wrong(leg: _Leg, usage: Usage) -> WorkerError | None:
+    """What a leg's complete answer says that its worker did wrong, if it was the worker."""
+    if usage.failure is not None:
+        is_servers, status, why = usage.failure.is_servers, usage.failure.status, usage.failure.message
+        return WorkerRejected(leg.response.url, status, why.encode()) if is_servers else None
+    if usage.finish == "abort":
+        return WorkerRejected(leg.response.url, 500, b"it aborted the request")
+    return None
 
 
 def _first_failure(prefill: _Leg, decode: _Leg) -> LegFailed:

@@ -15,9 +15,9 @@ import msgspec
 
 from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.fleet.probe import WorkerKeys
-from pdserve.balancer.proxy.relay import LegFailed, Rejected
+from pdserve.balancer.proxy.answer import LegFailed
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused
-from pdserve.errors import WorkerError, WorkerTimeout, WorkerUnreachable
+from pdserve.errors import WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
 from pdserve.http.client import HttpClient
 from pdserve.types import InstanceId, Pair, Role, WorkerId, WorkerInfo
 
@@ -94,7 +94,7 @@ class FailureJudge:
         try succeeds.
         """
         error, role = failure.error, failure.role
-        if role is None or not isinstance(error, Rejected) or not _is_own_error(error.status):
+        if role is None or not isinstance(error, WorkerRejected) or not _is_own_error(error.status):
             return
         error.cause = history.cause
         history.rejected_by.add((pair.prefill if role is Role.PREFILL else pair.decode).instance_id)

@@ -15,15 +15,15 @@ import msgspec
 from msgspec import structs
 
 from pdserve.balancer.metrics.record import RequestRecord
+from pdserve.balancer.proxy.answer import LegFailed, Relayed
 from pdserve.balancer.proxy.attempts import Attempts, Run
-from pdserve.balancer.proxy.relay import LegFailed, Relayed
 from pdserve.balancer.proxy.retry import History
 from pdserve.balancer.request.request import ParsedRequest
 from pdserve.balancer.request.usage import Usage
 from pdserve.errors import NoWorkerError
 from pdserve.http.answer import Answer, Headers
 from pdserve.http.incoming import IncomingRequest
-from pdserve.http.sse import DONE_EVENT, event_data, render_event, split_events
+from pdserve.http.sse import DONE_EVENT, EVENT_END, event_data, render_event, split_events
 
 if TYPE_CHECKING:
     from pdserve.balancer.tracing.trace import RequestTrace
@@ -163,8 +163,10 @@ class _Gathering:
     def renumbered(self, event: bytes, index: int) -> bytes:
         """One event of sample ``index`` as the client sees it; empty for the ends that come once for all."""
         payload = event_data(event)
-        if payload == b"[DONE]" or not payload:
+        if payload == b"[DONE]":
             return b""
+        if not payload.startswith(b"{"):
+            return event + EVENT_END if event else b""
         document = msgspec.json.decode(payload)
         if not document.get("choices") and document.get("usage"):
             self._last_usage = document
@@ -210,7 +212,9 @@ class _Gathering:
     def usage(self, usages: list[Usage]) -> Usage:
         """For our own books."""
         total = sum(usage.completion_tokens for usage in usages)
-        return Usage(usages[0].finish, usages[0].prompt_tokens, total)
+        finish = "abort" if any(usage.finish == "abort" for usage in usages) else usages[0].finish
+        failure = next((usage.failure for usage in usages if usage.failure is not None), None)
+        return Usage(finish, usages[0].prompt_tokens, total, failure)
 
     def _resume(self) -> None:
         for sink in self._sinks:

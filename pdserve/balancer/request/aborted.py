@@ -68,8 +68,7 @@ def _new_rid(route: Route) -> str:
 
 def _rendered(event: _Document) -> bytes:
     """With a name where the route's events have one, which is their ``type``."""
-    data = render_event(msgspec.json.encode(event))
-    return b"event: %b\n%b" % (event["type"].encode(), data) if "type" in event else data
+    return render_event(msgspec.json.encode(event), event.get("type", "").encode())
 
 
 def _end(route: Route, fields: _Document, events: list[_Document]) -> bytes:

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from pdserve.balancer.api.errors import error_event
 from pdserve.balancer.proxy import relay
 from pdserve.balancer.request.ids import RoomAllocator
 from pdserve.balancer.request.parse import parse_request
 from pdserve.balancer.request.request import RequestRefused, Route
-from pdserve.balancer.request.usage import StreamTally, stream_failure, usage_of_body
+from pdserve.balancer.request.usage import usage_of_body
 from pdserve.types import RequestShape
 from tests.support.balancer_client import Site, running_site
 from tests.support.fleet_network import release, reserve
@@ -517,23 +516,6 @@ def test_rooms_are_distinct_while_live() -> None:
     assert len(set(ids.rooms)) == len(set(ids.rids)) == len(book) == 1000
     book.give_back(ids)
     assert len(book) == 0
-
-
-def test_stream_failure_is_only_the_servers_own() -> None:
-    abort = b'data: {"text":"","meta_info":{"finish_reason":{"type":"abort","message":"kv lost"%s}}}\n\n'
-    assert stream_failure(abort % b',"status_code":500') == (500, "kv lost")
-    assert stream_failure(abort % b"") is None
-    assert stream_failure(error_event(503, "no")) == (503, "no")
-    assert stream_failure(b'data: {"text":"say \\"error\\" and \\"abort\\""}\n\n') is None
-    assert stream_failure(b'data: {"text": "cut off in "abort"') is None
-
-
-def test_tokens_are_counted_by_events_where_the_stream_does_not_say() -> None:
-    tally = StreamTally()
-    for _ in range(5):
-        tally.add(b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":"stop"}]}\n\n')
-    tally.add(b"data: [DONE]\n\n")
-    assert (tally.usage().completion_tokens, tally.usage().finish) == (5, "stop")
 
 
 def test_usage_of_a_batch_is_its_sum() -> None:
