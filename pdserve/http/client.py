@@ -145,10 +145,10 @@ class HttpClient:
         """Return True while some request of that label is under way there."""
         return any(response.label == label for response in self._exchanges(url))
 
-    def fail_worker(self, url: str, make_error: Callable[[], WorkerError]) -> int:
+    def fail_worker(self, url: str, make_error: Callable[[], WorkerError], *, is_begun: bool = True) -> int:
         """End every exchange with that server with an error and close its kept connections; returns how many
-        exchanges were among them that cannot be resent."""
-        exchanges = self._exchanges(url)
+        exchanges were among them that cannot be resent. Not ``is_begun``: only those without a status."""
+        exchanges = [each for each in self._exchanges(url) if is_begun or not each.status]
         for response in exchanges:
             response.fail(make_error())
             if response.connecting is not None:

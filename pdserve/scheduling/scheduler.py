@@ -22,7 +22,7 @@ from pdserve.scheduling.kv_room import committed_tokens
 from pdserve.scheduling.lengths import LengthPredictor, Lengths
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.load_sample import Sample
-from pdserve.scheduling.policy import PairCost, Policy, PromptTree, policy_of
+from pdserve.scheduling.policy import PairCost, Policy, policy_of
 from pdserve.scheduling.queue import PriorityOrder
 from pdserve.scheduling.workers import PairKey, WorkerSlots
 from pdserve.types import InstanceId, RequestShape, Role, WorkerInfo
@@ -109,9 +109,10 @@ class Scheduler:
 
     def cache_flushed(self, instance_id: InstanceId) -> None:
         """The worker's prefix cache was emptied."""
-        tree = self.policy.tree if isinstance(self.policy, PairCost) else None
-        if isinstance(tree, PromptTree):
-            tree.flush(instance_id)
+        if isinstance(self.policy, PairCost):
+            self.policy.tree.flush(instance_id)
+        else:
+            self.policy.forget(instance_id)
 
     # -- requests ----------------------------------------------------------------------------
 

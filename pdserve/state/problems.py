@@ -42,7 +42,14 @@ def find_problems(state: StateDocument) -> list[Problem]:
 
 def _workers(state: StateDocument) -> Iterator[Problem]:
     for worker in state.workers:
-        if worker.is_troubled:
+        if worker.mismatch:
+            yield Problem(
+                worker.worker_id,
+                f"kept out: {worker.mismatch}",
+                "with the others it would give wrong answers; they have its share of the load",
+                "see docs/operating.md, weights; it comes back by itself once it agrees with the others",
+            )
+        elif worker.is_troubled:
             what = "suspect" if worker.state == "suspect" else f"breaker {worker.breaker}"
             yield Problem(
                 worker.worker_id,

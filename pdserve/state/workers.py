@@ -233,6 +233,9 @@ class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
         AdmissionFigures, about("What is promised of it, and its limits; a limit of 0 is not known.")
     ] = AdmissionFigures()
     wedge: Annotated[WedgeFigures, about("Whether it stands still.")] = WedgeFigures()
+    mismatch: Annotated[
+        str, about("Why it is kept out although it answers: model, role or weights differ; else empty.")
+    ] = ""
     last_error: Annotated[str, about("What went wrong last; empty once it is ready again.")] = ""
     credit: Annotated[CreditFigures, about("What was sent there that the last sample cannot contain.")] = (
         CreditFigures()

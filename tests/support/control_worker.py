@@ -21,7 +21,7 @@ from tests.support.sglang_server import until
 
 JSON = "application/json"
 TOKEN = {"text": " a b", "output_ids": [1, 2], "meta_info": {"finish_reason": {"type": "length"}}}
-OWN_QUESTIONS = ("/ping", "/v1/loads?", "/generate", "/model_info", "/ready")
+OWN_QUESTIONS = ("/ping", "/v1/loads?", "/generate", "/model_info", "/ready", "/server_info")
 """What a balancer asks by itself; not recorded unless the test has told an answer for it."""
 
 
@@ -80,7 +80,7 @@ class ControlWorker:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)  # one may not have begun
 
     async def __aenter__(self) -> Self:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -169,6 +169,8 @@ async def control_site(
         if is_ready:
             pairs = balancer.fleet.pairs
             await until(lambda: pairs() and all(str(pair.state) == "ready" for pair in pairs()), "all ready")
+        members = balancer.fleet.workers()
+        await until(lambda: all(worker.answers.is_set() for worker in members), "all introduced")
         site = ControlSite(balancer, prefills, decodes)
         site.forget()
         yield site

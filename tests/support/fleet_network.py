@@ -104,7 +104,7 @@ class Network:
         """The same."""
         return False
 
-    def fail_worker(self, url: str, make_error: Callable[[], WorkerError]) -> int:
+    def fail_worker(self, url: str, make_error: Callable[[], WorkerError], *, is_begun: bool = True) -> int:
         """The same."""
         return 0
 

@@ -25,6 +25,7 @@ from tests.support.sglang_answers import GENERATE_PATHS, event_of
 from tests.support.sglang_connection import FakeConnection
 from tests.support.sglang_pairing import Hold, Rendezvous
 from tests.support.sglang_run import Behaviour, Run
+from tests.support.sglang_weights import ROUTES, FakeWeights
 
 DEADLINE_S = 60.0
 DEATH_NOTICE_S = 0.02
@@ -68,6 +69,7 @@ class FakeSGLang:
         self.moving = asyncio.Event()
         """Cleared by /pause_generation: requests wait, and /ready says 503."""
         self.moving.set()
+        self.weights = FakeWeights()
         self.poison = ""
         """Die of any request that has this text in it."""
         self.port = 0
@@ -121,6 +123,16 @@ class FakeSGLang:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: FakeConnection(self), "127.0.0.1", port)
         self.port = self._server.sockets[0].getsockname()[1]
+
+    async def restart(self) -> FakeSGLang:
+        """Die, and have another process take the port: with the weights of its start, and nothing cached.
+
+        The caller stops it.
+        """
+        await self.stop()
+        successor = FakeSGLang(self.role, name=self.name)
+        await successor.start(self.port)
+        return successor
 
     async def stop(self) -> None:
         """Break every connection and close the port, as a killed process would."""
@@ -198,6 +210,8 @@ class FakeSGLang:
         elif path in ("/pause_generation", "/continue_generation"):
             self.moving.clear() if path == "/pause_generation" else self.moving.set()
             connection.respond(200, b'{"status":"ok"}')
+        elif path in ROUTES:
+            connection.respond(*await self.weights.change(path, body))
         elif path == "/ready":
             connection.respond(200 if self.moving.is_set() else 503, b"")
         elif path == "/flush_cache":
@@ -220,8 +234,13 @@ class FakeSGLang:
             "/health": {},
             "/v1/loads": {"loads": [self.load]},
             "/v1/models": {"object": "list", "data": [{"id": "fake-model", "object": "model"}]},
-            "/model_info": {"model_path": "fake-model", "disaggregation_mode": str(self.role)},
+            "/model_info": {
+                "model_path": self.weights.path,
+                "weight_version": self.weights.version,
+                "disaggregation_mode": str(self.role),
+            },
             "/server_info": {
+                "startup_time": self.weights.startup_time,
                 "model_path": "fake-model",
                 "name": self.name,
                 "internal_states": [{"last_gen_throughput": 1.5, "name": self.name}],
@@ -242,6 +261,7 @@ class FakeSGLang:
         self.headers.append(connection.headers)
         run = Run(self, connection, path, request)
         await self.moving.wait()
+        self.weights.used[str(request.get("bootstrap_room"))] = self.weights.name
         rids = run.rids
         connection.rid = rids[0] if len(rids) == 1 else str(rids) if rids else ""
         self._kv.update(rids)

@@ -29,6 +29,7 @@ from pdserve.balancer.api.forward import (
     fields_of,
     passed_on,
 )
+from pdserve.balancer.fleet.weights import parse_change
 from pdserve.balancer.fleet.worker import Worker
 from pdserve.balancer.request.options import lax_bool
 from pdserve.errors import WorkerError
@@ -78,6 +79,25 @@ class FanOutControl:
     async def fan_out_slow(self, client: IncomingRequest, body: bytes) -> Answer:
         """The same for what may take minutes: weights, profiles, memory."""
         return await self._fan_out(client, body, self._request_s)
+
+    async def change_weights(self, client: IncomingRequest, body: bytes) -> Answer:
+        """What must be the same everywhere: weights and adapters. Who fails serves again once it has it."""
+        change = parse_change(client.path, body)
+        if change is None:
+            return await self._fan_out(client, body, self._request_s)
+        workers, question = self._chosen(client), self._question(client, body, self._request_s)
+        with self._asker.fleet.updates.update(change, workers, is_whole=not _named(client)) as update:
+
+            async def tell(worker: Worker) -> Reply:
+                reply: Reply | None = None
+                try:
+                    reply = await self._asker.ask(question, worker)
+                    return reply
+                finally:
+                    is_done = isinstance(reply, FetchedResponse) and reply.status == 200
+                    update.told(worker, is_done=is_done)
+
+            return _rows(workers, await asyncio.gather(*(tell(worker) for worker in workers)))
 
     async def flush_cache(self, client: IncomingRequest, body: bytes) -> Answer:
         """Every worker drops its prefix cache; SGLang waits ``?timeout=`` seconds for idleness."""

@@ -21,6 +21,7 @@ from pdserve.balancer.api.forward import ControlRefused, WorkerAsker
 from pdserve.balancer.api.health import HealthControl
 from pdserve.balancer.api.info import InfoControl
 from pdserve.balancer.api.workers import WorkersControl
+from pdserve.balancer.fleet import weights
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.workers import WorkerMetrics
 from pdserve.balancer.request.request import Route
@@ -197,8 +198,6 @@ def _add_fan_outs(routes: RouteMap, control: FanOutControl) -> None:
     admin(EITHER, control.fan_out_slow, "/dump_expert_distribution_record")
     admin(EITHER, control.fan_out_slow, "/resume_memory_occupation")
     admin(EITHER, control.release_memory, "/release_memory_occupation")
-    admin(POST, control.fan_out_slow, "/load_lora_adapter", "/load_lora_adapter_from_tensors")
-    admin(POST, control.fan_out_slow, "/unload_lora_adapter")
     admin(POST, control.one_worker, "/pd_role_switch")
     # Sessions are the client's own: SGLang asks for no admin key either.
     routes.add(Access.CLIENT, EITHER, control.open_session, "/open_session")
@@ -207,9 +206,7 @@ def _add_fan_outs(routes: RouteMap, control: FanOutControl) -> None:
 
 def _add_weights(routes: RouteMap, control: FanOutControl) -> None:
     admin = partial(routes.add, Access.ADMIN)
-    admin(POST, control.fan_out, "/update_weight_version")
-    admin(POST, control.fan_out_slow, "/update_weights_from_disk", "/update_weights_from_tensor")
-    admin(POST, control.fan_out_slow, "/update_weights_from_distributed", "/update_weights_from_ipc")
+    admin(POST, control.change_weights, *weights.ROUTES)
     admin(POST, control.fan_out_slow, "/begin_weight_update", "/end_weight_update")
     admin(POST, control.init_weights_update_group, "/init_weights_update_group")
     admin(POST, control.fan_out_slow, "/destroy_weights_update_group")

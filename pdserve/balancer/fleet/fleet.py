@@ -22,6 +22,7 @@ from pdserve.balancer.fleet.health import HealthTracker
 from pdserve.balancer.fleet.probe import PairProber, ProbeGate, WorkerKeys
 from pdserve.balancer.fleet.roster import Roster, explain_shortage, static_workers
 from pdserve.balancer.fleet.transfer_poll import TransferListener, TransferPoller
+from pdserve.balancer.fleet.updates import FleetUpdates
 from pdserve.balancer.fleet.worker import PairRecord, PairState, Worker, WorkerState
 from pdserve.balancer.fleet.worker_monitor import WorkerMonitor
 from pdserve.bootstrap.watch import FleetWatcher
@@ -64,6 +65,7 @@ class WorkerFleet:
         self._roster = Roster()
         self._log = EventLog()
         self.health = HealthTracker(self._roster, self.scheduler, self._log, pool)
+        self.updates = FleetUpdates(self._roster, self.health, pool, config)
         self._draining: set[Worker] = set()
         self._dismissed: set[InstanceId] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -100,6 +102,10 @@ class WorkerFleet:
         """Every prefill x decode pair, in the order of ``workers``."""
         return self._roster.pairs()
 
+    def why_kept_out(self, worker: Worker) -> str:
+        """Why a worker that answers gets no requests: its model, role or weights. Empty if it may."""
+        return worker.mismatch or self._roster.why_apart(worker)
+
     def paused(self) -> list[Worker]:
         """The paused workers without which no pair can serve now; none if some pair can."""
         pairs = self._roster.ready_pairs()
@@ -128,6 +134,9 @@ class WorkerFleet:
         return self._roster.find(worker_id)
 
     def _why_none_ready(self) -> str:
+        tested = [record for record in self.pairs() if record.state is PairState.READY]
+        if tested:  # but not of the same weights
+            return f"weights are being updated: {self._roster.why_pair_apart(tested[0])}"
         return explain_shortage(self.workers(), self.pairs(), self._how_to_join())
 
     def _how_to_join(self) -> str:
@@ -267,9 +276,9 @@ class WorkerFleet:
         worker = Worker(slots, is_static=is_static, breaker=Breaker(self.config.breaker_failures))
         records = self._roster.add(worker)
         self._log.note("joined", worker, info.url)
-        if not is_static:
+        if not is_static and not self.updates.is_behind(worker):
             worker.answers.set()  # it registered after its server was up
-        monitor = WorkerMonitor(worker, self.config, self._pool, self.health)
+        monitor = WorkerMonitor(worker, self.config, self._pool, self.health, self.updates)
         worker.tasks[MONITOR] = self._spawn(monitor.run(), f"keep-{worker.worker_id}")
         if self._transfers is not None:
             poller = TransferPoller(worker, self._pool, WorkerKeys.of(self.config).plain, self._transfers)

@@ -15,6 +15,7 @@ import logging
 from pdserve.balancer.fleet.breaker import Failure
 from pdserve.balancer.fleet.events import EventLog
 from pdserve.balancer.fleet.roster import Roster
+from pdserve.balancer.fleet.weights import Weights
 from pdserve.balancer.fleet.worker import (
     COMMAND,
     PairRecord,
@@ -150,6 +151,29 @@ class HealthTracker:
             worker.is_paused = is_paused
             self._log.note("paused" if is_paused else "continued", worker, f"{worker.num_inflight} in flight")
             self.set_ready_pairs()
+
+    def worker_restarted(self, worker: Worker) -> None:
+        """Another process answers at the worker's address: it has the weights of its start, and no prefix."""
+        worker.weights, worker.is_ahead, worker.is_paused = Weights(), False, False
+        self.cache_flushed(worker)
+        self._log.note("restarted", worker, "another process answers at its address, with nothing cached")
+
+    def cache_flushed(self, worker: Worker) -> None:
+        """The worker's prefix cache is empty."""
+        self._scheduler.cache_flushed(worker.instance_id)
+
+    def still_serving(self, model: str, apart_from: Worker) -> Worker | None:
+        """Another worker that answers and has that model."""
+        others = (each for each in self._roster.members.values() if each is not apart_from)
+        return next((each for each in others if each.answers.is_set() and each.info.model == model), None)
+
+    def note(self, event: str, worker: Worker, detail: str) -> None:
+        """Something that an operator cares about has happened to ``worker``."""
+        self._log.note(event, worker, detail)
+
+    def fail_waiting(self, worker: Worker, why: str) -> None:
+        """End the requests that the worker has not begun to answer: they are tried elsewhere."""
+        self._pool.fail_worker(worker.url, lambda: WorkerError(worker.url, why), is_begun=False)
 
     def worker_stalled(self, worker: Worker, why: str) -> None:
         """The worker answers, but its scheduler makes no progress. That is no hang while it loads other

@@ -29,6 +29,7 @@ from pdserve.balancer.fleet.worker import (
     ProbeFailed,
     ProbePassed,
     ProbeResult,
+    Worker,
     WorkerState,
 )
 from pdserve.config.balancer import BalancerConfig
@@ -199,6 +200,13 @@ MAX_PROBES_PER_WORKER = 2
 """One probe may hang for ``probe_s`` on a broken peer; the second place lets other pairs be tested."""
 
 
+VERSION_S = 5.0
+
+
+class _ModelVersion(msgspec.Struct):
+    weight_version: str | None = None
+
+
 class ProbeGate:
     """Bounds how many probes run at once, in all and per worker."""
 
@@ -273,9 +281,29 @@ class PairProber:
         with self._gate.turn(record):
             record.retest.clear()
             record.state = PairState.PROBING
-            result = await probe_pair(self._pool, record.pair, self._config.probe_s, self._keys)
+            differ = await self._compare_versions()
+            result = differ or await probe_pair(self._pool, record.pair, self._config.probe_s, self._keys)
         self._health.pair_probed(record, result)
         return result
+
+    async def _compare_versions(self) -> ProbeFailed | None:
+        """Two servers that tell different versions of their weights give no right answer together."""
+        record = self._record
+        told = await asyncio.gather(*(self._version(w) for w in (record.prefill, record.decode)))
+        if not all(told) or told[0] == told[1]:
+            return None
+        versions = f"{record.prefill.worker_id} has {told[0]}, {record.decode.worker_id} has {told[1]}"
+        return ProbeFailed(None, f"weight versions differ: {versions}; send both the same weights")
+
+    async def _version(self, worker: Worker) -> str:
+        """What the server calls its weights; empty if it does not say."""
+        try:
+            answer = await self._pool.fetch(
+                worker.url, "GET", "/model_info", headers=self._keys.plain, timeout_s=VERSION_S
+            )
+            return msgspec.json.decode(answer.body, type=_ModelVersion).weight_version or ""
+        except (WorkerError, msgspec.DecodeError, UnicodeDecodeError):
+            return ""
 
     def _backoff_bounds(self) -> tuple[float, float]:
         is_suspect = WorkerState.SUSPECT in (self._record.prefill.state, self._record.decode.state)

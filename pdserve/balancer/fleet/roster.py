@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from pdserve.balancer.fleet.weights import Weights
 from pdserve.balancer.fleet.worker import PairRecord, PairState, Worker, WorkerState
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
@@ -19,6 +20,8 @@ class Roster:
     def __init__(self) -> None:
         self.members: dict[InstanceId, Worker] = {}
         self.records: dict[PairKey, PairRecord] = {}
+        self.agreed = Weights()
+        """What every worker must have loaded to serve."""
         self._in_order: list[PairRecord] | None = None
 
     def __contains__(self, worker: Worker) -> bool:
@@ -54,9 +57,25 @@ class Roster:
         return [record for record in self.records.values() if worker in (record.prefill, record.decode)]
 
     def ready_pairs(self) -> list[PairRecord]:
-        """The pairs that may take traffic: paused ones only if there is no other."""
+        """The pairs that may take traffic: of the same weights, and paused ones only if there is no other."""
         ready = [record for record in self.records.values() if record.state is PairState.READY]
+        ready = [record for record in ready if not self.why_pair_apart(record)]
         return [record for record in ready if not record.is_paused] or ready
+
+    def why_apart(self, worker: Worker) -> str:
+        """Why the worker may not serve with the others: it has other weights. Empty if it has not."""
+        if worker.weights == self.agreed:
+            return ""
+        verb = "was told" if worker.is_ahead else "has"
+        return f"{worker.worker_id} {verb} other weights ({worker.weights}) than the fleet ({self.agreed})"
+
+    def why_pair_apart(self, record: PairRecord) -> str:
+        """The same for one of a pair."""
+        return self.why_apart(record.prefill) or self.why_apart(record.decode)
+
+    def is_behind(self, worker: Worker) -> bool:
+        """True if the worker has missed something that the fleet has, and is not being told just now."""
+        return worker.weights != self.agreed and not worker.is_ahead and not worker.num_updates
 
     def workers(self) -> list[Worker]:
         """Every member, prefill first, each role in the order of its names."""

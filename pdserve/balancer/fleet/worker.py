@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from pdserve.balancer.fleet.breaker import Breaker
+from pdserve.balancer.fleet.weights import Weights
 from pdserve.scheduling.policy import WorkerView
 from pdserve.scheduling.workers import PairKey, WorkerSlots
 from pdserve.types import InstanceId, Pair, Role, WorkerId, WorkerInfo
@@ -65,6 +66,9 @@ class Worker:
     monitor. ``tasks`` are its background tasks by name.
 
     ``is_paused``: its engine generates nothing until an operator lets it go on.
+    ``weights`` is what was loaded there; ``is_ahead``: an operator has told it more than the fleet;
+    ``num_updates`` of such commands are under way. ``start`` tells its process from the next one at that
+    address, empty while unknown. ``mismatch`` is why it is kept out although it answers.
     ``is_leaving``: it is removed when it is drained; ``has_left``: it is no member any more.
     ``stalled_s`` is how long it has had work and made no progress, as last seen.
     ``failures`` counts its failed legs by kind, for metrics.
@@ -77,6 +81,11 @@ class Worker:
     last_error: str = ""
     needs_ping: bool = False
     is_paused: bool = False
+    weights: Weights = field(default_factory=Weights)
+    is_ahead: bool = False
+    num_updates: int = 0
+    start: str = ""
+    mismatch: str = ""
     is_leaving: bool = False
     has_left: bool = False
     num_probes: int = 0

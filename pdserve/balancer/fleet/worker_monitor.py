@@ -10,23 +10,28 @@ import asyncio
 import logging
 import time
 from collections import deque
+from typing import TypeVar
 
 import msgspec
 
 from pdserve.balancer.fleet.health import HealthTracker
 from pdserve.balancer.fleet.liveness import HangDetector, StallDetector, patience_s
 from pdserve.balancer.fleet.probe import WorkerKeys
+from pdserve.balancer.fleet.updates import FleetUpdates
 from pdserve.balancer.fleet.worker import Backoff, Worker
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ProtocolMismatch, WorkerError, WorkerUnreachable
 from pdserve.http.client import FetchedResponse, HttpClient
 from pdserve.scheduling.load_sample import LOADS_PATH, Sample, parse_loads
+from pdserve.types import WorkerLoad
 
 logger = logging.getLogger(__name__)
 
 PING_S = 5.0
 HEALTH_S = 25.0
 """SGLang's ``/health`` generates a token: at least 1 s, gives up after 20 s."""
+INFO_S = 10.0
+"""``/server_info`` asks the scheduler, which may be in a long step."""
 LOADS_S = 2.0
 UNREACHABLE_POLLS = 2
 """Polls in a row without a connection that make a worker suspect; one may be a closing keep-alive."""
@@ -43,16 +48,25 @@ MAX_CALM_S = 30.0
 """Each return to service beyond FREE_REVIVALS within FLAP_WINDOW_S takes twice as long, up to this."""
 
 
+_Info = TypeVar("_Info", bound=msgspec.Struct)
+
+
 class WorkerMonitor:
     """Polls one worker's load; pings it while it is suspect or, if static, not up yet; reports a hang."""
 
     def __init__(
-        self, worker: Worker, config: BalancerConfig, pool: HttpClient, health: HealthTracker
+        self,
+        worker: Worker,
+        config: BalancerConfig,
+        pool: HttpClient,
+        health: HealthTracker,
+        updates: FleetUpdates,
     ) -> None:
         self._worker = worker
         self._config = config
         self._pool = pool
         self._health = health
+        self._updates = updates
         self._headers = WorkerKeys.of(config).plain
         self._progress = StallDetector(worker.role)
         self._silence = HangDetector(config.wedge_s)
@@ -61,6 +75,8 @@ class WorkerMonitor:
         self._silent_polls = 0
         self._has_no_figures = False
         self._heard = -1
+        self._has_met = False
+        self._counted = (0, 0.0)
         self._backoff = Backoff(config.load_poll_s, max(config.load_poll_s, POLL_BACKOFF_S))
 
     async def run(self) -> None:
@@ -77,6 +93,8 @@ class WorkerMonitor:
                 worker.needs_ping = False
                 if why := await self._ping():
                     self._health.worker_silent(worker, why)
+            elif self._updates.is_behind(worker):
+                self._health.suspect(worker, "it has missed an update of the fleet's weights")
             else:
                 await self._rest(await self._poll())
 
@@ -104,7 +122,7 @@ class WorkerMonitor:
 
     async def _revive(self) -> None:
         backoff = Backoff(*REVIVE_BACKOFF_S)
-        while why := await self._ping() or await self._introduce():
+        while why := await self._ping() or await self._introduce() or await self._catch_up():
             if self._worker.is_over:
                 return
             self._worker.last_error = why
@@ -137,27 +155,52 @@ class WorkerMonitor:
         return f"{self._worker.url} has neither /ping nor /health"
 
     async def _introduce(self) -> str:
-        """Learn a static worker's model; why it cannot serve its role, or an empty string."""
+        """Learn what answers at a static worker's address, which may be another server than before.
+
+        Returns why it cannot serve there, or an empty string.
+        """
         worker = self._worker
-        if not worker.is_static or worker.info.model:
+        if not worker.is_static:
             return ""
         try:
-            answer = await self._ask("/model_info", PING_S)
-            about = msgspec.json.decode(answer.body, type=_ModelInfo)
+            about = _decoded((await self._ask("/model_info", PING_S)).body, _ModelInfo())
+            start = _decoded((await self._ask("/server_info", INFO_S)).body, _ServerInfo()).text
         except WorkerError as exc:
             return str(exc)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            return ""
+        if self._has_met and (not start or start != worker.start):
+            self._health.worker_restarted(worker)
+        worker.start, self._has_met = start, True
+        worker.mismatch = self._why_another(about)
+        if not worker.mismatch and about.model_path and not worker.weights.model_path:
+            name = about.served_model_name or about.model_path
+            info = msgspec.structs.replace(worker.info, model=about.model_path, served_model_name=name)
+            self._health.worker_learned(worker, info)
+        return worker.mismatch
+
+    def _why_another(self, about: _ModelInfo) -> str:
+        """Why this is not the server that was named, or an empty string."""
+        worker, model = self._worker, self._worker.info.model
         if about.disaggregation_mode not in (None, worker.role):
             return (
                 f"{worker.url} runs with --disaggregation-mode {about.disaggregation_mode}; "
                 f"a {worker.role} server was expected there"
             )
-        name = about.served_model_name or about.model_path
-        self._health.worker_learned(
-            worker, msgspec.structs.replace(worker.info, model=about.model_path, served_model_name=name)
+        if not model or about.model_path in ("", model, worker.weights.model_path):
+            return ""
+        other = self._health.still_serving(model, worker)
+        if other is None:
+            return ""  # the whole fleet was restarted with another one
+        return (
+            f"{worker.url} serves {about.model_path} now; {model} was there, and {other.worker_id} still has "
+            f"it: start it with that, or DELETE /workers/{worker.worker_id} and add it anew"
         )
-        return ""
+
+    async def _catch_up(self) -> str:
+        """Have a worker do what it missed; why it cannot serve with the others, or an empty string."""
+        if self._worker.num_updates:
+            return "an update of its weights is under way"
+        self._worker.mismatch = await self._updates.bring(self._worker)
+        return self._worker.mismatch
 
     async def _poll(self) -> float:
         """One load sample; the seconds to wait before the next."""
@@ -176,9 +219,21 @@ class WorkerMonitor:
             return self._unusable(str(exc))
         self._has_no_figures = False
         self._backoff.reset()
+        if self._began_anew(sample.load):
+            self._health.suspect(self._worker, "its counters began anew: it was restarted")
+            return 0.0
         self._health.worker_sampled(self._worker, sample)
         self._watch_progress(sample)
         return self._config.load_poll_s
+
+    def _began_anew(self, load: WorkerLoad) -> bool:
+        """True if what only grows has fallen at a static address: another process answers there, which came
+        up between two polls."""
+        before = self._counted
+        steps = load.decode_moments[0] if load.decode_moments else 0.0
+        self._counted = load.total_prefill_uncached_tokens, steps
+        has_fallen = self._counted[0] < before[0] or steps < before[1]
+        return has_fallen and self._worker.is_static
 
     async def _see_whether_paused(self) -> None:
         """Ask, unless bytes have come since the last poll. SGLang's ``/ready`` is 503 while the engine is
@@ -244,6 +299,25 @@ class _ModelInfo(msgspec.Struct):
     model_path: str = ""
     served_model_name: str | None = None
     disaggregation_mode: str | None = None
+
+
+class _ServerInfo(msgspec.Struct):
+    """``startup_time`` is how long each part of its start took: no two starts are alike."""
+
+    startup_time: msgspec.Raw = msgspec.Raw(b"null")
+
+    @property
+    def text(self) -> str:
+        """What tells this start from others; empty if the server does not say."""
+        return "" if bytes(self.startup_time) == b"null" else bytes(self.startup_time).decode()
+
+
+def _decoded(body: bytes, default: _Info) -> _Info:
+    """The server's description of itself; the default if it gives none."""
+    try:
+        return msgspec.json.decode(body, type=type(default))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return default
 
 
 async def _woken(worker: Worker, delay_s: float) -> bool:

@@ -112,6 +112,7 @@ def _worker(fleet: WorkerFleet, worker: Worker, now_s: float, figures: WorkerFig
         leaving=worker.is_leaving or worker.info.is_leaving,
         admission=_admission(worker),
         wedge=WedgeFigures(stalled_s=worker.stalled_s, wedged=worker.num_wedged),
+        mismatch=fleet.why_kept_out(worker),
         last_error=worker.last_error,
         credit=CreditFigures(reqs=credit.reqs, prompt_tokens=credit.prompt_tokens),
         fitted=FittedFigures(
