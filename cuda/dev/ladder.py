@@ -28,7 +28,13 @@ def build_ladder(out_dir: Path, arch: int) -> Path:
     """Compile ladder.cu with the flags of the real library; raises CalledProcessError."""
     out = out_dir / "libladder.so"
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    command = [str(kernels.find_nvcc()), *kernels.NVCC_FLAGS, target, f"-I{CUDA / 'include'}"]
+    command = [
+        str(kernels.find_nvcc()),
+        *kernels.NVCC_FLAGS,
+        *kernels.STRICT_FLAGS,
+        target,
+        f"-I{CUDA / 'include'}",
+    ]
     done = subprocess.run(
         [*command, str(CUDA / "dev" / "ladder.cu"), "-o", str(out)],
         capture_output=True,

@@ -122,7 +122,7 @@ class LaunchConfig:
         "--transfer-path",
         choices=TRANSFER_PATHS,
     )
-    slab_mb: int = setting(0, "Slab of each rank.", "MiB", "--slab-mb", empty="64 on CPU, 1024 on a GPU")
+    slab_mb: int = setting(0, "Slab of each rank.", "MiB", "--slab-mb", empty="64 on CPU, 256 on a GPU")
     start_method: str = setting(
         "auto",
         "How workers start; fork: from one preloaded process, quicker, CPU only; spawn: each imports SGLang.",

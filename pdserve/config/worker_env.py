@@ -31,7 +31,7 @@ class DataPlaneConfig:
     path: str = "auto"
     """``direct`` or ``packed`` force one path where the geometry allows it."""
     slab_mb: int = 0
-    """Slab of each rank in MiB; 0: 64 on CPU, 1024 on a GPU."""
+    """Slab of each rank in MiB; 0: 64 on CPU, 256 on a GPU."""
     cache_dir: str = ""
     """Where built CUDA kernels are kept; empty: pdserve's cache folder."""
 
@@ -40,6 +40,10 @@ class DataPlaneConfig:
             raise ConfigError(f"transfer path must be one of {', '.join(TRANSFER_PATHS)}, got {self.path!r}")
         if not 0 <= self.slab_mb <= 65536:
             raise ConfigError(f"slab must be 0 (default) to 65536 MiB, got {self.slab_mb}")
+
+    def slab_bytes(self, *, is_gpu: bool) -> int:
+        """What each rank allocates for it; 0 while the data plane is off."""
+        return (self.slab_mb or (256 if is_gpu else 64)) << 20 if self.is_on else 0
 
     @classmethod
     def from_environ(cls, env: Mapping[str, str]) -> DataPlaneConfig:

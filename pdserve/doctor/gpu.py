@@ -50,6 +50,8 @@ class GpuFacts:
     torch_cuda: str = ""
     nvcc: str = ""
     nvcc_version: str = ""
+    has_kernels: bool = False
+    """The installed package carries compiled kernels."""
     has_rdma: bool = False
     has_peermem: bool = False
 
@@ -70,6 +72,7 @@ def gather_gpu(environ: Mapping[str, str]) -> GpuFacts:
         driver_cuda=_first(r"CUDA Version:\s*([\d.]+)", banner),
         torch_cuda=torch_cuda(),
         nvcc=nvcc,
+        has_kernels=_has_kernels(),
         nvcc_version=nvcc_version,
         has_rdma=any(Path("/sys/class/infiniband").glob("*")),
         has_peermem=any(Path(f"/sys/module/{name}").exists() for name in ("nvidia_peermem", "nv_peer_mem")),
@@ -105,6 +108,12 @@ def _smi_trouble(listing: ChildResult) -> str:
         return "nvidia-smi is not there"
     words = (listing.stdout.strip() or listing.complaint(SMI_S)).splitlines()
     return f"nvidia-smi: {words[0]}" if words else "nvidia-smi failed"
+
+
+def _has_kernels() -> bool:
+    from pdserve.kv.kernels import PREBUILT
+
+    return PREBUILT.is_file()
 
 
 def _nvcc() -> tuple[str, str]:
@@ -211,6 +220,8 @@ def _judge_driver(facts: GpuFacts) -> Finding:
 
 
 def _judge_nvcc(facts: GpuFacts) -> Finding:
+    if not facts.nvcc and facts.has_kernels:
+        return ok(NVCC, "not needed: this pdserve carries its KV kernels")
     if not facts.nvcc:
         return warning(
             NVCC,

@@ -179,6 +179,18 @@ class HostPageCopier:
         return self._views[key]
 
 
+class NoCopier:
+    """For a device without kernels: nothing may be packed, so nobody is offered slab space."""
+
+    def gather_pages(self, pages: PageIds, piece: Piece, slab_address: int) -> Completion:
+        """Refuse."""
+        raise KVLayoutMismatch("KV cannot be packed here: there are no kernels for this GPU")
+
+    def scatter_pages(self, pages: PageIds, piece: Piece, slab_address: int) -> Completion:
+        """Refuse."""
+        raise KVLayoutMismatch("KV cannot be unpacked here: there are no kernels for this GPU")
+
+
 def _unit_rows(
     pages: PageIds, page_size: int, unit: int, first_token: int, num_tokens: int
 ) -> npt.NDArray[np.int64]:

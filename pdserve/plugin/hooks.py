@@ -97,6 +97,12 @@ HOOKS: tuple[HookTarget, ...] = (
         "a server that was told to stop is given no new requests",
     ),
     HookTarget(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.config_from_budget",
+        "around",
+        "pdserve.plugin.patches:leave_room_for_slab",
+        "on a GPU the slab would take memory that a full chunk's activations need",
+    ),
+    HookTarget(
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool_allocator",
         "around",
         "pdserve.plugin.patches:name_forward_stream",

@@ -60,6 +60,19 @@ def fork_scheduler_processes(original: Callable[..., Any], *args: Any, **kwargs:
     return result
 
 
+def leave_room_for_slab(
+    original: Callable[..., Any], configurator: Any, budget_bytes: int, *args: Any, **kwargs: Any
+) -> Any:
+    """AROUND ``KVCacheConfigurator.config_from_budget``: on a GPU the slab is not the pool's to take.
+
+    It is allocated after the pool, out of what SGLang keeps free for activations otherwise.
+    """
+    env = WorkerEnv.from_environ()
+    is_gpu = not str(configurator.device).startswith("cpu")
+    slab_bytes = env.data_plane.slab_bytes(is_gpu=True) if is_gpu and not env.stock else 0
+    return original(configurator, budget_bytes - slab_bytes, *args, **kwargs)
+
+
 def name_forward_stream(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND ``_build_token_to_kv_pool_allocator``: the allocator's freed pages cool behind the forwards.
 

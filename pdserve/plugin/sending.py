@@ -53,7 +53,8 @@ class Joins:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._turn = threading.Lock()
+        self.turn = threading.Lock()
+        """Held by whoever acts on a room, or registers a peer with SGLang's own path."""
         self._queues: dict[str, deque[tuple[int | None, Callable[[], None]]]] = {}
 
     def connect(self, agent: str, connect: Callable[[], None]) -> None:
@@ -75,7 +76,7 @@ class Joins:
                 if name == agent or any(waiting == room for waiting, _ in queue):
                     queue.append((room, action))
                     return
-        with self._turn:
+        with self.turn:
             action()
 
     def is_joining(self, agent: str) -> bool:
@@ -88,7 +89,7 @@ class Joins:
             with self._lock:
                 room, action = self._queues[agent][0]
             try:
-                with contextlib.nullcontext() if room is None else self._turn:
+                with contextlib.nullcontext() if room is None else self.turn:
                     action()
             except Exception:
                 logger.exception("decode rank %s: message not acted on", agent)
@@ -143,6 +144,12 @@ class PrefillPlane:
             logger.error("decode rank %s cannot be served: %s", name, exc)
             self._refused[name] = str(exc)
             self._links.pop(name, None)
+            return
+        if not link.can_direct and link.piece_bytes <= 0 and offer.holder:  # 0: it is sent nothing
+            self._links.pop(name, None)
+            self._manager.serve_without_offer(
+                info, "one side has no kernels for its GPU: use one --page-size"
+            )
             return
         known = self._links.get(name)
         if known is None:

@@ -33,8 +33,10 @@ from sglang.srt.environ import envs
 from sglang.srt.utils.network import NetworkAddress
 
 from pdserve.config.worker_env import WorkerEnv, ucx_transports
-from pdserve.errors import ProtocolMismatch, RegistrationFailed
+from pdserve.errors import ConfigError, ProtocolMismatch, RegistrationFailed
+from pdserve.kv.coalesce import NoCopier, PageCopier
 from pdserve.kv.cuda_copy import make_copier
+from pdserve.kv.layout import PagedRegions
 from pdserve.plugin.dataplane import (
     BACKENDS,
     DeadPeerWatch,
@@ -52,15 +54,13 @@ from pdserve.transfer.messages import PeerOffer, decode_offer, encode
 from pdserve.transfer.nixl import NixlEngine
 from pdserve.transfer.peer import RankPool
 from pdserve.transfer.plan import Path
-from pdserve.transfer.slots import SlotLender
+from pdserve.transfer.slots import Slab, SlotLender
 from pdserve.transfer.ucx import transport_problem
 
 logger = logging.getLogger(__name__)
 
 OFFER_FRAME = 24
 """Index of our frame in a registration, after SGLang's own (0 is the room, "None")."""
-
-DEFAULT_SLAB_MB = {MemoryKind.DRAM: 64, MemoryKind.VRAM: 1024}
 
 
 class TransferManager(NixlKVManager):
@@ -122,10 +122,10 @@ class TransferManager(NixlKVManager):
         dtype = str(args.kv_cache_dtype_str)
         dtype = str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
         engine = NixlEngine(self.agent)
-        copier = make_copier(
-            regions, is_gpu=kind is MemoryKind.VRAM, device=device, cache_dir=config.cache_dir
-        )
-        slab = make_slab(engine, (config.slab_mb or DEFAULT_SLAB_MB[kind]) << 20, kind, device)
+        copier = self._make_copier(regions, kind, device)
+        slab_bytes = config.slab_bytes(is_gpu=kind is MemoryKind.VRAM)
+        slab = make_slab(engine, slab_bytes, kind, device) if copier else Slab(0, 0, 0, None)
+        copier = copier or NoCopier()
         pool = RankPool(regions, total_heads, tp_size, tp_rank, kind, device_id(kind, device), dtype)
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
             forced_path = None if config.path == "auto" else Path(config.path)
@@ -137,6 +137,16 @@ class TransferManager(NixlKVManager):
             "data plane on: %d regions of %d pages, slab %d MiB in slots of %d KiB, path %s",
             regions.num_regions, regions.num_pages, slab.nbytes >> 20, slab.slot_bytes >> 10, config.path,
         )  # fmt: skip
+
+    def _make_copier(self, regions: PagedRegions, kind: MemoryKind, device: int) -> PageCopier | None:
+        """None if this machine has no kernels for its GPU: only pages of the same bytes can be sent then."""
+        is_gpu, cache = kind is MemoryKind.VRAM, self._pdserve_env.data_plane.cache_dir
+        try:
+            return make_copier(regions, is_gpu=is_gpu, device=device, cache_dir=cache)
+        except ConfigError as exc:
+            problem = str(exc).partition("\n")[0]
+            logger.warning("no packing of KV, page by page only, and no conversion: %s", problem)
+            return None
 
     def send_control(self, host: str, port: int, frames: list[bytes]) -> None:
         """Best-effort message to a peer's ZMQ socket; one that is gone does not need it."""
@@ -211,21 +221,31 @@ class TransferManager(NixlKVManager):
         plane = self.prefill_plane
         assert plane is not None
         if offer is None:
-            ours, theirs = list(self.kv_args.kv_item_lens), list(info.dst_kv_item_lens)
-            if info.decode_tp_size == self.attn_tp_size and theirs[: len(ours)] != ours:
-                problem = problem or "it is off there: use one --page-size"
-                plane.refuse(
-                    str(info.agent_name),
-                    f"decode rank {info.agent_name}: pages of {theirs[0]} bytes, this prefill's {ours[0]}; "
-                    f"only pdserve's data plane converts, and {problem}",
-                )
-                return
-            self._add_remote_peer(info)
+            self.serve_without_offer(info, problem or "it is off there: use one --page-size")
             return
         info.pdserve_offer = offer
         self.check_peer_aux_buffer_count(info.agent_name, len(info.dst_aux_ptrs))
         self.decode_kv_args_table[info.agent_name] = info
         plane.joins.connect(info.agent_name, functools.partial(plane.connect, info, offer))
+
+    def serve_without_offer(self, info: Any, why: str) -> None:
+        """Let SGLang's own path serve a decode rank that the data plane cannot, if pages are alike.
+
+        Args:
+            why: what keeps the data plane from converting, and what to do.
+        """
+        plane = self.prefill_plane
+        assert plane is not None
+        ours, theirs = list(self.kv_args.kv_item_lens), list(info.dst_kv_item_lens)
+        if info.decode_tp_size == self.attn_tp_size and theirs[: len(ours)] != ours:
+            plane.refuse(
+                str(info.agent_name),
+                f"decode rank {info.agent_name}: pages of {theirs[0]} bytes, this prefill's {ours[0]}; "
+                f"only pdserve's data plane converts, and {why}",
+            )
+            return
+        with plane.joins.turn:
+            self._add_remote_peer(info)
 
     def _take_room(self, info: Any) -> None:
         plane, room = self.prefill_plane, info.room

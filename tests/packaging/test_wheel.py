@@ -25,7 +25,7 @@ from tests.support.sglang_server import FakeSGLang
 
 pytestmark = pytest.mark.process
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pdserve", "cuda", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("pdserve", "cuda", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 ENGINE = ("torch", "sglang", "nixl", "flashinfer", "numpy", "matplotlib", "openai", "opentelemetry")
 CORE_COMMANDS = ("balance", "bootstrap", "monitor", "bench", "simulate", "chat", "doctor")
 MAX_MB = 100
@@ -133,6 +133,9 @@ def test_wheel_carries_the_package_the_cuda_sources_and_the_licence(installed: I
     assert cuda
     assert not (package | cuda | {f"pdserve-{__version__}.dist-info/licenses/LICENSE"}) - names
     assert not [name for name in names if name.startswith(("tests", "bench"))]
+    has_nvcc = shutil.which("nvcc") is not None
+    assert ("pdserve/kv/prebuilt/libpdserve_kv.so" in names) is has_nvcc
+    assert installed.wheel.name.endswith("-py3-none-any.whl") is not has_nvcc
 
 
 def test_core_commands_start_without_an_engine(installed: Installed) -> None:

@@ -45,7 +45,7 @@ def joining(manager: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(type(manager), "check_peer_aux_buffer_count", lambda *args: None)
     registration = SimpleNamespace(agent_name=AGENT, dst_aux_ptrs=[])
     monkeypatch.setattr(module, "KVArgsRegisterInfo", SimpleNamespace(from_zmq=lambda frames: registration))
-    monkeypatch.setattr(module, "_read_offer", lambda frames: SimpleNamespace())
+    monkeypatch.setattr(module, "_read_offer", lambda frames: (SimpleNamespace(), ""))
     rooms = {b"mine": _info(), b"other": _info("other")}
     rooms[b"other"].room = OTHER_ROOM
     monkeypatch.setattr(module, "TransferInfo", SimpleNamespace(from_zmq=lambda frames: rooms[frames[0]]))

@@ -28,7 +28,7 @@ def host_library(sanitizer: str = UBSAN) -> Path:
 
 def cuda_library(nvcc: Path) -> Path:
     """The nvcc build for ``ARCHS``, warnings and spills refused."""
-    flags = " ".join([*kernels.NVCC_FLAGS, *map(str, ARCHS)])
+    flags = " ".join([*kernels.NVCC_FLAGS, *kernels.STRICT_FLAGS, *map(str, ARCHS)])
     return _cached(str(nvcc), flags, lambda folder: kernels.build(folder, ARCHS, nvcc))
 
 
