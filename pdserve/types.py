@@ -66,6 +66,25 @@ class KVLayoutDescriptor(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
 
+class PriorityFlags(msgspec.Struct, frozen=True, kw_only=True):
+    """SGLang's server arguments about priorities, by their own names; ``/server_info`` has them too."""
+
+    enable_priority_scheduling: bool | None = None
+    schedule_low_priority_values_first: bool | None = None
+    default_priority_value: int | None = None
+
+    @property
+    def low_priority_first(self) -> bool | None:
+        """Whether lower values are served first; None if it is not known or priorities are ignored."""
+        is_set = bool(self.schedule_low_priority_values_first)
+        return is_set if is_set or self.enable_priority_scheduling else None
+
+    @property
+    def default_priority(self) -> int | None:
+        """What a request without a priority counts as; None if there is no such setting."""
+        return self.default_priority_value if self.enable_priority_scheduling else None
+
+
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One live SGLang server process. ``bootstrap_*`` are set for prefill only.
 

@@ -23,7 +23,7 @@ from pdserve.bootstrap.client import STOP_S, LeaseClient, LeaseKeeper
 from pdserve.config.worker_env import WorkerEnv
 from pdserve.errors import PdserveError
 from pdserve.plugin.stats import TransferStats, publish
-from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
+from pdserve.types import InstanceId, PriorityFlags, Role, WorkerId, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class WorkerMembership:
 
         assert self._env.role is not None
         serving, parallel = get_serving(), get_parallel()
+        priorities = priority_flags(self._server_args)
         host = self._env.advertise_host or reachable_host(str(serving.host))
         return WorkerInfo(
             worker_id=WorkerId(self._env.worker_id or f"{self._env.role}-{self._env.instance_id[:8]}"),
@@ -94,8 +95,8 @@ class WorkerMembership:
             sglang_version=str(sglang_version),
             pid=os.getpid(),
             keeps_prefixes=keeps_prefixes(self._server_args),
-            low_priority_first=low_priority_first(self._server_args),
-            default_priority=default_priority(self._server_args),
+            low_priority_first=priorities.low_priority_first,
+            default_priority=priorities.default_priority,
         )
 
 
@@ -145,16 +146,9 @@ def keeps_prefixes(server_args: Any) -> bool:
     return not server_args.disable_radix_cache
 
 
-def low_priority_first(server_args: Any) -> bool | None:
-    """Whether lower priority values are served first; None if the scheduler ignores priorities."""
-    is_set = bool(server_args.schedule_low_priority_values_first)
-    return is_set if is_set or server_args.enable_priority_scheduling else None
-
-
-def default_priority(server_args: Any) -> int | None:
-    """What a request without a priority counts as; None if there is no such setting."""
-    value = server_args.default_priority_value if server_args.enable_priority_scheduling else None
-    return None if value is None else int(value)
+def priority_flags(server_args: Any) -> PriorityFlags:
+    """The server's own, of which the balancer's queue takes its order."""
+    return PriorityFlags(**{name: getattr(server_args, name) for name in PriorityFlags.__struct_fields__})
 
 
 def reachable_host(listen_host: str) -> str:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pdserve.plugin.membership import default_priority, low_priority_first
+from pdserve.plugin.membership import priority_flags
 
 
 @pytest.mark.parametrize(
@@ -27,4 +27,5 @@ def test_the_flags_are_told_where_they_mean_something(
         schedule_low_priority_values_first=is_low_first,
         default_priority_value=default,
     )
-    assert (low_priority_first(server_args), default_priority(server_args)) == told
+    flags = priority_flags(server_args)
+    assert (flags.low_priority_first, flags.default_priority) == told

@@ -17,11 +17,14 @@ from tests.support.fleet_network import (
     D0,
     P0,
     P1,
+    Answer,
     Line,
     Network,
+    all_ready,
     known_fleet,
     release,
     reserve,
+    running_fleet,
     until,
 )
 
@@ -94,6 +97,21 @@ async def test_while_workers_differ_sglangs_default_holds_and_the_line_is_put_in
         found = await served(fleet, [1, 2, 3], after=lambda: fleet.apply([low, told(D0, True)]))
         assert order.priorities == PriorityOrder(is_low_first=True)
         assert found == "012"
+
+
+async def test_static_workers_are_asked_for_their_flags() -> None:
+    network = Network()
+    for info in (P0, D0):
+        network[info].model_info = Answer(200, b'{"model_path":"tiny"}')
+        network[info].server_info = Answer(
+            200,
+            b'{"startup_time":1,"enable_priority_scheduling":true,"default_priority_value":4,'
+            b'"schedule_low_priority_values_first":true}',
+        )
+    addresses = {"prefill": ((P0.url, 9000),), "decode": (D0.url,)}
+    async with running_fleet(network, **addresses) as fleet:
+        await all_ready(fleet)
+        assert fleet.scheduler.admission.queue.priorities == PriorityOrder(is_low_first=True, default=4)
 
 
 priorities = st.none() | st.integers(-(2**63), 2**63 - 1)

@@ -82,6 +82,8 @@ class FanOutControl:
 
     async def change_weights(self, client: IncomingRequest, body: bytes) -> Answer:
         """What must be the same everywhere: weights and adapters. Who fails serves again once it has it."""
+        if not _named(client) and _aborts_all(client.path, fields_of(body)):
+            self._abort_all()
         change = parse_change(client.path, body)
         if change is None:
             return await self._fan_out(client, body, self._request_s)
@@ -113,8 +115,8 @@ class FanOutControl:
 
     async def pause(self, client: IncomingRequest, body: bytes) -> Answer:
         """Stop generation: who is paused does not count as stuck, and gets requests only if all are."""
-        if not _named(client) and fields_of(body).get("mode", "abort") == "abort":
-            self._abort_all()  # as SGLang does with what waits in its queue
+        if not _named(client) and _aborts_all(client.path, fields_of(body)):
+            self._abort_all()
         return await self._pause(client, body, self._request_s, is_paused=True)
 
     async def go_on(self, client: IncomingRequest, body: bytes) -> Answer:
@@ -238,6 +240,13 @@ def _holds_kv(reply: Reply) -> bool:
         return False  # it will not hear the release either; its row says so
     info = document(reply)
     return info is None or info.get("disaggregation_transfer_backend") not in _CAN_DEREGISTER
+
+
+def _aborts_all(path: str, fields: dict[str, Any]) -> bool:
+    """True for what ends every request of a server, those in its queue too, before it does its work."""
+    if path == "/pause_generation":
+        return bool(fields.get("mode", "abort") == "abort")
+    return lax_bool(fields.get("abort_all_requests", path == "/update_weight_version")) is True
 
 
 def _worst(replies: Sequence[Reply]) -> Reply:

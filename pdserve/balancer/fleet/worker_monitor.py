@@ -23,7 +23,7 @@ from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ProtocolMismatch, WorkerError, WorkerUnreachable
 from pdserve.http.client import FetchedResponse, HttpClient
 from pdserve.scheduling.load_sample import LOADS_PATH, Sample, parse_loads
-from pdserve.types import WorkerLoad
+from pdserve.types import PriorityFlags, WorkerLoad
 
 logger = logging.getLogger(__name__)
 
@@ -164,16 +164,20 @@ class WorkerMonitor:
             return ""
         try:
             about = _decoded((await self._ask("/model_info", PING_S)).body, _ModelInfo())
-            start = _decoded((await self._ask("/server_info", INFO_S)).body, _ServerInfo()).text
+            server = _decoded((await self._ask("/server_info", INFO_S)).body, _ServerInfo())
         except WorkerError as exc:
             return str(exc)
+        start = server.text
         if self._has_met and (not start or start != worker.start):
             self._health.worker_restarted(worker)
         worker.start, self._has_met = start, True
         worker.mismatch = self._why_another(about)
         if not worker.mismatch and about.model_path and not worker.weights.model_path:
             name = about.served_model_name or about.model_path
-            info = msgspec.structs.replace(worker.info, model=about.model_path, served_model_name=name)
+            info = msgspec.structs.replace(
+                worker.info, model=about.model_path, served_model_name=name,
+                low_priority_first=server.low_priority_first, default_priority=server.default_priority,
+            )  # fmt: skip
             self._health.worker_learned(worker, info)
         return worker.mismatch
 
@@ -301,7 +305,7 @@ class _ModelInfo(msgspec.Struct):
     disaggregation_mode: str | None = None
 
 
-class _ServerInfo(msgspec.Struct):
+class _ServerInfo(PriorityFlags, frozen=True):
     """``startup_time`` is how long each part of its start took: no two starts are alike."""
 
     startup_time: msgspec.Raw = msgspec.Raw(b"null")

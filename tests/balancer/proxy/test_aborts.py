@@ -330,3 +330,24 @@ async def test_a_pause_ends_what_waits_unless_it_says_otherwise(mode: str | None
         assert (await ask(site, "/continue_generation", {})).status == 200
         await abort(site, rid="mine")
         assert is_aborted(await reply)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "is_over"),
+    [
+        ("/update_weights_from_disk", {"model_path": "m", "abort_all_requests": True}, True),
+        ("/update_weights_from_disk", {"model_path": "m", "abort_all_requests": "true"}, True),
+        ("/update_weights_from_disk", {"model_path": "m"}, False),
+        ("/update_weight_version", {"new_version": "2"}, True),
+        ("/update_weight_version", {"new_version": "2", "abort_all_requests": False}, False),
+    ],
+)
+async def test_a_weight_update_that_aborts_all_ends_what_waits(
+    path: str, fields: dict[str, Any], is_over: bool
+) -> None:
+    async with crowded() as (site, _):
+        (reply,) = await waiting(site, ask(site, "/generate", {"text": "hi", "rid": "mine"}))
+        await ask(site, path, fields)
+        assert num_waiting(site) == (not is_over)
+        await abort(site, rid="mine")
+        assert is_aborted(await reply)
