@@ -162,6 +162,12 @@ class PdserveKVSender(NixlKVSender):
             mgr.record_failure(bootstrap_room, reason)
             mgr.update_status(bootstrap_room, KVPoll.Failed)
 
+    @property
+    def supports_host_tensor_indices(self) -> bool:
+        """SGLang then hands page ids over while they still travel to the host, and waits for nothing."""
+        plane = self.kv_mgr.prefill_plane
+        return plane is not None and plane.is_gpu
+
     def _register_prefill_dp_rank(self) -> None:
         env = self.kv_mgr._pdserve_env
         if not env.bootstrap_url:

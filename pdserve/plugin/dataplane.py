@@ -7,6 +7,7 @@ this module is only used when it finds nothing.
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import threading
 import time
@@ -114,6 +115,10 @@ ACK_POLL_S = 0.5
 ACK_GIVE_UP_S = 120.0
 """Far beyond SGLang's own time-out: a room still here was never handed back to us."""
 
+GPU_TEARDOWN_S = 3.0
+"""A dying process closes its sockets before the network card has let go of its GPU memory: deregistering
+100 GB takes seconds, in which writes that were posted may still run."""
+
 Endpoint = tuple[str, int]
 
 
@@ -126,10 +131,12 @@ class DeadPeerWatch:
     writes: when it refuses connections, that process is gone.
     """
 
-    def __init__(self, is_gone: Callable[[Endpoint], bool] | None = None) -> None:
+    def __init__(self, is_gone: Callable[[Endpoint], bool] | None = None, *, settle_s: float = 0.0) -> None:
+        """``settle_s``: a rank counts as dead so long after it was first found gone."""
         self._is_gone = is_gone or refuses_connections
+        self._settle_s = settle_s
         self._waiting: dict[int, tuple[tuple[Endpoint, ...], float]] = {}
-        self._dead: set[Endpoint] = set()
+        self._gone_since_s: dict[Endpoint, float] = {}
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -151,7 +158,10 @@ class DeadPeerWatch:
         """True once every rank the room waits for is known to be gone."""
         with self._wake:
             endpoints, _ = self._waiting.get(room, ((), 0.0))
-            return bool(endpoints) and all(endpoint in self._dead for endpoint in endpoints)
+            before_s = time.monotonic() - self._settle_s
+            return bool(endpoints) and all(
+                self._gone_since_s.get(endpoint, math.inf) <= before_s for endpoint in endpoints
+            )
 
     def _run(self) -> None:
         while True:
@@ -174,12 +184,12 @@ class DeadPeerWatch:
                 for endpoints, since_s in self._waiting.values()
                 if now_s - since_s >= ACK_PATIENCE_S
                 for endpoint in endpoints
-            } - self._dead
+            } - self._gone_since_s.keys()
         for endpoint in asked:
             if self._is_gone(endpoint):
                 logger.warning("prefill rank %s:%d is dead; its aborted transfers are released", *endpoint)
                 with self._wake:
-                    self._dead.add(endpoint)
+                    self._gone_since_s[endpoint] = time.monotonic()
 
 
 def refuses_connections(endpoint: Endpoint) -> bool:

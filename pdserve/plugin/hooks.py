@@ -97,6 +97,12 @@ HOOKS: tuple[HookTarget, ...] = (
         "a server that was told to stop is given no new requests",
     ),
     HookTarget(
+        "sglang.srt.arg_groups.overrides._page_size_default",
+        "around",
+        "pdserve.plugin.patches:default_page_size",
+        "on a GPU SGLang's pages of one token are a descriptor each",
+    ),
+    HookTarget(
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.config_from_budget",
         "around",
         "pdserve.plugin.patches:leave_room_for_slab",

@@ -18,6 +18,9 @@ from pdserve.process.limits import RESERVE_SHARE, whole_memory
 
 logger = logging.getLogger(__name__)
 
+GPU_PAGE_SIZE = 16
+"""Tokens a page. At 1 every token is a descriptor and the segment allocator is not in use."""
+
 LISTEN_S = 30.0
 """A server that does not listen for so long says so in its log."""
 LISTEN_POLL_S = 0.02
@@ -71,6 +74,22 @@ def leave_room_for_slab(
     is_gpu = not str(configurator.device).startswith("cpu")
     slab_bytes = env.data_plane.slab_bytes(is_gpu=True) if is_gpu and not env.stock else 0
     return original(configurator, budget_bytes - slab_bytes, *args, **kwargs)
+
+
+def default_page_size(original: Callable[..., Any], view: Any) -> Any:
+    """AROUND ``_page_size_default``: 16 tokens on a GPU where SGLang takes 1, as pdserve sets on CPU.
+
+    SGLang comes here when neither the user nor the model nor the attention backend wants a size. Trees of
+    draft tokens and sliding windows keep SGLang's, because some of its backends refuse pages there.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    declared = original(view)
+    env = WorkerEnv.from_environ()
+    if declared.get("page_size") != 1 or view.device != "cuda" or env.stock or not env.data_plane.is_on:
+        return declared
+    is_plain = (view.speculative_eagle_topk or 0) <= 1 and not model_config_of(view).is_hybrid_swa
+    return {"page_size": GPU_PAGE_SIZE} if is_plain else declared
 
 
 def name_forward_stream(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,7 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 from pdserve.errors import PdserveError, PeerLost, ProtocolMismatch
 from pdserve.kv.coalesce import PageCopier
 from pdserve.plugin.idle import wake_scheduler
-from pdserve.transfer.engine import PeerName, Spans
+from pdserve.transfer.engine import MemoryKind, PeerName, Spans
 from pdserve.transfer.jobs import ChunkJob, Target, TransferRecord
 from pdserve.transfer.messages import Ask, Credit, PeerOffer, Void, decode_control, encode
 from pdserve.transfer.nixl import NixlEngine
@@ -125,6 +125,11 @@ class PrefillPlane:
         self.outbox = Outbox(runner, self, self._send_control)
         self.outbox.start()
 
+    @property
+    def is_gpu(self) -> bool:
+        """The pools lie in GPU memory."""
+        return self._own.kind is MemoryKind.VRAM
+
     # Peers
 
     def connect(self, info: Any, offer: PeerOffer) -> None:
@@ -185,7 +190,7 @@ class PrefillPlane:
         self.outbox.submit(
             ChunkJob(
                 room=room,
-                pages=kv_indices,
+                pages=np.asarray(kv_indices),  # of a tensor the same memory: filled when the events are over
                 first_token=first_page * self._own.regions.page_size,
                 is_last=is_last,
                 targets=targets,

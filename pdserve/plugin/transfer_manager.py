@@ -19,6 +19,7 @@ import logging
 import threading
 from typing import Any
 
+import numpy as np
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
@@ -39,6 +40,7 @@ from pdserve.kv.cuda_copy import make_copier
 from pdserve.kv.layout import PagedRegions
 from pdserve.plugin.dataplane import (
     BACKENDS,
+    GPU_TEARDOWN_S,
     DeadPeerWatch,
     device_id,
     make_slab,
@@ -74,7 +76,8 @@ class TransferManager(NixlKVManager):
     @functools.cached_property
     def dead_peer_watch(self) -> DeadPeerWatch:
         """Watches prefill ranks that owe an abort acknowledgement."""
-        return DeadPeerWatch()
+        is_gpu = set(self.kv_args.kv_data_mem_kinds) == {MemoryKind.VRAM}
+        return DeadPeerWatch(settle_s=GPU_TEARDOWN_S if is_gpu else 0.0)
 
     @property
     def stats_rank(self) -> int:
@@ -309,7 +312,7 @@ class TransferManager(NixlKVManager):
                 if event is not None:
                     event.synchronize()
             super().add_transfer_request(
-                bootstrap_room, kv_indices, index_slice, is_last_chunk,
+                bootstrap_room, np.asarray(kv_indices), index_slice, is_last_chunk,
                 aux_index=aux_index, state_indices=state_indices, num_kv_tokens=num_kv_tokens,
             )  # fmt: skip
             return

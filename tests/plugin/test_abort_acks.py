@@ -40,6 +40,15 @@ def test_room_that_is_forgotten_is_asked_about_no_more() -> None:
     assert len(asked) == count
 
 
+def test_a_dead_rank_of_gpu_memory_owes_nothing_only_some_seconds_later() -> None:
+    watcher = DeadPeerWatch(is_gone=lambda endpoint: True, settle_s=3600.0)
+    watcher.watch(1, [GONE])
+    wait_until(lambda: bool(watcher._gone_since_s))
+    assert not watcher.are_all_dead(1)
+    watcher._settle_s = 0.0
+    assert watcher.are_all_dead(1)
+
+
 def test_only_a_refused_connection_is_proof_of_death() -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

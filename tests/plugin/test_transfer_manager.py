@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pdserve.transfer.engine import MemoryKind
+
 pytestmark = pytest.mark.slow
 
 ROOM, AGENT = 77, "agent-d"
@@ -69,6 +71,7 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> Any:
     made.prefill_plane = Plane()  # type: ignore[assignment]
     made.transfer_infos, made.request_status, made.failure_records = {}, {}, {}
     made.failure_lock = threading.Lock()
+    made.kv_args = SimpleNamespace(kv_data_mem_kinds=["DRAM"])
     made._deferred_ack_targets, made._deferred_ack_poisoned_rooms = {}, set()
     made._staging_outstanding = defaultdict(int)
     made.req_to_decode_prefix_len = {}
@@ -108,6 +111,34 @@ def test_chunk_is_held_back_by_its_events_without_blocking_the_scheduler(manager
     (chunk,) = manager.prefill_plane.submitted
     assert chunk["events"] == events
     assert not any(event.was_waited_for for event in events)
+
+
+def test_page_ids_that_still_travel_to_the_host_are_read_when_their_event_is_over(manager: Any) -> None:
+    import torch
+
+    from pdserve.plugin.backend import PdserveKVSender
+    from pdserve.plugin.sending import PrefillPlane
+
+    plane: Any = object.__new__(PrefillPlane)
+    jobs: list[Any] = []
+    plane._forced_path, plane._links, plane._refused = None, {AGENT: None}, {}
+    plane._own = SimpleNamespace(kind=MemoryKind.VRAM, regions=SimpleNamespace(page_size=4))
+    plane._manager, plane.outbox = manager, SimpleNamespace(submit=jobs.append)
+    manager.decode_kv_args_table = {AGENT: SimpleNamespace()}
+    manager.prefill_plane, manager.transfer_infos[ROOM] = plane, {AGENT: _info()}
+    pages, event = torch.full((3,), -1, dtype=torch.int32), Event()
+    manager.add_transfer_request(ROOM, pages, slice(0, 3), False, indices_event=event)
+    (job,) = jobs
+    assert not job.is_ready()
+    pages.copy_(torch.tensor([7, 8, 9]))
+    event.is_over = True
+    assert job.is_ready()
+    assert job.pages.tolist() == [7, 8, 9]
+    sender = object.__new__(PdserveKVSender)
+    sender.kv_mgr = manager
+    assert sender.supports_host_tensor_indices
+    plane._own.kind = MemoryKind.DRAM
+    assert not sender.supports_host_tensor_indices, "SGLang would make a CUDA event"
 
 
 def test_peer_without_our_data_plane_gets_sglangs_path_after_the_event(
