@@ -124,7 +124,7 @@ class WorkerFleet:
                 role=role._value_,
                 expected=expected[role] or named[role],
                 present=len(row),
-                ready=sum(worker.state is WorkerState.READY for worker in row),
+                ready=sum(w.state is WorkerState.READY and not self.why_kept_out(w) for w in row),
             )
             for role, row in rows.items()
         ]
@@ -134,9 +134,9 @@ class WorkerFleet:
         return self._roster.find(worker_id)
 
     def _why_none_ready(self) -> str:
-        tested = [record for record in self.pairs() if record.state is PairState.READY]
-        if tested:  # but not of the same weights
-            return f"weights are being updated: {self._roster.why_pair_apart(tested[0])}"
+        apart = [why for worker in self.workers() if (why := self._roster.why_apart(worker))]
+        if apart and any(record.state is PairState.READY for record in self.pairs()):
+            return f"weights are being updated: {apart[0]}"
         return explain_shortage(self.workers(), self.pairs(), self._how_to_join())
 
     def _how_to_join(self) -> str:

@@ -59,7 +59,8 @@ class Roster:
     def ready_pairs(self) -> list[PairRecord]:
         """The pairs that may take traffic: of the same weights, and paused ones only if there is no other."""
         ready = [record for record in self.records.values() if record.state is PairState.READY]
-        ready = [record for record in ready if not self.why_pair_apart(record)]
+        if apart := {worker for worker in self.members.values() if worker.weights != self.agreed}:
+            ready = [record for record in ready if apart.isdisjoint((record.prefill, record.decode))]
         return [record for record in ready if not record.is_paused] or ready
 
     def why_apart(self, worker: Worker) -> str:
@@ -68,10 +69,6 @@ class Roster:
             return ""
         verb = "was told" if worker.is_ahead else "has"
         return f"{worker.worker_id} {verb} other weights ({worker.weights}) than the fleet ({self.agreed})"
-
-    def why_pair_apart(self, record: PairRecord) -> str:
-        """The same for one of a pair."""
-        return self.why_apart(record.prefill) or self.why_apart(record.decode)
 
     def is_behind(self, worker: Worker) -> bool:
         """True if the worker has missed something that the fleet has, and is not being told just now."""

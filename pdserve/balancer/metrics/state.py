@@ -10,7 +10,7 @@ from msgspec import structs
 
 from pdserve import __version__
 from pdserve.balancer.fleet.fleet import WorkerFleet
-from pdserve.balancer.fleet.worker import Worker
+from pdserve.balancer.fleet.worker import PairState, Worker
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.pairs import PairFlow, PairTraffic, kv_bytes_per_token
 from pdserve.balancer.metrics.workers import KVSent, WorkerFigures, WorkerMetrics
@@ -217,7 +217,9 @@ def _pairs(
     rows: list[PairEntry] = []
     find, last, token_bytes, path = traffic.find, None, 0, ""
     num_requests = fleet.scheduler.num_requests
+    apart = {worker.instance_id: why for worker in fleet.workers() if (why := fleet.why_kept_out(worker))}
     for record in fleet.pairs():
+        why = (apart.get(record.key[0]) or apart.get(record.key[1]) or "") if apart else ""
         prefill, decode = record.prefill.info, record.decode.info
         if prefill is not last:
             last, token_bytes = prefill, kv_bytes_per_token(prefill.kv_layout)
@@ -229,10 +231,10 @@ def _pairs(
             PairEntry(
                 prefill=prefill.worker_id,
                 decode=decode.worker_id,
-                state=record.state._value_,
+                state=(PairState.UNTESTED if why else record.state)._value_,
                 probe_s=record.probe_s,
                 probes=record.probes,
-                error=record.error,
+                error=why or record.error,
                 requests=num_requests(record.key),
                 prompt_tokens=flow.prompt_tokens,
                 kv_bytes=flow.prompt_tokens * token_bytes if has_bytes else None,

@@ -232,6 +232,8 @@ async def test_workers_that_are_told_one_by_one_serve_again_when_all_have_it() -
         await f.serve_some()
         assert f.site.decodes[1].requests == []
         assert "was told other weights" in await f.why_out("decode-1")
+        pairs = {pair.label: pair.state for pair in (await f.document()).pairs}
+        assert pairs == {"prefill-0>decode-0": "ready", "prefill-0>decode-1": "untested"}
         await f.ask("POST", f"{DISK}?worker=decode-0", NEW)
         assert (await f.ask("GET", "/health")).status == 503
         await f.ask("POST", f"{DISK}?worker=prefill-0", NEW)
