@@ -132,6 +132,14 @@ class BalancerConfig:
         "seconds",
         "",
     )
+    stream_heartbeat_s: float = setting(
+        0.0,
+        "A stream that is silent for so long gets its head, if that is not out, and an SSE comment; an error "
+        "after its head is an event, without a status code.",
+        "seconds",
+        "--stream-heartbeat-s",
+        empty="off",
+    )
     max_body_bytes: int = setting(512 * 2**20, "Longest request body.", "bytes", "--max-body-bytes")
     max_header_bytes: int = setting(64 * 2**10, "Longest request head.", "bytes", "")
     header_s: float = setting(15.0, "Longest time a client may take to send a request's head.", "seconds", "")

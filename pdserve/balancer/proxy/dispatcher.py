@@ -29,10 +29,11 @@ from pdserve.balancer.proxy.answer import LegFailed, Rejected, Relayed
 from pdserve.balancer.proxy.attempts import Attempts, Run
 from pdserve.balancer.proxy.samples import run_samples
 from pdserve.balancer.request.aborted import aborted_answer
+from pdserve.balancer.request.events import said_in
 from pdserve.balancer.request.headers import forwarded_headers
 from pdserve.balancer.request.parse import check_content_type, parse_request
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused, Route
-from pdserve.balancer.request.transforms import names_of
+from pdserve.balancer.request.transforms import HeartbeatSink, ResponseSink, names_of
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import NoWorkerError
 from pdserve.http.answer import Answer
@@ -59,7 +60,13 @@ class _Call(msgspec.Struct, eq=False):
     runs: list[Run] = msgspec.field(default_factory=list)
     request: ParsedRequest | None = None
     is_aborted: bool = False
+    heartbeat: HeartbeatSink | None = None
     trace: RequestTrace | None = None
+
+    @property
+    def sink(self) -> ResponseSink:
+        """Where its answer goes."""
+        return self.heartbeat or self.client
 
     def prompts_named(self, name: str) -> set[int]:
         """The numbers of its prompts whose name begins so: the client's own for each or for the whole. Or
@@ -227,10 +234,13 @@ class PairDispatcher:
     def _relay(self, request: ParsedRequest, lines: bytes, call: _Call) -> Coroutine[Any, Any, Relayed]:
         """Reserve a pair, send both legs, relay decode's answer, retry; for each sample of a chat."""
         self._attempts.budget.deposit()
-        record, client, trace = call.record, call.client, call.trace
+        record, trace = call.record, call.trace
+        if request.is_stream and self._config.stream_heartbeat_s:
+            call.heartbeat = HeartbeatSink(call.client, self._config.stream_heartbeat_s)
+        sink = call.sink
         if request.num_requests > 1:
-            return run_samples(self._attempts, request, lines, client, record, call.runs, trace)
-        run = Run(request, lines, client, record, trace=trace)
+            return run_samples(self._attempts, request, lines, sink, record, call.runs, trace)
+        run = Run(request, lines, sink, record, trace=trace)
         call.runs.append(run)
         return self._attempts.run(run)
 
@@ -249,6 +259,8 @@ class PairDispatcher:
     def _close(self, call: _Call) -> None:
         self._ledger.close(call.record, call.outcome)
         self._calls.discard(call)
+        if call.heartbeat is not None:
+            call.heartbeat.stop()
         if self._tracing is not None and call.trace is not None:
             self._tracing.finish(call.trace, call.record, call.outcome)
         if self._config.log_requests:
@@ -279,9 +291,14 @@ class PairDispatcher:
         call.record.error = str(failure)
         error = failure.error
         is_its_own = failure.is_client_fault or failure.is_request_fault
-        if is_its_own and isinstance(error, Rejected) and not call.client.has_begun:
-            answer = Answer(error.status, scrubbed(error.body), error.headers)
-            await self._reply(call, answer, Outcome.FAILED)
+        if is_its_own and isinstance(error, Rejected):
+            body = scrubbed(error.body)
+            if not call.client.has_begun:
+                await self._reply(call, Answer(error.status, body, error.headers), Outcome.FAILED)
+                return
+            said = said_in(body).failure
+            words = said.message if said is not None else body.decode("utf-8", "replace")
+            await self._say_failed(call, error.status, words)
             return
         logger.error("request failed rid=%s pair=%s: %s", call.record.rid, call.record.pair, failure)
         await self._say_failed(call, worker_error_status(error), str(failure))
@@ -303,7 +320,7 @@ class PairDispatcher:
     async def _say_aborted(self, call: _Call) -> None:
         """Where the workers could not be told: as if they had been, or by a last event."""
         call.record.error = "aborted"
-        if call.client.has_begun or call.request is None:
+        if call.sink.has_begun or call.request is None:
             await self._say_failed(call, 500, "the request was aborted")
         else:
             await self._reply(call, aborted_answer(call.request, call.record.rid), Outcome.ABORTED)
@@ -312,7 +329,7 @@ class PairDispatcher:
         call.outcome = outcome
         call.record.status = answer.status
         self._ledger.close(call.record, outcome)
-        await call.client.answer(answer)
+        await call.sink.answer(answer)
 
     def _request_id(self, client: IncomingRequest) -> bytes:
         headers = client.headers

@@ -19,10 +19,10 @@ from pdserve.balancer.proxy.answer import LegFailed, Relayed
 from pdserve.balancer.proxy.attempts import Attempts, Run
 from pdserve.balancer.proxy.retry import History
 from pdserve.balancer.request.request import ParsedRequest
+from pdserve.balancer.request.transforms import ResponseSink
 from pdserve.balancer.request.usage import Usage
 from pdserve.errors import NoWorkerError
 from pdserve.http.answer import Answer, Headers
-from pdserve.http.incoming import IncomingRequest
 from pdserve.http.sse import DONE_EVENT, EVENT_END, event_data, render_event, split_events
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ async def run_samples(
     attempts: Attempts,
     request: ParsedRequest,
     lines: bytes,
-    client: IncomingRequest,
+    client: ResponseSink,
     record: RequestRecord,
     runs: list[Run],
     trace: RequestTrace | None = None,
@@ -135,7 +135,7 @@ class SampleSink:
 class _Gathering:
     """What the samples of one request come to."""
 
-    def __init__(self, client: IncomingRequest, size: int) -> None:
+    def __init__(self, client: ResponseSink, size: int) -> None:
         self._client = client
         self._answers: list[Answer | None] = [None] * size
         self._sinks: list[SampleSink] = []

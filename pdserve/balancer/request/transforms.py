@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -10,6 +11,9 @@ import msgspec
 from pdserve.balancer.request.ids import RequestIds
 from pdserve.balancer.request.request import ParsedRequest
 from pdserve.http.answer import Answer, Headers
+
+HEARTBEAT = b": heartbeat\n\n"
+STREAM_HEAD: Headers = ((b"content-type", b"text/event-stream; charset=utf-8"),)
 
 
 class ResponseSink(Protocol):
@@ -49,6 +53,77 @@ class ResponseSink(Protocol):
     async def answer(self, answer: Answer) -> None:
         """A whole answer."""
         ...
+
+
+class HeartbeatSink:
+    """A client's stream in which no more than ``every_s`` go by without a byte: SSE comments fill the gaps.
+
+    The first of them takes the head along, so an error after it has no status of its own. ``has_begun``
+    is False until the answer itself begins: another pair may still be tried. ``stop`` it at the end.
+    """
+
+    def __init__(self, client: ResponseSink, every_s: float) -> None:
+        self.has_begun = False
+        self._client = client
+        self._every_s = every_s
+        self._loop = asyncio.get_running_loop()
+        self._last_s = self._loop.time()
+        self._timer = self._loop.call_later(every_s, self._beat)
+
+    @property
+    def has_finished(self) -> bool:
+        """True once the answer is complete."""
+        return self._client.has_finished
+
+    @property
+    def on_writable(self) -> Callable[[], None] | None:
+        """The client's."""
+        return self._client.on_writable
+
+    @on_writable.setter
+    def on_writable(self, resume: Callable[[], None] | None) -> None:
+        self._client.on_writable = resume
+
+    def identify(self, rid: str) -> None:
+        """Name the request in its head, if that is not out yet."""
+        self._client.identify(rid)
+
+    def begin(self, status: int, headers: Headers) -> None:
+        """The answer begins; its head goes out unless one has."""
+        self.has_begun = True
+        if not self._client.has_begun:
+            self._client.begin(status, headers)
+
+    def push(self, data: bytes) -> bool:
+        """A piece of the answer."""
+        self._last_s = self._loop.time()
+        return self._client.push(data)
+
+    async def finish(self, last: bytes = b"") -> None:
+        """The end of the answer."""
+        await self._client.finish(last)
+
+    async def answer(self, answer: Answer) -> None:
+        """A whole answer; without its head if one is out."""
+        if not self._client.has_begun:
+            await self._client.answer(answer)
+        else:
+            await self._client.finish(answer.body)
+
+    def stop(self) -> None:
+        """Send no more of them."""
+        self._timer.cancel()
+
+    def _beat(self) -> None:
+        client, now_s = self._client, self._loop.time()
+        if client.has_finished:
+            return
+        if now_s >= self._last_s + self._every_s:
+            if not client.has_begun:
+                client.begin(200, STREAM_HEAD)
+            client.push(HEARTBEAT)
+            self._last_s = now_s
+        self._timer = self._loop.call_at(self._last_s + self._every_s, self._beat)
 
 
 class Renaming:

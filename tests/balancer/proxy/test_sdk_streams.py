@@ -1,0 +1,108 @@
+"""The SDKs of both dialects pass over heartbeats, and raise the errors that end a stream; OpenAI's hands that of a
+response to its caller as an event."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import anthropic
+import openai
+import pytest
+
+from tests.support.balancer_client import Site, running_site
+from tests.support.dialects import (
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    NUM_TOKENS,
+    RESPONSES,
+    TEXT,
+    deltas,
+    preamble,
+    stream,
+)  # fmt: skip
+from tests.support.sglang_server import until
+
+pytestmark = pytest.mark.slow  # imports the SDKs
+
+PATHS = (CHAT, COMPLETIONS, MESSAGES, RESPONSES)
+
+
+async def texts(site: Site, path: str) -> AsyncIterator[str]:
+    """The pieces of text that an SDK makes of a stream; raises what it raises."""
+    url, ask = site.balancer.url, {"model": "m", "stream": True}
+    messages = [{"role": "user", "content": "hi"}]
+    if path == MESSAGES:
+        claude = anthropic.AsyncAnthropic(base_url=url, api_key="k", max_retries=0)
+        async for event in await claude.messages.create(messages=messages, max_tokens=99, **ask):  # type: ignore[call-overload]
+            if event.type == "content_block_delta":
+                yield event.delta.text
+        return
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0)
+    if path == RESPONSES:
+        async for event in await client.responses.create(input="hi", **ask):  # type: ignore[call-overload]
+            if event.type == "response.output_text.delta":
+                yield event.delta
+            elif event.type == "error":
+                raise openai.APIError(event.message, request=None, body=event)  # type: ignore[arg-type]
+    elif path == CHAT:
+        async for chunk in await client.chat.completions.create(messages=messages, **ask):  # type: ignore[call-overload]
+            if chunk.choices:
+                yield chunk.choices[0].delta.content or ""
+    else:
+        async for chunk in await client.completions.create(prompt="hi", **ask):  # type: ignore[call-overload]
+            if chunk.choices:
+                yield chunk.choices[0].text
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_heartbeats_are_passed_over(path: str) -> None:
+    async with running_site(stream_heartbeat_s=0.01) as site:
+        events = stream(path)
+        site.decode.behaviour.segments = tuple(events)
+        gate = site.decode.behaviour.gate = asyncio.Event()
+        go_on = site.decode.behaviour.go_on = asyncio.Event()
+        site.decode.behaviour.hang_after = len(events) - 5
+        told: list[str] = []
+
+        async def read() -> None:
+            async for text in texts(site, path):
+                told.append(text)
+
+        reading = asyncio.create_task(read())
+        await until(lambda: site.decode.requests)
+        await asyncio.sleep(0.05)  # some heartbeats before the first token, and some between two
+        gate.set()
+        await until(lambda: told)
+        await asyncio.sleep(0.05)
+        go_on.set()
+        await reading
+        assert "".join(told) == TEXT * NUM_TOKENS
+
+
+@pytest.mark.parametrize("has_begun", [False, True], ids=["after a heartbeat", "after two tokens"])
+@pytest.mark.parametrize("path", PATHS)
+async def test_the_error_that_ends_a_stream_is_raised(path: str, has_begun: bool) -> None:
+    settings = {} if has_begun else {"stream_heartbeat_s": 0.01, "max_retries": 0}
+    async with running_site(**settings) as site:
+        if has_begun:
+            site.decode.behaviour.segments = (*preamble(path), *deltas(path, 2))
+            site.decode.behaviour.reset_after = 0
+        else:
+            gate = site.decode.behaviour.gate = asyncio.Event()
+            site.decode.behaviour.status = 500
+        told: list[str] = []
+
+        async def read() -> None:
+            async for text in texts(site, path):
+                told.append(text)
+
+        reading = asyncio.create_task(read())
+        if not has_begun:
+            await until(lambda: any(call.client.has_begun for call in site.balancer.dispatcher._calls))
+            gate.set()
+        with pytest.raises((openai.APIError, anthropic.APIError)) as caught:
+            await reading
+        assert site.decode.url in str(caught.value)
+        assert "".join(told) == (TEXT * 2 if has_begun else "")
