@@ -29,7 +29,7 @@ from pdserve.balancer.api.forward import (
     fields_of,
     passed_on,
 )
-from pdserve.balancer.fleet.weights import parse_change
+from pdserve.balancer.fleet.weights import VERSION, parse_change
 from pdserve.balancer.fleet.worker import Worker
 from pdserve.balancer.request.options import lax_bool
 from pdserve.errors import WorkerError
@@ -88,6 +88,9 @@ class FanOutControl:
         if change is None:
             return await self._fan_out(client, body, self._request_s)
         workers, question = self._chosen(client), self._question(client, body, self._request_s)
+        aborts_all = fields_of(body).get("abort_all_requests", client.path == VERSION)
+        if lax_bool(aborts_all) and not _named(client):
+            self._abort_all()  # workers do so with what they have
         with self._asker.fleet.updates.update(change, workers, is_whole=not _named(client)) as update:
 
             async def tell(worker: Worker) -> Reply:

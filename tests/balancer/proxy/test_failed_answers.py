@@ -137,8 +137,18 @@ async def test_prefill_that_drops_a_request_by_itself_is_blamed() -> None:
         assert errors(site) == {"prefill-0": 1, "decode-0": 0}
 
 
+ASKS: list[tuple[str, object]] = [
+    ("/abort_request", {"rid": "mine"}),
+    ("/abort_request", {"abort_all": True}),
+    ("/pause_generation", {"mode": "abort"}),
+    ("/update_weights_from_disk", {"model_path": "m", "abort_all_requests": True}),
+    ("/update_weight_version", {"new_version": "2"}),
+]
+
+
+@pytest.mark.parametrize("ask", ASKS, ids=str)
 @pytest.mark.parametrize("path", [GENERATE, CHAT, RESPONSES])
-async def test_an_abort_that_was_asked_for_is_nobodys_fault(path: str) -> None:
+async def test_an_abort_that_was_asked_for_is_nobodys_fault(path: str, ask: tuple[str, object]) -> None:
     async with running_site() as site:
         ends = end(path, "abort", num_tokens=3)
         site.decode.behaviour.segments = tuple([*preamble(path), *deltas(path, 3), *ends])
@@ -147,7 +157,7 @@ async def test_an_abort_that_was_asked_for_is_nobodys_fault(path: str) -> None:
         body = request_to(path, stream=True)
         async with site.exchange("POST", path, body, x_request_id="mine") as exchange:
             await exchange.read_until(b"\r\n\r\n")
-            site.balancer.dispatcher.abort("mine")
+            await site.ask("POST", *ask)
             go_on.set()
             reply = await exchange.read_until(b"0\r\n\r\n")
         assert ends[0].strip() in reply

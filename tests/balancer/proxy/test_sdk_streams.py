@@ -1,5 +1,5 @@
-"""The SDKs of both dialects pass over heartbeats, and raise the errors that end a stream; OpenAI's hands that of a
-response to its caller as an event."""
+"""The SDKs of both dialects pass over heartbeats, and raise the errors that end a stream; OpenAI's hands the
+error of a response to its caller as an event."""
 
 from __future__ import annotations
 
