@@ -133,7 +133,8 @@ class Balancer:
         await asyncio.sleep(delay_s)
         if self._server is not None:
             self._server.stop_accepting()
-        await self.dispatcher.close(drain_s)
+            await self._server.finish_requests(drain_s)  # also those that are half here
+        await self.dispatcher.close()
 
     async def _look(self) -> None:
         while True:

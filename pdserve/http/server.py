@@ -7,6 +7,7 @@ balancer passes here: no per-request scope, queues or middleware.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import ssl
@@ -32,7 +33,7 @@ class HttpServer:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._state = ServerState(
-            application, limits, self._loop.time, self._admit, self._forget, self._start
+            application, limits, self._loop.time, self._admit, self._forget, self._start, self._check_finished
         )
         self._tls = tls
         self._server: asyncio.Server | None = None
@@ -41,6 +42,7 @@ class HttpServer:
         self._sweeper: asyncio.TimerHandle | None = None
         self._is_empty = asyncio.Event()
         self._is_empty.set()
+        self._is_finished = asyncio.Event()
 
     @property
     def num_connections(self) -> int:
@@ -81,6 +83,13 @@ class HttpServer:
         if self._sweeper is not None:
             self._sweeper.cancel()
 
+    async def finish_requests(self, limit_s: float) -> None:
+        """After ``stop_accepting``: wait until no request is being read or answered, ``limit_s`` at most."""
+        self._check_finished()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._is_finished.wait()
+
     async def close(self, grace_s: float) -> None:
         """Stop accepting, let answers reach their clients for ``grace_s``, break the rest."""
         self.stop_accepting()
@@ -110,6 +119,12 @@ class HttpServer:
         self._connections.discard(connection)
         if not self._connections:
             self._is_empty.set()
+        if self._state.is_closing:
+            self._check_finished()
+
+    def _check_finished(self) -> None:
+        if all(connection.is_idle for connection in self._connections):
+            self._is_finished.set()
 
     def _start(self, client: IncomingRequest) -> None:
         client.task = self._loop.create_task(self._serve(client))

@@ -35,7 +35,7 @@ class ServerState:
     ``is_leaving``: each answer ends its connection. ``is_closing``: none is made or kept.
 
     ``admit`` takes a new connection in, or returns False if there are too many; ``forget`` is called
-    when it is closed; ``serve`` runs the application for one request.
+    when it is closed; ``serve`` runs the application for one request; ``check_finished`` hears of answers.
     """
 
     application: Application
@@ -44,6 +44,7 @@ class ServerState:
     admit: Callable[[ServerConnection], bool]
     forget: Callable[[ServerConnection], None]
     serve: Callable[[IncomingRequest], None]
+    check_finished: Callable[[], None]
     date_line: bytes = b""
     is_leaving: bool = False
     is_closing: bool = False
@@ -128,6 +129,8 @@ class ServerConnection(asyncio.Protocol):
         if not keep_alive or self._server.is_closing:
             self._is_deaf = True
             self._linger()
+            if self._server.is_closing:
+                self._server.check_finished()
         elif self._pipeline:
             self._start(self._pipeline.popleft())
             if not self._pipeline and self._writer.transport is not None:

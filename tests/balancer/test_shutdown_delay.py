@@ -79,6 +79,23 @@ async def test_after_the_delay_the_port_is_closed_and_running_requests_end() -> 
             await stopping
 
 
+async def test_a_request_that_is_half_here_when_the_port_closes_is_served() -> None:
+    async with running_site() as site, Wire.open(site.balancer.url) as slow:
+        body = b'{"text": "a"}'
+        slow.send(b"POST /generate HTTP/1.1\r\nhost: t\r\ncontent-length: %d\r\n\r\n" % len(body))
+        (connection,) = site.balancer._server._connections
+        await until(lambda: not connection.is_idle)
+        stopping = asyncio.create_task(site.balancer.stop(60.0))
+        late = site.exchange("GET", "/liveness")
+        await until(lambda: connection._server.is_closing)
+        with pytest.raises(ConnectionError):
+            await late.__aenter__()
+        slow.send(body)
+        (reply,) = await slow.ended()
+        assert (reply.status, reply.header("connection")) == (200, "close")
+        await stopping
+
+
 async def test_a_second_signal_ends_the_delay_and_what_runs() -> None:
     async with running_site() as site:
         site.decode.behaviour.hang = True
