@@ -15,7 +15,9 @@ STUMBLED = b"Internal Server Error"
 """starlette's whole body for an exception that no handler knows."""
 
 _NOT_RELAYED = frozenset(
-    b"connection content-length date keep-alive server transfer-encoding x-request-id".split()
+    b"connection content-length date keep-alive proxy-connection server te trailer transfer-encoding upgrade"
+    b" access-control-allow-credentials access-control-allow-origin access-control-expose-headers"
+    b" x-request-id".split()
 )
 
 
