@@ -131,8 +131,8 @@ def _row(geometry: TrialGeometry, tokens: int, free: float, rounds: int, seed: i
         law = {
             "alpha_us": round(costs.direct.per_item_s * 1e6, 2),
             "direct_gb_s": round(1e-9 / max(costs.direct.per_byte_s, 1e-15), 1),
-            "piece_us": round(costs.packed.per_item_s * 1e6, 1),
-            "packed_gb_s": round(1e-9 / max(costs.packed.per_byte_s, 1e-15), 1),
+            "piece_us": round(costs.packed_law().per_item_s * 1e6, 1),
+            "packed_gb_s": round(1e-9 / max(costs.packed_law().per_byte_s, 1e-15), 1),
         }
     print(f"{tokens} tokens, {count} pages, churned at {free:.0%} free, {nbytes / 1e6:.1f} MB; fitted: {law}")
     print(

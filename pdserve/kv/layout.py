@@ -153,6 +153,23 @@ def heads_of_rank(total_kv_heads: int, tp_size: int, tp_rank: int) -> range:
     return range(rank * held, (rank + 1) * held)
 
 
+def is_first_replica(
+    total_kv_heads: int, source_tp: int, source_rank: int, target_tp: int, target_rank: int
+) -> bool:
+    """True if no lower source rank sends the same heads to this target rank.
+
+    With more ranks than heads several hold the same one. SGLang lets a target rank hear from
+    ``source_tp / target_tp`` consecutive source ranks (disaggregation/common/conn.py).
+    """
+    if source_tp <= target_tp or source_tp <= total_kv_heads:
+        return True
+    num_senders = source_tp // target_tp
+    first = target_rank % target_tp * num_senders
+    mine = heads_of_rank(total_kv_heads, source_tp, source_rank)
+    senders = range(first, source_rank % source_tp)
+    return not any(heads_of_rank(total_kv_heads, source_tp, rank) == mine for rank in senders)
+
+
 def head_slice(source: range, target: range, head_bytes: int) -> HeadSlice | None:
     """What ``source`` must send to ``target``; None when they share no head."""
     first, last = max(source.start, target.start), min(source.stop, target.stop)

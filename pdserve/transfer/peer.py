@@ -17,10 +17,18 @@ import numpy.typing as npt
 
 from pdserve.errors import KVLayoutMismatch
 from pdserve.kv.coalesce import Piece
-from pdserve.kv.layout import HeadSlice, PagedRegions, PageIds, head_slice, heads_of_rank, num_runs
+from pdserve.kv.layout import (
+    HeadSlice,
+    PagedRegions,
+    PageIds,
+    head_slice,
+    heads_of_rank,
+    is_first_replica,
+    num_runs,
+)
 from pdserve.transfer.engine import DescriptorList, MemoryKind, PeerName, StridedSpans, TransferEngine
 from pdserve.transfer.messages import PROTOCOL_VERSION, PeerOffer
-from pdserve.transfer.plan import Path, PathCosts, split_pieces
+from pdserve.transfer.plan import GPU_COPY_S, HOST_COPY_S, Path, PathCosts, split_pieces
 from pdserve.transfer.slots import GrantedSlots, SlotLender
 
 Indices = npt.NDArray[np.int32]
@@ -77,7 +85,7 @@ class PeerLink:
     offer: PeerOffer
     own: RankPool
     slice: HeadSlice | None
-    """Part of each token row that this rank has to send; None when it holds no head of the peer's."""
+    """Part of each token row that this rank has to send; None when that is nothing."""
     blocks: tuple[DescriptorList, DescriptorList] | None
     """Prepared pages of both pools; None when the geometries differ, so that only packed works."""
     slots: GrantedSlots
@@ -155,7 +163,8 @@ class PeerLink:
         ours, theirs = [], []
         for piece in plan.pieces:
             regions = np.arange(piece.region_begin, piece.region_begin + piece.num_regions, dtype=np.int32)
-            pages = slice(piece.first_token // size, (piece.first_token + piece.num_tokens) // size)
+            # Slots smaller than a page cut pieces inside pages: such a page goes whole, the same bytes again.
+            pages = slice(piece.first_token // size, -(-(piece.first_token + piece.num_tokens) // size))
             ours.append(_blocks(regions, source[pages], here))
             theirs.append(_blocks(regions, target[pages], there))
         return np.concatenate(ours), np.concatenate(theirs)
@@ -200,11 +209,7 @@ def connect_peer(
             f"decode rank {name} keeps KV as {offer.model_dtype}, this prefill as {own.model_dtype}; "
             "give both the same --kv-cache-dtype and --dtype"
         )
-    part = head_slice(
-        heads_of_rank(own.total_kv_heads, own.tp_size, own.tp_rank),
-        heads_of_rank(offer.total_kv_heads, offer.tp_size, offer.tp_rank),
-        ours.head_bytes,
-    )
+    part = _part_to_send(own, offer)
     whole = HeadSlice(0, 0, ours.row_bytes)
     is_same = part == whole and theirs.row_bytes == ours.row_bytes and theirs.page_size == ours.page_size
     blocks = None
@@ -212,7 +217,20 @@ def connect_peer(
         target = engine.prepare(name, page_blocks(theirs, offer.device), offer.kind)
         blocks = (source_blocks, target)
     piece_bytes = min(max_piece_bytes, offer.slot_bytes)
-    return PeerLink(name, offer, own, part, blocks, GrantedSlots(offer), piece_bytes)
+    copy_s = GPU_COPY_S if own.kind is MemoryKind.VRAM else HOST_COPY_S
+    costs = PathCosts(copy_s_per_byte=copy_s)
+    return PeerLink(name, offer, own, part, blocks, GrantedSlots(offer), piece_bytes, costs=costs)
+
+
+def _part_to_send(own: RankPool, offer: PeerOffer) -> HeadSlice | None:
+    """The heads that both ranks hold; None if there are none or another prefill rank sends the same."""
+    if not is_first_replica(own.total_kv_heads, own.tp_size, own.tp_rank, offer.tp_size, offer.tp_rank):
+        return None
+    return head_slice(
+        heads_of_rank(own.total_kv_heads, own.tp_size, own.tp_rank),
+        heads_of_rank(offer.total_kv_heads, offer.tp_size, offer.tp_rank),
+        own.regions.head_bytes,
+    )
 
 
 def page_blocks(regions: PagedRegions, device: int) -> StridedSpans:

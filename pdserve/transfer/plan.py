@@ -23,10 +23,24 @@ OUTLIER = 1.5
 """A transfer that takes this many times what was expected counts less."""
 
 EXPLORE_EVERY = 64
-"""Every so many close choices the other path is taken, so that its law stays fresh."""
+"""The other path is taken at most once in so many choices, however close it is."""
 
-CLOSE_CHOICE = 1.5
-"""Two paths are close when the slower is predicted to take at most this many times the faster."""
+HOST_COPY_S = 0.75e-10
+"""Seconds a byte of one gather or scatter in host memory (bench/transfer.py)."""
+
+GPU_COPY_S = 1e-12
+"""The same on a GPU: half of a modern card's memory rate, as each byte is read and written."""
+
+PIECE_S = 80e-6
+"""What a piece costs beyond a descriptor: two launches and the polls between them."""
+
+EXPLORE_SHARE = 0.04
+"""The other path is taken once the time on the better one has paid for it at this rate."""
+
+OPTIMISM = 0.7
+"""A path with fewer than ``NUM_TRIALS`` samples is thought to take this share of what its law says."""
+
+NUM_TRIALS = 4
 
 
 class Path(enum.StrEnum):
@@ -92,26 +106,47 @@ class LinearCost:
 
 @dataclass(slots=True)
 class PathCosts:
-    """The two laws of one peer. Priors are host memory on one machine (bench/transfer.py)."""
+    """The two laws of one peer.
+
+    Direct starts as host memory on one machine (bench/transfer.py) and is measured by the
+    warm-up. Packed goes over the same link: until it is measured itself, its law is direct's,
+    two copies of each byte and ``PIECE_S`` a piece.
+    """
 
     direct: LinearCost = field(default_factory=lambda: LinearCost(3e-6, 1e-10))
-    packed: LinearCost = field(default_factory=lambda: LinearCost(150e-6, 2.5e-10))
-    _close_choices: int = 0
+    packed: LinearCost | None = None
+    copy_s_per_byte: float = HOST_COPY_S
+    """One copy of one byte by gather or scatter."""
+    _saved_s: float = 0.0
+
+    def packed_law(self) -> LinearCost:
+        """Measured, or derived from the link."""
+        if self.packed is not None:
+            return self.packed
+        per_byte_s = self.direct.per_byte_s + 2 * self.copy_s_per_byte
+        return LinearCost(self.direct.per_item_s + PIECE_S, per_byte_s)
 
     def choose(self, nbytes: int, num_descriptors: int, num_pieces: int) -> Path:
-        """The path with the lower expected time; now and then the other one, when they are close."""
-        direct_s = self.direct.predict_s(num_descriptors, nbytes)
-        packed_s = self.packed.predict_s(num_pieces, nbytes)
+        """The path with the lower expected time; the other one when its turn has been paid for."""
+        direct_s = _hopeful_s(self.direct, num_descriptors, nbytes)
+        packed_s = _hopeful_s(self.packed_law(), num_pieces, nbytes)
         best, other = (Path.DIRECT, Path.PACKED) if direct_s <= packed_s else (Path.PACKED, Path.DIRECT)
-        if max(direct_s, packed_s) <= CLOSE_CHOICE * min(direct_s, packed_s):
-            self._close_choices += 1
-            if self._close_choices % EXPLORE_EVERY == 0:
-                return other
-        return best
+        self._saved_s += EXPLORE_SHARE * min(direct_s, packed_s)
+        price_s = abs(direct_s - packed_s)
+        if self._saved_s < max(price_s, EXPLORE_EVERY * EXPLORE_SHARE * min(direct_s, packed_s)):
+            return best
+        self._saved_s = 0.0
+        return other
 
     def observe(self, path: Path, items: int, nbytes: int, seconds: float) -> None:
         """Learn from one finished chunk share; ``items`` are descriptors (direct) or pieces (packed)."""
-        (self.direct if path is Path.DIRECT else self.packed).observe(items, nbytes, seconds)
+        if path is Path.PACKED:
+            self.packed = self.packed_law()
+        (self.direct if path is Path.DIRECT else self.packed_law()).observe(items, nbytes, seconds)
+
+
+def _hopeful_s(law: LinearCost, items: int, nbytes: int) -> float:
+    return law.predict_s(items, nbytes) * (OPTIMISM if law.num_samples < NUM_TRIALS else 1.0)
 
 
 def split_pieces(

@@ -7,7 +7,15 @@ import pytest
 
 from pdserve.errors import KVLayoutMismatch
 from pdserve.kv.coalesce import HostPageCopier, Piece, check_piece
-from pdserve.kv.layout import HeadSlice, PagedRegions, head_slice, heads_of_rank, num_runs, page_runs
+from pdserve.kv.layout import (
+    HeadSlice,
+    PagedRegions,
+    head_slice,
+    heads_of_rank,
+    is_first_replica,
+    num_runs,
+    page_runs,
+)
 from pdserve.kv.staging import ALIGNMENT, SlotPool
 from tests.support.rows import rows
 
@@ -62,6 +70,24 @@ def test_every_decode_rank_gets_each_of_its_heads(heads: int, source_tp: int, ta
             assert wanted.start + part.target_offset // 10 == first
             got |= set(range(first, first + part.nbytes // 10))
         assert got == set(wanted)
+
+
+@rows(
+    ("heads", "source_tp", "target_tp"),
+    [(8, 16, 8), (4, 8, 4), (4, 8, 2), (2, 8, 1), (4, 8, 8), (8, 8, 4), (4, 16, 8), (2, 4, 8), (1, 8, 2)],
+)
+def test_each_head_is_sent_once_to_a_decode_rank(heads: int, source_tp: int, target_tp: int) -> None:
+    """However many prefill ranks hold it; two to four times before."""
+    for target_rank in range(target_tp):
+        wanted = heads_of_rank(heads, target_tp, target_rank)
+        per = max(1, source_tp // target_tp)
+        first = target_rank * per if source_tp > target_tp else target_rank // (target_tp // source_tp)
+        sent: list[int] = []
+        for source_rank in range(first, first + per):
+            held = heads_of_rank(heads, source_tp, source_rank)
+            if is_first_replica(heads, source_tp, source_rank, target_tp, target_rank):
+                sent.extend(sorted(set(held) & set(wanted)))
+        assert sent == list(wanted)
 
 
 def test_whole_rows_are_one_slice() -> None:

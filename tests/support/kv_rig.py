@@ -10,7 +10,7 @@ import enum
 import itertools
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -173,6 +173,7 @@ class Gate:
     outstanding: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     done: list[ChunkJob] = field(default_factory=list)
     failures: dict[int, tuple[str, bool]] = field(default_factory=dict)
+    num_failed: Counter[int] = field(default_factory=Counter)
 
     def enter(self, room: int) -> bool:
         self.outstanding[room] += 1
@@ -193,6 +194,7 @@ class Gate:
         if job.is_entered and settled:
             self.outstanding[job.room] -= 1
         self.failures[job.room] = (job.failure, settled)
+        self.num_failed[job.room] += 1
 
 
 @dataclass
@@ -244,12 +246,12 @@ class DecodeRank:
 
     def offer(self, prefill: PrefillRank) -> PeerOffer:
         """What this prefill rank is told when it registers."""
-        self.prefills[prefill.engine.name] = prefill
+        self.prefills[prefill.endpoint] = prefill
         geometry = self.geometry
         pool = RankPool(
             self.pool.regions, geometry.total_kv_heads, geometry.tp_size, geometry.tp_rank, MemoryKind.DRAM, 0
         )
-        return pool.offer(self.inbox.lender, prefill.engine.name, "d")
+        return pool.offer(self.inbox.lender, prefill.endpoint, "d")
 
 
 class PrefillRank:
@@ -261,6 +263,7 @@ class PrefillRank:
         rank: int = 0, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.engine, self.geometry = engine, geometry
+        self.endpoint = str(engine.name)
         self.pool = Pool(geometry, rng)
         self.slab = np.zeros(slab_bytes, dtype=np.uint8)
         engine.register(self.pool.spans(), MemoryKind.DRAM)

@@ -59,6 +59,8 @@ class LoopbackFabric:
     """Spans written so far, neighbours merged as NIXL does."""
     order: random.Random | None = None
     """Draws after how many polls each write completes; None: at the first."""
+    pending: list[_Write] | None = None
+    """Writes that a test lands itself, if it makes this a list: posted, and neither landed nor failed."""
 
     def engine(self, name: str) -> LoopbackEngine:
         """A new engine on this fabric."""
@@ -67,7 +69,7 @@ class LoopbackFabric:
         return engine
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Write:
     target: LoopbackEngine
     source_spans: Spans
@@ -75,6 +77,18 @@ class _Write:
     message: bytes
     polls: int = 0
     state: TransferState = TransferState.PENDING
+    writer: str = ""
+
+    def land(self, faults: LoopbackFaults) -> None:
+        """Copy the bytes; then the message arrives."""
+        for (source, nbytes, _), (target, _, _) in zip(
+            self.source_spans.tolist(), self.target_spans.tolist(), strict=True
+        ):
+            ctypes.memmove(target, source, nbytes)
+        self.state = TransferState.DONE
+        if self.message and not faults.drops(self.message):
+            with self.target._lock:
+                self.target._inbox.extend([(PeerName(self.writer), self.message)] * faults.repeats)
 
 
 class LoopbackEngine:
@@ -141,25 +155,20 @@ class LoopbackEngine:
         return self._post(peer, source, target, message)
 
     def poll(self, handle: TransferHandle) -> TransferState:
-        """Carry the write out now, unless writes are held."""
+        """Carry the write out now, unless writes are held or a test lands them itself."""
         write: _Write = handle.raw
-        faults = self._fabric.faults
+        fabric, faults = self._fabric, self._fabric.faults
         if write.state is not TransferState.PENDING or faults.is_held or faults.holds(write.message):
+            return write.state
+        if fabric.pending is not None and write in fabric.pending:
             return write.state
         if write.polls > 0:
             write.polls -= 1
             return write.state
-        if self._fabric.engines.get(write.target.name) is not write.target or faults.fails(write.message):
+        if fabric.engines.get(write.target.name) is not write.target or faults.fails(write.message):
             write.state = TransferState.FAILED
-            return write.state
-        for (source, nbytes, _), (target, _, _) in zip(
-            write.source_spans.tolist(), write.target_spans.tolist(), strict=True
-        ):
-            ctypes.memmove(target, source, nbytes)
-        write.state = TransferState.DONE
-        if write.message and not faults.drops(write.message):
-            with write.target._lock:
-                write.target._inbox.extend([(self._name, write.message)] * faults.repeats)
+        else:
+            write.land(faults)
         return write.state
 
     def arrivals(self) -> list[tuple[PeerName, bytes]]:
@@ -184,7 +193,10 @@ class LoopbackEngine:
         self._fabric.num_writes += 1
         self._fabric.num_descriptors += num_merged(source, target)
         polls = self._fabric.order.randrange(8) if self._fabric.order is not None else 0
-        return TransferHandle(_Write(engine, source.copy(), target.copy(), message, polls))
+        write = _Write(engine, source.copy(), target.copy(), message, polls, writer=self._name)
+        if self._fabric.pending is not None:
+            self._fabric.pending.append(write)
+        return TransferHandle(write)
 
     def _check(self, spans: Spans) -> None:
         for address, nbytes, _ in spans.tolist():

@@ -7,6 +7,7 @@ import numpy as np
 from pdserve.transfer import slots, steps
 from pdserve.transfer.jobs import Target
 from pdserve.transfer.messages import Grant, decode_arrival
+from pdserve.transfer.plan import Path
 from pdserve.transfer.slots import FIRST_GRANTS, NUM_SLOTS, QUARANTINE_S, GrantedSlots, Slab, SlotLender
 from tests.support.kv_rig import DecodeRank, Geometry, PrefillRank, make_fabric, wait_until
 from tests.support.rows import rows
@@ -244,3 +245,49 @@ def test_a_wait_for_slots_ends_with_the_first_credit() -> None:
         wait_until(lambda: bool(decode.owner.arrived[1]), poll=decode.inbox.poll, timeout_s=60)
     finally:
         prefill.outbox.close()
+
+
+def test_a_page_longer_than_a_slot_arrives_whole_though_its_pieces_end_in_direct_writes() -> None:
+    """Pieces are cut inside pages then; without slots the rest of the chunk goes page by page."""
+    rng, fabric = np.random.default_rng(1), make_fabric()
+    geometry = Geometry(page_size=64, num_pages=8)
+    decode = DecodeRank(fabric.engine("d"), geometry, rng, slab_bytes=4 * 768, slot_bytes=768)
+    prefill = PrefillRank(fabric.engine("p"), geometry, rng, max_piece_bytes=768)
+    peer = prefill.connect(decode)
+    pages, target = np.array([3, 1, 6], dtype=np.int32), np.array([2, 5, 4], dtype=np.int32)
+    decode.inbox.expect(1, target)
+    aux = decode.pool.aux_span(2)
+    job = prefill.job(1, pages, 0, True, [Target(peer, target, aux)], forced_path=Path.PACKED)
+    prefill.outbox.submit(job)
+    for _ in range(10_000):  # nobody gives slots back meanwhile
+        prefill.outbox.turn()
+        if prefill.gate.done:
+            break
+    assert prefill.gate.done[0].record.num_writes > 2
+    _turn([prefill], decode, lambda: bool(decode.owner.arrived[1]))
+    for region in range(4):
+        np.testing.assert_array_equal(
+            prefill.pool.tokens(region, pages, 192), decode.pool.tokens(region, target, 192)
+        )
+
+
+def test_replicas_of_a_head_send_it_once_and_all_their_messages_count() -> None:
+    """Prefill TP 2 with one KV head, decode TP 1."""
+    rng, fabric = np.random.default_rng(2), make_fabric()
+    one = {"num_kv_heads": 1, "total_kv_heads": 1}
+    decode = DecodeRank(fabric.engine("d"), Geometry(**one), rng)
+    ranks = [
+        PrefillRank(fabric.engine(f"p{rank}"), Geometry(**one, tp_size=2, tp_rank=rank), rng, rank=rank)
+        for rank in range(2)
+    ]
+    pages, target = np.array([3, 1], dtype=np.int32), np.array([2, 5], dtype=np.int32)
+    decode.inbox.expect(1, target)
+    for rank in ranks:
+        peer, aux = rank.connect(decode), decode.pool.aux_span(2)
+        rank.outbox.submit(rank.job(1, pages, 0, True, [Target(peer, target, aux)]))
+    _turn(ranks, decode, lambda: sorted(decode.owner.arrived[1]) == [0, 1])
+    assert [rank.gate.done[0].record.nbytes for rank in ranks] == [8 * 24 * 4, 0]
+    for region in range(4):
+        np.testing.assert_array_equal(
+            ranks[0].pool.tokens(region, pages, 8), decode.pool.tokens(region, target, 8)
+        )
