@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pdserve.balancer.fleet.health import HealthTracker
 from pdserve.balancer.fleet.probe import JSON, WorkerKeys
 from pdserve.balancer.fleet.roster import Roster
-from pdserve.balancer.fleet.weights import CannotReplay, Change
+from pdserve.balancer.fleet.weights import CannotReplay, Change, Weights
 from pdserve.balancer.fleet.worker import COMMAND, Worker
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import WorkerError
@@ -48,7 +48,7 @@ class WeightUpdate:
         worker.is_ahead = not self._is_whole
         if self._is_whole and not self._is_begun:
             self._is_begun = True
-            roster.agreed = roster.agreed.after(change)
+            self._agree(roster.agreed.after(change))
         elif not self._is_whole:
             self._agree_if_all_do()
         if change.flushes:
@@ -59,7 +59,13 @@ class WeightUpdate:
         """The workers were told one by one, and now all that serve have the same."""
         found = {worker.weights for worker in self._roster.members.values() if worker.answers.is_set()}
         if len(found) == 1:
-            self._roster.agreed = found.pop()
+            self._agree(found.pop())
+
+    def _agree(self, weights: Weights) -> None:
+        """From now on this is what all must have, whatever some were told before."""
+        self._roster.agreed = weights
+        for worker in self._roster.members.values():
+            worker.is_ahead = False
 
     def ended(self) -> None:
         """All have answered: take out who was to have it and has not."""

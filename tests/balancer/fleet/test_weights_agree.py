@@ -243,6 +243,19 @@ async def test_workers_that_are_told_one_by_one_serve_again_when_all_have_it() -
         assert [fake.weights.changes for fake in f.site.fakes] == [[DISK]] * 3, "nobody else repeats it"
 
 
+async def test_a_worker_that_was_told_by_itself_once_is_brought_along_later() -> None:
+    async with fleet() as f:
+        for fake in f.site.fakes:
+            await f.ask("POST", f"{DISK}?worker={fake.name}", NEW)
+        failing = f.site.decodes[1]
+        failing.weights.refuses = "busy"
+        assert (await f.ask("POST", DISK, {**NEW, "weight_version": "v3"})).status == 400
+        assert f.state("decode-1") == "suspect"
+        failing.weights.refuses = ""
+        await f.all_serve()
+        assert failing.weights.version == "v3"
+
+
 # -- the prompt tree ---------------------------------------------------------------------------
 
 
