@@ -235,7 +235,7 @@ class PairDispatcher:
         """Reserve a pair, send both legs, relay decode's answer, retry; for each sample of a chat."""
         self._attempts.budget.deposit()
         record, trace = call.record, call.trace
-        if request.is_stream and self._config.stream_heartbeat_s:
+        if request.is_stream and self._config.stream_heartbeat_s > 0:
             call.heartbeat = HeartbeatSink(call.client, self._config.stream_heartbeat_s)
         sink = call.sink
         if request.num_requests > 1:
