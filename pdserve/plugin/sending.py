@@ -23,6 +23,7 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 
 from pdserve.errors import PdserveError, PeerLost, ProtocolMismatch
 from pdserve.kv.coalesce import PageCopier
+from pdserve.plugin.dataplane import Endpoint, refuses_connections
 from pdserve.plugin.idle import wake_scheduler
 from pdserve.transfer.engine import MemoryKind, PeerName, Spans
 from pdserve.transfer.jobs import ChunkJob, Target, TransferRecord
@@ -302,8 +303,20 @@ class PrefillPlane:
 
     def _send_control(self, peer: PeerName, message: Void | Ask) -> None:
         info = self._manager.decode_kv_args_table.get(str(peer))
-        if info is not None:
-            self._manager.send_control(info.endpoint, int(info.dst_port), [CONTROL_TAG, encode(message)])
+        if info is None or str(peer) not in self._links:
+            return
+        self._manager.send_control(info.endpoint, int(info.dst_port), [CONTROL_TAG, encode(message)])
+        if isinstance(message, Void):  # a slot whose credit has not come: rare, and looking may take a second
+            look = functools.partial(self.forget_if_gone, str(peer), (str(info.endpoint), int(info.dst_port)))
+            threading.Thread(target=look, name="pdserve-dead-peers", daemon=True).start()
+
+    def forget_if_gone(self, agent: str, endpoint: Endpoint) -> None:
+        """Drop all that is kept for a decode rank if its control port is closed: its process is gone."""
+        if not refuses_connections(endpoint) or self._links.pop(agent, None) is None:
+            return
+        reason = f"decode rank {agent} at {endpoint[0]}:{endpoint[1]} is gone"
+        self.refuse(agent, reason)
+        self.outbox.remove_peer(PeerName(agent), reason)
 
     def _own_aux(self, index: int, tables: list[Any]) -> Spans:
         """Metadata rows; the leading ones if a decode rank has registered fewer, as SGLang's send_aux."""

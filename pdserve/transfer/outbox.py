@@ -130,11 +130,13 @@ class Outbox:
         has_moved = bool(mail)
         for action in mail:
             self._guarded(action)
-        for lane in list(self._lanes.values()):
+        for name, lane in list(self._lanes.items()):
             if lane.queue:
                 has_moved |= self._advance(lane)
             if lane.writing:
                 has_moved |= self._reap(lane)
+            elif lane.link is None:
+                del self._lanes[name]
         for room in list(self._changed):
             has_moved |= self._conclude(room)
         if self._clock() >= self._next_sweep_s:
@@ -189,8 +191,6 @@ class Outbox:
             self._fail(writes.job, reason)
         lane.queue.clear()
         self._runner.forget_peer(name)
-        if not lane.writing:
-            del self._lanes[name]
 
     def _accept(self, job: ChunkJob) -> None:
         job.per_rank.extend(RankWrites(job, target) for target in job.targets)
@@ -346,5 +346,3 @@ class Outbox:
             if leases and lane.link is not None:
                 logger.warning("%s: %d slots without credit, asking for them", name, len(leases))
                 self._send_control(name, Void(holder=lane.link.slots.holder, leases=leases))
-            if lane.link is None and not lane.writing:
-                del self._lanes[name]

@@ -37,6 +37,28 @@ def test_a_piece_is_not_asked_back_while_its_write_is_in_flight() -> None:
         rig.close()
 
 
+def test_a_peer_that_is_gone_is_forgotten_with_all_that_was_due_from_it() -> None:
+    rig = Rig(credit_timeout_s=0.02)
+    try:
+        rig.send(1, 60, path=Path.PACKED)  # it arrives, and nobody reads it
+        wait_until(lambda: bool(rig.prefill.gate.done))
+        rig.fabric.faults.is_held = True
+        rig.send(2, 60, path=Path.PACKED)
+        wait_until(lambda: rig.prefill.gate.outstanding[2] == 1)
+        rig.prefill.outbox.remove_peer(rig.peer, "decode rank d is gone")
+        wait_until(lambda: not rig.prefill.outbox.num_due)
+        rig.fabric.faults.is_held = False
+        wait_until(lambda: 2 in rig.prefill.gate.failures)
+        rig.send(3, 60)
+        wait_until(lambda: 3 in rig.prefill.gate.failures)
+        assert rig.prefill.gate.failures[2] == ("decode rank d is gone", True)
+        assert "not connected" in rig.prefill.gate.failures[3][0]
+        wait_until(lambda: not rig.prefill.outbox._lanes)
+        assert not rig.prefill.runner.num_source_held
+    finally:
+        rig.close()
+
+
 @pytest.mark.parametrize("may_have_written", [False, True])
 def test_a_post_refused_after_a_late_gather_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, may_have_written: bool
