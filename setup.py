@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -36,13 +36,16 @@ class BuildWithKernels(build_py):
 class PlatformWheel(bdist_wheel):
     """Any Python, one platform: the library knows nothing of Python."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = NVCC is None
-
     def get_tag(self) -> tuple[str, str, str]:
         _, _, platform = super().get_tag()
         return "py3", "none", platform
 
 
-setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel})
+class WithKernels(Distribution):
+    """Belongs to a platform if it carries the library."""
+
+    def has_ext_modules(self) -> bool:
+        return NVCC is not None
+
+
+setup(distclass=WithKernels, cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel})

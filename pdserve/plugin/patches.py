@@ -80,7 +80,7 @@ def default_page_size(original: Callable[..., Any], view: Any) -> Any:
     """AROUND ``_page_size_default``: 16 tokens on a GPU where SGLang takes 1, as pdserve sets on CPU.
 
     SGLang comes here when neither the user nor the model nor the attention backend wants a size. Trees of
-    draft tokens and sliding windows keep SGLang's, because some of its backends refuse pages there.
+    draft tokens, sliding windows and recurrent state keep SGLang's, because parts of it refuse pages there.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
@@ -88,8 +88,9 @@ def default_page_size(original: Callable[..., Any], view: Any) -> Any:
     env = WorkerEnv.from_environ()
     if declared.get("page_size") != 1 or view.device != "cuda" or env.stock or not env.data_plane.is_on:
         return declared
-    is_plain = (view.speculative_eagle_topk or 0) <= 1 and not model_config_of(view).is_hybrid_swa
-    return {"page_size": GPU_PAGE_SIZE} if is_plain else declared
+    is_special = (view.speculative_eagle_topk or 0) > 1 or view.uses_mamba_radix_cache
+    is_special = is_special or model_config_of(view).is_hybrid_swa
+    return declared if is_special else {"page_size": GPU_PAGE_SIZE}
 
 
 def name_forward_stream(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs: Any) -> Any:

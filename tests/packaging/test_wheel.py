@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 
 from pdserve import __version__
+from pdserve.errors import ConfigError
+from pdserve.kv.kernels import find_nvcc
 from pdserve.types import Role
 from tests.support.sglang_server import FakeSGLang
 
@@ -133,7 +135,10 @@ def test_wheel_carries_the_package_the_cuda_sources_and_the_licence(installed: I
     assert cuda
     assert not (package | cuda | {f"pdserve-{__version__}.dist-info/licenses/LICENSE"}) - names
     assert not [name for name in names if name.startswith(("tests", "bench"))]
-    has_nvcc = shutil.which("nvcc") is not None
+    try:
+        has_nvcc = find_nvcc().is_file()
+    except ConfigError:
+        has_nvcc = False
     assert ("pdserve/kv/prebuilt/libpdserve_kv.so" in names) is has_nvcc
     assert installed.wheel.name.endswith("-py3-none-any.whl") is not has_nvcc
 

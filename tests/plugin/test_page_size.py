@@ -11,7 +11,10 @@ from tests.support.rows import rows
 
 pytestmark = pytest.mark.slow
 
-PLAIN = {"page_size": None, "device": "cuda", "speculative_eagle_topk": None, "is_hybrid_swa": False}
+PLAIN = {
+    "page_size": None, "device": "cuda", "speculative_eagle_topk": None, "is_hybrid_swa": False,
+    "uses_mamba_radix_cache": False,
+}  # fmt: skip
 
 
 def _default(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], environ: dict[str, str]) -> Any:
@@ -39,6 +42,7 @@ def _default(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], environ: 
         ({"page_size": 128}, {}, {}),
         ({"speculative_eagle_topk": 4}, {}, {"page_size": 1}),
         ({"is_hybrid_swa": True}, {}, {"page_size": 1}),
+        ({"uses_mamba_radix_cache": True}, {}, {"page_size": 1}),
         ({"device": "cpu"}, {}, {"page_size": 1}),
         ({}, {"PDSERVE_DATA_PLANE": "off"}, {"page_size": 1}),
         ({}, {"PDSERVE_STOCK": "1"}, {"page_size": 1}),
