@@ -1,0 +1,117 @@
+"""Outbox, inbox, slots, network and forward pass in one thread, in every order that Hypothesis thinks of."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+
+from pdserve.transfer.plan import Path
+from tests.support.kv_world import World
+
+INDEX = st.integers(0, 30)
+INDICES = st.lists(INDEX, min_size=1, max_size=8)
+PREFILL, DECODE = st.integers(0, 1), st.integers(0, 2)
+
+
+class Machine(RuleBasedStateMachine):
+    """Rules are what may happen next; ``World`` holds the invariants."""
+
+    slots = (6, 10)
+    """Of a prefill's and of a decode rank's slab."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(*self.slots)
+
+    @rule(prefill=PREFILL, decode=DECODE, sizes=st.lists(st.integers(1, 100), min_size=1, max_size=4),
+          num_chunks=st.integers(1, 3), path=st.sampled_from([None, Path.PACKED, Path.DIRECT]))  # fmt: skip
+    def submit(self, prefill: int, decode: int, sizes: list[int], num_chunks: int, path: Path | None) -> None:
+        for size in sizes:
+            self.world.submit(prefill, decode, size, num_chunks=num_chunks, path=path)
+
+    @rule(indices=INDICES)
+    def forward(self, indices: list[int]) -> None:
+        for index in indices:
+            self.world.forward(index)
+
+    @rule(prefill=PREFILL, count=st.integers(1, 6))
+    def turn(self, prefill: int, count: int) -> None:
+        for _ in range(count):
+            self.world.turn(prefill)
+
+    @rule(decode=DECODE)
+    def poll(self, decode: int) -> None:
+        self.world.poll(decode)
+
+    @rule(indices=INDICES)
+    def copy(self, indices: list[int]) -> None:
+        for index in indices:
+            self.world.copy(index)
+
+    @rule(indices=INDICES)
+    def land(self, indices: list[int]) -> None:
+        for index in indices:
+            self.world.land(index)
+
+    @rule(indices=INDICES)
+    def deliver(self, indices: list[int]) -> None:
+        for index in indices:
+            self.world.deliver(index)
+
+    @rule(index=INDEX, what=st.sampled_from(["write fails", "message is lost", "abort"]))
+    def fault(self, index: int, what: str) -> None:
+        if what == "write fails":
+            self.world.land(index, fails=True)
+        elif what == "message is lost":
+            self.world.deliver(index, is_lost=True)
+        else:
+            self.world.abort(index)
+
+    @rule(count=st.integers(1, 3), may_have_written=st.booleans())
+    def refuse(self, count: int, may_have_written: bool) -> None:
+        self.world.refuse(count, may_have_written=may_have_written)
+
+    @rule(seconds=st.sampled_from([0.01, 0.6, 6.0, 31.0]))
+    def tick(self, seconds: float) -> None:
+        self.world.tick(seconds)
+
+    @rule(prefill=PREFILL, decode=DECODE, is_new=st.booleans())
+    def register(self, prefill: int, decode: int, is_new: bool) -> None:
+        if is_new and not self.world.died:
+            self.world.restart(prefill)
+        else:
+            self.world.register_again(prefill, decode)
+
+    @rule(decode=DECODE)
+    def hang(self, decode: int) -> None:
+        self.world.hung ^= {decode}
+
+    @rule()
+    def progress(self) -> None:
+        self.world.check_progress()
+
+    def teardown(self) -> None:
+        self.world.rest()
+
+
+def _explore(num_examples: int, num_steps: int) -> None:
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        Machine,
+        settings=settings(
+            max_examples=num_examples, stateful_step_count=num_steps, deadline=None, derandomize=True,
+            database=None, report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_no_order_of_events_breaks_a_room() -> None:
+    _explore(30, 50)
+
+
+@pytest.mark.exhaustive
+def test_no_order_of_events_breaks_a_room_in_100_000_steps() -> None:
+    _explore(1000, 100)
