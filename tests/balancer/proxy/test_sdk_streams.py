@@ -4,7 +4,7 @@ error of a response to its caller as an event."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from typing import Any
 
 import anthropic
 import openai
@@ -29,31 +29,31 @@ pytestmark = pytest.mark.slow  # imports the SDKs
 PATHS = (CHAT, COMPLETIONS, MESSAGES, RESPONSES)
 
 
-async def texts(site: Site, path: str) -> AsyncIterator[str]:
-    """The pieces of text that an SDK makes of a stream; raises what it raises."""
-    url, ask = site.balancer.url, {"model": "m", "stream": True}
-    messages = [{"role": "user", "content": "hi"}]
+async def read_texts(site: Site, path: str, told: list[str]) -> None:
+    """Put the pieces of text that an SDK makes of a stream into ``told``; raises what it raises."""
+    ask: dict[str, Any] = {"model": "m", "stream": True}
+    if path in (CHAT, MESSAGES):
+        ask["messages"] = [{"role": "user", "content": "hi"}]
     if path == MESSAGES:
-        claude = anthropic.AsyncAnthropic(base_url=url, api_key="k", max_retries=0)
-        async for event in await claude.messages.create(messages=messages, max_tokens=99, **ask):  # type: ignore[call-overload]
-            if event.type == "content_block_delta":
-                yield event.delta.text
+        async with anthropic.AsyncAnthropic(base_url=site.balancer.url, api_key="k", max_retries=0) as claude:
+            async for event in await claude.messages.create(max_tokens=99, **ask):
+                if event.type == "content_block_delta":
+                    told.append(event.delta.text)
         return
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0)
-    if path == RESPONSES:
-        async for event in await client.responses.create(input="hi", **ask):  # type: ignore[call-overload]
-            if event.type == "response.output_text.delta":
-                yield event.delta
-            elif event.type == "error":
-                raise openai.APIError(event.message, request=None, body=event)  # type: ignore[arg-type]
-    elif path == CHAT:
-        async for chunk in await client.chat.completions.create(messages=messages, **ask):  # type: ignore[call-overload]
-            if chunk.choices:
-                yield chunk.choices[0].delta.content or ""
-    else:
-        async for chunk in await client.completions.create(prompt="hi", **ask):  # type: ignore[call-overload]
-            if chunk.choices:
-                yield chunk.choices[0].text
+    url = f"{site.balancer.url}/v1"
+    async with openai.AsyncOpenAI(base_url=url, api_key="k", max_retries=0) as client:
+        if path == RESPONSES:
+            async for event in await client.responses.create(input="hi", **ask):
+                if event.type == "response.output_text.delta":
+                    told.append(event.delta)
+                elif event.type == "error":
+                    raise openai.OpenAIError(event.message)
+        elif path == CHAT:
+            async for chunk in await client.chat.completions.create(**ask):
+                told += [choice.delta.content or "" for choice in chunk.choices]
+        else:
+            async for chunk in await client.completions.create(prompt="hi", **ask):
+                told += [choice.text for choice in chunk.choices]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -65,12 +65,7 @@ async def test_heartbeats_are_passed_over(path: str) -> None:
         go_on = site.decode.behaviour.go_on = asyncio.Event()
         site.decode.behaviour.hang_after = len(events) - 5
         told: list[str] = []
-
-        async def read() -> None:
-            async for text in texts(site, path):
-                told.append(text)
-
-        reading = asyncio.create_task(read())
+        reading = asyncio.create_task(read_texts(site, path, told))
         await until(lambda: site.decode.requests)
         await asyncio.sleep(0.05)  # some heartbeats before the first token, and some between two
         gate.set()
@@ -93,16 +88,11 @@ async def test_the_error_that_ends_a_stream_is_raised(path: str, has_begun: bool
             gate = site.decode.behaviour.gate = asyncio.Event()
             site.decode.behaviour.status = 500
         told: list[str] = []
-
-        async def read() -> None:
-            async for text in texts(site, path):
-                told.append(text)
-
-        reading = asyncio.create_task(read())
+        reading = asyncio.create_task(read_texts(site, path, told))
         if not has_begun:
             await until(lambda: any(call.client.has_begun for call in site.balancer.dispatcher._calls))
             gate.set()
-        with pytest.raises((openai.APIError, anthropic.APIError)) as caught:
+        with pytest.raises((openai.OpenAIError, anthropic.APIError)) as caught:
             await reading
         assert site.decode.url in str(caught.value)
         assert "".join(told) == (TEXT * 2 if has_begun else "")
