@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
+from pdserve.kv.staging import SlotPool
+from pdserve.transfer.jobs import RankWrites, Step
+from pdserve.transfer.peer import PeerLink
 from pdserve.transfer.plan import Path
+from pdserve.transfer.steps import StepRunner
 from tests.support.kv_world import World
+from tests.support.rows import rows
 
 INDEX = st.integers(0, 30)
 INDICES = st.lists(INDEX, min_size=1, max_size=8)
@@ -115,3 +122,77 @@ def test_no_order_of_events_breaks_a_room() -> None:
 @pytest.mark.exhaustive
 def test_no_order_of_events_breaks_a_room_in_100_000_steps() -> None:
     _explore(1000, 100)
+
+
+def _posts_as_settled(self: StepRunner, peer: PeerLink, writes: RankWrites, step: Step) -> None:
+    """A1: the time-out ran from the post, done or not."""
+    _POST_PIECE(self, peer, writes, step)
+    self._settle(writes, step)
+    step.is_settled = False
+
+
+_POST_PIECE = StepRunner._post_piece
+
+
+def _leaks_source(self: StepRunner, peer: PeerLink | None, writes: RankWrites, step: Step) -> None:
+    """A3: as it was after a refused post."""
+    if step in writes.in_flight:
+        writes.in_flight.remove(step)
+
+
+def _takes_all(self: SlotPool, holder: object) -> int | None:
+    """A4: whoever comes first may have all slots, as in the ring."""
+    if not self._free:
+        return None
+    slot = self._free.pop()
+    self._holders[slot] = holder
+    self._held[holder] += 1
+    return slot
+
+
+def _reuse_while_in_flight() -> None:
+    world = World(16, 8)
+    world.hung = {0}
+    for _ in range(3):
+        world.submit(0, 0, 60, num_chunks=1, path=None)
+    world.run(6, 0.01, [1, 2])
+    world.tick(31.0)
+    world.run(6, 0.6, [1, 2])
+    world.hung = set()
+    for _ in range(30):
+        world.land(-1)  # the newest first, the old write over it
+    world.rest()
+
+
+def _refuse_after_gather() -> None:
+    world = World(4, 8)
+    world.submit(0, 0, 100, num_chunks=1, path=None)
+    world.refuse(1)
+    world.run(3, 0.01, [0])
+    world.rest()
+
+
+def _hang() -> None:
+    world = World(4, 8)
+    world.hung = {0}
+    for decode in (0, 0, 0, 1, 1, 1):
+        world.submit(0, decode, 60, num_chunks=1, path=None)
+    world.check_progress()
+
+
+@rows(
+    ("owner", "name", "fault", "events", "finding"),
+    [
+        (StepRunner, "_post_piece", _posts_as_settled, _reuse_while_in_flight, "wrong bytes"),
+        (StepRunner, "give_up", _leaks_source, _refuse_after_gather, "never credited|never freed"),
+        (SlotPool, "take", _takes_all, _hang, "is starved|never arrives"),
+    ],
+)
+def test_the_simulation_finds_each_of_the_old_faults(
+    owner: type, name: str, fault: Callable[..., object], events: Callable[[], None], finding: str
+) -> None:
+    events()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, fault)
+        with pytest.raises(AssertionError, match=finding):
+            events()
