@@ -93,7 +93,7 @@ class Child:
 
     def stop(self) -> None:
         """Ask it to end, kill what is left of its session, and wait until nothing is."""
-        self.process.terminate()
+        self.process.send_signal(signal.SIGINT)  # at SIGTERM a balancer first waits for load balancers
         try:
             self.process.wait(STOP_S)
         except subprocess.TimeoutExpired:
