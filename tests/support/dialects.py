@@ -124,6 +124,8 @@ def failure(path: str, message: str = "KV transfer failed", status: int = 500) -
         error = {"type": "error", "error": {"type": kind, "message": message}}
         return [typed(error), typed({"type": "message_stop"})]
     response = {**response_of("abort", 3), "error": {"code": "server_error", "message": message}}
+    if status == 400:
+        response["usage"] = None  # the code stays that of a server error
     return [typed({"type": "response.failed", "sequence_number": 9, "response": response})]
 
 

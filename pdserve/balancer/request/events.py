@@ -38,6 +38,9 @@ _STATUS = {
     "rate_limit_exceeded": 429, "overloaded_error": 503,
 }  # fmt: skip
 """Errors by name; any other is the server's."""
+REFUSED = 400
+"""A failed response without usage never reached the engine: SGLang's handler refused it, behind
+``response.created``, with the code of a server error."""
 NO_REASON = "the worker gave no reason"
 
 
@@ -223,6 +226,8 @@ def _of_meta(meta: _Meta, index: int) -> Said:
 
 def _of_response(status: Any, usage: _Counts | None, error: Any) -> Said:
     failure = _failure(_Document(error=error)) if status == "failed" else None
+    if failure is not None and usage is None:
+        failure = Failure(REFUSED, failure.message)
     if failure is not None and failure.message in _ASKED_FOR:
         failure = None
     return Said(_FINISH.get(str(status), ""), *_counts(usage), failure)

@@ -62,7 +62,7 @@ async def test_prefills_failure_is_found_behind_what_precedes_it(path: str) -> N
         assert [errors_of(site, name) for name in ("prefill-0", "prefill-1", "decode-0")] == [1, 0, 0]
 
 
-@pytest.mark.parametrize("path", [path for path in DIALECTS if path != RESPONSES])  # which has no status
+@pytest.mark.parametrize("path", DIALECTS)
 async def test_a_failure_that_blames_the_request_goes_to_the_client(path: str) -> None:
     async with running_site(decode=2) as site:
         segments = (*preamble(path), *failure(path, "no such token", 400))
