@@ -1,7 +1,11 @@
-"""Clients that know nothing of us, unchanged, against real engines: openai, anthropic, SGLang's own."""
+"""Clients that know nothing of us, unchanged, against real engines: openai, anthropic, SGLang's own.
+
+litellm and langchain, which are built on the first two, are in test_client_frameworks.py.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -14,12 +18,21 @@ import anthropic
 import openai
 import pytest
 
-from tests.engine.fleet import Fleet
+from tests.engine.fleet import Fleet, call
 
 pytestmark = pytest.mark.engine
 MODEL = "any-name"
 """SGLang looks at the name on /v1/responses only."""
 BENCH_S = 240.0
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+YES_OR_NO = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +169,73 @@ def test_openai_many_at_once(client: openai.OpenAI) -> None:
     assert all(len(answer.choices[0].message.content or "") == 10 for answer in answers)
 
 
+def test_openai_answer_follows_its_schema(client: openai.OpenAI) -> None:
+    fields = {"response_format": YES_OR_NO, "max_tokens": 12}
+    messages = [{"role": "user", "content": "Is it raining?"}]
+    whole = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, **fields)  # type: ignore[call-overload]
+    assert whole.choices[0].message.content in ("true", "false")
+    assert whole.choices[0].finish_reason == "stop"
+
+
+def test_openai_tools_are_taken_whole_and_streamed(client: openai.OpenAI) -> None:
+    whole = _ask(client, "What is the weather in Paris?", tools=[WEATHER])
+    assert len(whole.choices[0].message.content or "") == 10
+    bare = _ask(client, "What is the weather in Paris?", tools=[WEATHER], tool_choice="none")
+    assert bare.usage is not None
+    chunks = list(_ask(client, "What is the weather in Paris?", tools=[WEATHER], stream=True))
+    pieces = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+    assert "".join(pieces) == whole.choices[0].message.content
+    with pytest.raises(openai.BadRequestError):
+        _ask(client, "x", tools=[{"type": "function", "function": {"name": 5}}])
+
+
+def test_openai_stream_as_a_string_is_a_stream(client: openai.OpenAI) -> None:
+    """As programs in other languages spell it; the SDK itself sends a boolean."""
+    response = client.chat.completions.with_raw_response.create(
+        model=MODEL, messages=[{"role": "user", "content": "a"}], max_tokens=3, extra_body={"stream": "true"}
+    )
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.text.endswith("data: [DONE]\n\n")
+
+
+def test_openai_stream_that_is_closed_leaves_nothing_running(client: openai.OpenAI, fleet: Fleet) -> None:
+    stream = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "a long story"}], max_tokens=3000, stream=True
+    )
+    next(iter(stream))
+    assert fleet.state()["requests"]["inflight"] >= 1
+    stream.close()
+    fleet.wait_empty(60)
+    assert fleet.state()["requests"]["inflight"] == 0
+
+
+def test_openai_aborted_by_the_id_of_its_answer(client: openai.OpenAI, fleet: Fleet) -> None:
+    stream = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "a long story"}], max_tokens=3000, stream=True
+    )
+    chunks = iter(stream)
+    assert call(fleet.url, "POST", "/abort_request", {"rid": next(chunks).id})[0] == 200
+    reasons = [choice.finish_reason for chunk in chunks for choice in chunk.choices]
+    assert reasons[-1] == "abort"
+    fleet.wait_empty(60)
+
+
+async def test_async_openai_eight_at_once(fleet: Fleet) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="unused", max_retries=0) as client:
+
+        async def ask(number: int) -> str:
+            stream = await client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": f"Number {number}"}], max_tokens=12,
+                temperature=0, stream=True,
+            )  # fmt: skip
+            return "".join([choice.delta.content or "" async for chunk in stream for choice in chunk.choices])
+
+        texts = await asyncio.gather(*(ask(number) for number in range(8)))
+        again = await asyncio.gather(*(ask(number) for number in range(8)))
+    assert {len(text) for text in texts} == {12}
+    assert texts == again
+
+
 # -- anthropic ---------------------------------------------------------------------------------
 
 
@@ -170,6 +250,34 @@ def test_anthropic_messages(fleet: Fleet) -> None:
             assert "".join(stream.text_stream) == whole.content[0].text
         with pytest.raises(anthropic.BadRequestError):
             client.messages.create(**{**fields, "max_tokens": 0})  # type: ignore[call-overload]
+
+
+def test_anthropic_tools_usage_and_the_end_of_a_stream(fleet: Fleet) -> None:
+    tool = {"name": "weather", "input_schema": WEATHER["function"]["parameters"]}  # type: ignore[index]
+    with anthropic.Anthropic(base_url=fleet.url, api_key="unused", max_retries=0, timeout=60) as client:
+        fields = {"model": MODEL, "max_tokens": 8, "system": "Be brief.", "tools": [tool]}
+        fields["messages"] = [{"role": "user", "content": "Hello, you"}]
+        whole = client.messages.create(**fields)  # type: ignore[call-overload]
+        assert (whole.usage.output_tokens, whole.stop_reason) == (8, "max_tokens")
+        assert whole.usage.input_tokens > len("Be brief.Hello, you")
+        with client.messages.stream(**fields) as stream:  # type: ignore[arg-type]
+            kinds = [event.type for event in stream]
+            final = stream.get_final_message()
+        assert (kinds[0], kinds[-1]) == ("message_start", "message_stop")
+        assert (final.usage.output_tokens, final.stop_reason) == (8, "max_tokens")
+        with pytest.raises(anthropic.BadRequestError, match="context length"):
+            client.messages.create(**{**fields, "messages": [{"role": "user", "content": "x" * 5000}]})  # type: ignore[call-overload]
+        with pytest.raises(anthropic.NotFoundError):
+            client.post("/v1/complete", cast_to=object, body={})
+
+
+def test_anthropic_stream_that_is_closed_leaves_nothing_running(fleet: Fleet) -> None:
+    with anthropic.Anthropic(base_url=fleet.url, api_key="unused", max_retries=0, timeout=60) as client:
+        messages = [{"role": "user", "content": "a long story"}]
+        with client.messages.stream(model=MODEL, max_tokens=3000, messages=messages) as stream:  # type: ignore[arg-type]
+            next(stream.text_stream)
+    fleet.wait_empty(60)
+    assert fleet.state()["requests"]["inflight"] == 0
 
 
 # -- SGLang's own ------------------------------------------------------------------------------
