@@ -44,7 +44,9 @@ def test_its_own_server_listens_there_again_and_again(how: str) -> None:
             assert await reader.read() == b""
             writer.close()
 
-    factory = None if how != "uvloop" else pytest.importorskip("uvloop").new_event_loop
+    factory = None
+    if how == "uvloop":
+        factory = pytest.importorskip("uvloop", reason="uvloop is not installed").new_event_loop
     with SystemPorts() as ports:
         port = ports.pick(HOST, 0)
         for _ in range(2):

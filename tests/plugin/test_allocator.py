@@ -9,7 +9,7 @@ import pytest
 
 from pdserve.kv.layout import num_runs
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 pytestmark = pytest.mark.slow
 
 SIZE = 16

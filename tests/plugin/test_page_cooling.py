@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.rows import rows
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 pytestmark = pytest.mark.slow
 
 SIZE = 16
