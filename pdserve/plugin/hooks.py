@@ -135,6 +135,61 @@ HOOKS: tuple[HookTarget, ...] = (
         "children forked from a process that has imported everything start in milliseconds",
         cpu_only=True,
     ),
+    HookTarget(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "around",
+        "pdserve.plugin.resume.outputs:note_ids",
+        "resume: token ids out of every stream the balancer asks for, and into a request that goes on",
+    ),
+    HookTarget(
+        "sglang.srt.entrypoints.openai.serving_responses.random_uuid",
+        "around",
+        "pdserve.plugin.resume.outputs:name_item",
+        "resume: items of /v1/responses keep their ids on another server",
+    ),
+    HookTarget(
+        "sglang.srt.managers.scheduler.Scheduler._create_generation_req",
+        "around",
+        "pdserve.plugin.resume.scheduler:create_resumed",
+        "resume: prefill computes prompt and emitted tokens, decode begins behind them",
+    ),
+    HookTarget(
+        "sglang.srt.disaggregation.decode.DecodePreallocQueue.add",
+        "around",
+        "pdserve.plugin.resume.scheduler:add_resumed",
+        "resume: the grammar takes the emitted tokens; the request waits as one that was retracted",
+    ),
+    HookTarget(
+        "sglang.srt.disaggregation.decode.DecodePreallocQueue._submit_prefill_recompute",
+        "around",
+        "pdserve.plugin.resume.scheduler:skip_recompute",
+        "resume: the balancer has sent prefill its leg",
+    ),
+    HookTarget(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_prebuilt",
+        "around",
+        "pdserve.plugin.resume.penalties:replay_penalties",
+        "penalties and min_new_tokens count what was emitted before; SGLang forgets it when it retracts",
+    ),
+    HookTarget(
+        "sglang.srt.sampling.penaltylib.repetition_penalty.apply_scaling_penalties",
+        "replace",
+        "pdserve.plugin.resume.penalties:scale_logits",
+        "the first repetition penalty stops a CPU server for 19 s: torch.compile",
+        cpu_only=True,
+    ),
+    HookTarget(
+        "sglang.srt.managers.scheduler.Scheduler.init_disaggregation",
+        "around",
+        "pdserve.plugin.resume.penalties:warm_scaling",
+        "on a GPU the same is compiled at start",
+    ),
+    HookTarget(
+        "sglang.srt.utils.watchdog.SubprocessWatchdog.start",
+        "around",
+        "pdserve.plugin.children:watch_children",
+        "a crashed scheduler closes the server's connections at once, not after seconds of silence",
+    ),
 )
 
 

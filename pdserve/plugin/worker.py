@@ -54,8 +54,11 @@ def run_sglang(flags: Sequence[str], env: WorkerEnv) -> None:
 
     from pdserve.plugin.membership import WorkerMembership
     from pdserve.plugin.patches import run_scheduler
+    from pdserve.plugin.resume.sse import IdComments
 
     membership = WorkerMembership(env, server_args, on_refused=_leave_refused)
+    if not env.stock:
+        app.add_middleware(IdComments, instance_id=env.instance_id)
     app.add_api_route("/pdserve/instance", membership.describe, methods=["GET"])
     try:
         server_args.resolve_once()
