@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
+
+from pdserve.plugin.resume.log import parse_log
 from tests.engine.fleet import Fleet, call
 
 COMMENT = re.compile(rb"^: ids ([^\n]*)\n", re.MULTILINE)
@@ -40,6 +43,7 @@ class Answer:
     num_resumes: int = 0
     gaps_s: list[float] = field(default_factory=list)
     """Seconds between the last frame of one leg and the first of the next."""
+    last_s: float = 0.0
     noticed_s: list[float] = field(default_factory=list)
     """Seconds between the last frame of a leg and the end of its connection."""
 
@@ -79,58 +83,69 @@ def ask(
     decodes: tuple[str, ...] = ("decode-0", "decode-1"), forge: Callable[[str], str] | None = None,
 ) -> Answer:  # fmt: skip
     """One streamed request over the ``decodes`` in turn, cut once per ``cuts``; ``forge`` changes the log."""
-    answer, turn = Answer(route), 0
+    answer, legs = Answer(route), []
     workers = {w["worker_id"]: w for w in fleet.state()["workers"]}
-    cuts_left = list(cuts)
-    while True:
-        cut = cuts_left.pop(0) if cuts_left else None
-        leg = _Leg(workers["prefill-0"], workers[decodes[turn % len(decodes)]], route, body)
-        if turn:
-            answer.num_resumes += 1
-            log = forge(answer.log) if forge else answer.log
-            leg.resume = {"log": log, "frames": len(answer.frames)}
-        began = time.monotonic()
-        if leg.run(answer, cut):
-            return answer
-        turn += 1
-        answer.noticed_s.append(time.monotonic() - max(leg.last_s, began))
+    try:
+        for turn, cut in enumerate((*cuts, None)):
+            name = decodes[turn % len(decodes)]
+            legs.append(_Leg((workers["prefill-0"], workers[name]), route, body))
+            if turn:
+                answer.num_resumes += 1
+                log = forge(answer.log) if forge else answer.log
+                legs[-1].resume = {"log": log, "frames": len(answer.frames)}
+            if legs[-1].run(answer, cut):
+                break
+            if cut is None:
+                raise AssertionError(f"its stream from {name} ended early: {answer.frames[-1:]}")
+        return answer
+    finally:
+        for leg in legs:
+            leg.end()
 
 
 class _Leg:
     def __init__(
-        self, prefill: dict[str, Any], decode: dict[str, Any], route: str, body: dict[str, Any]
+        self, servers: tuple[dict[str, Any], dict[str, Any]], route: str, body: dict[str, Any]
     ) -> None:
-        self.prefill, self.decode, self.route, self.body = prefill, decode, route, body
+        self.prefill, self.decode = servers
+        self.route, self.body = route, body
         self.resume: dict[str, Any] | None = None
         self.rids: list[str] = []
-        self.last_s = 0.0
+        self._threads: list[threading.Thread] = []
 
     def run(self, answer: Answer, cut: Cut | None) -> bool:
         """True if the answer is complete; False if this leg was lost, as ``cut`` wanted it."""
         body = json.dumps(self._whole_body()).encode()
-        prefill = threading.Thread(target=self._prefill, args=(body,))
-        prefill.start()
-        had, first = len(answer.frames), True
+        self._start(self._ask_prefill, body)
+        had = len(answer.frames)
+        if cut is not None and not cut.frames and cut.kill is not None:
+            cut.kill()
         try:
             for frame in self._frames(body):
                 answer.take(frame)
-                if first and answer.num_resumes:
-                    answer.gaps_s.append(time.monotonic() - self._since)
-                first, self.last_s = False, time.monotonic()
-                _Leg._since = self.last_s
+                now = time.monotonic()
+                if had and len(answer.frames) == had + 1:
+                    answer.gaps_s.append(now - answer.last_s)
+                answer.last_s = now
                 if cut is not None and len(answer.frames) - had >= cut.frames:
                     if cut.kill is None:
+                        self._start(self._abort)
                         return False
                     cut.kill()
                     cut = None
         except (OSError, http.client.HTTPException):
+            answer.noticed_s.append(time.monotonic() - answer.last_s)
             return False
-        finally:
-            self._abort()
-            prefill.join(30)
         return answer.is_done
 
-    _since = 0.0
+    def end(self) -> None:
+        """Wait for what was started beside it."""
+        for thread in self._threads:
+            thread.join(60)
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
+        self._threads.append(threading.Thread(target=work, args=arguments))
+        self._threads[-1].start()
 
     def _whole_body(self) -> dict[str, Any]:
         whole: dict[str, Any] = {**self.body, "stream": True}
@@ -151,10 +166,10 @@ class _Leg:
             ours["pdserve_resume"] = self.resume
         return {**whole, **ours}
 
-    def _prefill(self, body: bytes) -> None:
+    def _ask_prefill(self, body: bytes) -> None:
         with contextlib.suppress(OSError, http.client.HTTPException):
             connection = _post(self.prefill, self.route, body)
-            self.prefill_answer = connection.getresponse().read()
+            connection.getresponse().read()
             connection.close()
 
     def _frames(self, body: bytes) -> Iterator[bytes]:
@@ -205,95 +220,94 @@ def kill_scheduler(fleet: Fleet, name: str) -> Callable[[], None]:
 # -- what a client makes of an answer ----------------------------------------------------------
 
 
+def assert_same(one: Answer, other: Answer) -> None:
+    """Equal in all that must not depend on cuts; log probabilities within what a prefill rounds otherwise."""
+    assert other.is_done
+    assert parse_log(one.log).runs.keys() == parse_log(other.log).runs.keys()
+    for index, run in parse_log(one.log).runs.items():
+        assert parse_log(other.log).runs[index].ids == run.ids
+    first, second = digest(one), digest(other)
+    logprobs, others = first.pop("logprobs", []), second.pop("logprobs", [])
+    assert first == second
+    assert others == pytest.approx(logprobs, abs=1e-3)
+
+
 def digest(answer: Answer) -> dict[str, Any]:
-    """Everything that must not depend on where a stream was cut; ids and times as their number."""
-    documents = answer.documents
-    match answer.route:
-        case "/generate":
-            return _generate(documents)
-        case "/v1/messages":
-            return _messages(documents)
-        case "/v1/responses":
-            return _responses(documents)
-    return _openai(documents)
+    """What a client makes of an answer; its ids and times as how many different ones there were."""
+    reader = {"/generate": _generate, "/v1/messages": _messages, "/v1/responses": _responses}
+    return reader.get(answer.route, _openai)(answer.documents)
 
 
 def _generate(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    last: dict[int, dict[str, Any]] = {}
-    for document in documents:
-        last[document.get("index", 0)] = document
-    kept = ("finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens", "id")
-    rows = ("output_token_logprobs", "output_top_logprobs")
-    return {
-        str(index): {
-            "text": document["text"],
-            "ids": document["output_ids"],
-            **{name: document["meta_info"].get(name) for name in kept[:3]},
-            **{name: document["meta_info"].get(name) for name in rows},
-            "ids_seen": len({d["meta_info"]["id"] for d in documents if d.get("index", 0) == index}),
-            "cached_seen": len(
-                {d["meta_info"]["cached_tokens"] for d in documents if d.get("index", 0) == index}
-            ),
+    found: dict[str, Any] = {"logprobs": []}
+    for index in sorted({document.get("index", 0) for document in documents}):
+        mine = [document for document in documents if document.get("index", 0) == index]
+        last, metas = mine[-1], [document["meta_info"] for document in mine]
+        found[str(index)] = {
+            "text": last["text"],
+            "ids": last["output_ids"],
+            **{k: metas[-1][k] for k in ("finish_reason", "prompt_tokens", "completion_tokens")},
+            "ids_seen": len({meta["id"] for meta in metas}),
+            "cached_seen": len({meta["cached_tokens"] for meta in metas}),
         }
-        for index, document in sorted(last.items())
-    }
+        found["logprobs"] += [row[0] for row in metas[-1].get("output_token_logprobs") or ()]
+        for row in metas[-1].get("output_top_logprobs") or ():
+            found["logprobs"] += [pair[0] for pair in row or ()]
+    return found
 
 
 def _openai(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    text: dict[str, str] = {}
-    logprobs: list[Any] = []
-    finishes, usage, tools = {}, None, {}
+    found: dict[str, Any] = {"logprobs": [], "text": {}, "tools": {}, "finish": {}, "usage": {}, "roles": 0}
     for document in documents:
-        usage = document.get("usage") or usage
+        found["usage"] = document.get("usage") or found["usage"]
         for choice in document["choices"]:
-            index, delta = choice["index"], choice.get("delta") or {}
-            for name, value in (*delta.items(), ("text", choice.get("text"))):
-                if isinstance(value, str) and name != "role":
-                    text[f"{index} {name}"] = text.get(f"{index} {name}", "") + value
-            for part in delta.get("tool_calls") or ():
-                tool = tools.setdefault(
-                    f"{index} {part['index']}", {"ids": set(), "name": "", "arguments": ""}
-                )
-                tool["ids"] |= {part["id"]} - {None} if part.get("id") else set()
-                tool["name"] += part["function"].get("name") or ""
-                tool["arguments"] += part["function"].get("arguments") or ""
-            if rows := choice.get("logprobs"):
-                logprobs += rows.get("content") or rows.get("token_logprobs") or []
-            if choice.get("finish_reason"):
-                finishes[index] = (choice["finish_reason"], choice.get("matched_stop"))
-    for tool in tools.values():
-        tool["ids"] = len(tool["ids"])
-    return {
-        "text": text, "tools": tools, "logprobs": logprobs, "finish": finishes,
-        "usage": {k: v for k, v in (usage or {}).items() if k != "prompt_tokens_details"},
-        "ids_seen": len({d["id"] for d in documents}), "created_seen": len({d["created"] for d in documents}),
-        "roles": sum(bool((c.get("delta") or {}).get("role")) for d in documents for c in d["choices"]),
-    }  # fmt: skip
+            _read_choice(choice, found)
+    found["usage"].pop("prompt_tokens_details", None)
+    found["tools"] = {key: {**tool, "ids": len(tool["ids"])} for key, tool in found["tools"].items()}
+    names = {name: len({document[name] for document in documents}) for name in ("id", "created")}
+    return {**found, "seen": names}
+
+
+def _read_choice(choice: dict[str, Any], found: dict[str, Any]) -> None:
+    index, delta = choice["index"], choice.get("delta") or {}
+    found["roles"] += bool(delta.get("role"))
+    for name, value in (*delta.items(), ("text", choice.get("text"))):
+        if isinstance(value, str) and name != "role":
+            key = f"{index} {name}"
+            found["text"][key] = found["text"].get(key, "") + value
+    for part in delta.get("tool_calls") or ():
+        tool = found["tools"].setdefault(part["index"], {"ids": set(), "name": "", "arguments": ""})
+        tool["ids"] |= {part["id"]} if part.get("id") else set()
+        tool["name"] += part["function"].get("name") or ""
+        tool["arguments"] += part["function"].get("arguments") or ""
+    if rows := choice.get("logprobs"):
+        found["logprobs"] += [row["logprob"] for row in rows.get("content") or ()]
+        found["logprobs"] += rows.get("token_logprobs") or []
+    if choice.get("finish_reason"):
+        found["finish"][index] = (choice["finish_reason"], choice.get("matched_stop"))
 
 
 def _messages(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    blocks: dict[int, list[str]] = {}
-    end = None
+    blocks: dict[int, str] = {}
     for document in documents:
         if document["type"] == "content_block_delta":
             delta = document["delta"]
             piece = delta.get("text") or delta.get("partial_json") or delta.get("thinking") or ""
-            blocks.setdefault(document["index"], []).append(piece)
-        end = document if document["type"] == "message_delta" else end
-    kinds = [d["type"] for d in documents if d["type"] != "content_block_delta"]
-    return {"blocks": {k: "".join(v) for k, v in blocks.items()}, "end": end, "kinds": kinds}
+            blocks[document["index"]] = blocks.get(document["index"], "") + piece
+    kinds = [document["type"] for document in documents if document["type"] != "content_block_delta"]
+    ends = [document for document in documents if document["type"] == "message_delta"]
+    return {"blocks": blocks, "ends": ends, "kinds": kinds}
 
 
 def _responses(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    text = "".join(d["delta"] for d in documents if d["type"] == "response.output_text.delta")
     whole = documents[-1].get("response", {})
+    responses = [document["response"] for document in documents if "response" in document]
     return {
-        "text": text,
+        "text": "".join(d["delta"] for d in documents if d["type"] == "response.output_text.delta"),
         "kinds": [d["type"] for d in documents if not d["type"].endswith(".delta")],
-        "numbers": [d["sequence_number"] for d in documents] == list(range(len(documents))),
+        "is_numbered": [d["sequence_number"] for d in documents] == list(range(len(documents))),
         "final": [part["text"] for item in whole.get("output", ()) for part in item.get("content") or ()],
         "item_ids": len({d["item_id"] for d in documents if "item_id" in d}),
-        "ids_seen": len({d["response"]["id"] for d in documents if "response" in d}),
-        "created_seen": len({d["response"]["created_at"] for d in documents if "response" in d}),
+        "seen": [len({r[name] for r in responses}) for name in ("id", "created_at")],
         "output_tokens": whole.get("usage", {}).get("output_tokens"),
     }

@@ -81,13 +81,22 @@ def add_resumed(original: Callable[..., Any], queue: Any, req: Any, *args: Any, 
         return original(queue, req, *args, **kwargs)
     if req.grammar is not None and req.grammar.current_token is None:
         try:
-            for token in ids:  # the last one too: process_prebuilt then does not accept it again
-                req.grammar.accept_token(token)
+            replay_grammar(req, ids)
         except ValueError as exc:
             req.set_finish_with_abort(f"cannot resume: {exc}")
             return original(queue, req, *args, **kwargs)
     kwargs["is_rebootstrap"] = True
     return original(queue, req, *args, **kwargs)
+
+
+def replay_grammar(req: Any, ids: list[int]) -> None:
+    """Have the request's grammar accept its tokens, the last one too, which process_prebuilt then skips.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    for token in ids:
+        req.grammar.accept_token(token)
 
 
 def skip_recompute(original: Callable[..., Any], queue: Any, decode_req: Any) -> Any:

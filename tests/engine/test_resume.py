@@ -1,0 +1,348 @@
+"""Half-streamed answers that go on, token by token the same, on another decode server: real servers.
+
+The balancer's half is tests/engine/resume_driver.py. Its own fleet: parsers of tools and reasoning,
+and two decode servers more, one that retracts its requests, one that replays nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdserve.plugin.resume.log import parse_log
+from tests.engine.fleet import Fleet, call, join_worker, launch_fleet
+from tests.engine.resume_driver import (
+    Aborted,
+    Answer,
+    Cut,
+    ask,
+    assert_same,
+    digest,
+    kill_scheduler,
+    kill_server,
+)
+
+pytestmark = pytest.mark.engine
+
+_RNG = random.Random(20261130)
+PROMPT = [_RNG.randrange(32, 127) for _ in range(150)]
+CHAT = "/v1/chat/completions"
+_WORDS = {"model": "tiny", "max_tokens": 70, "temperature": 0, "stream_options": {"include_usage": True}}
+
+
+def _generate(**sampling: Any) -> dict[str, Any]:
+    params = {"temperature": 0, "max_new_tokens": 70, "ignore_eos": True, **sampling}
+    return {"input_ids": PROMPT, "sampling_params": params}
+
+
+def _chat(words: str = "tell me about the sea ", **fields: Any) -> dict[str, Any]:
+    return {**_WORDS, "messages": [{"role": "user", "content": words * 5}], **fields}
+
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 20}, "sizes": {"type": "array", "items": {"type": "integer"}, "maxItems": 4}},
+    "required": ["name", "sizes"],
+    "additionalProperties": False,
+}  # fmt: skip
+_TOOL = {"type": "function", "function": {"name": "weather", "parameters": _SCHEMA}}
+_JSON = {"type": "json_schema", "json_schema": {"name": "thing", "schema": _SCHEMA}}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "generate": ("/generate", _generate()),
+    "generate, log probabilities": ("/generate", {**_generate(), "return_logprob": True, "top_logprobs_num": 2}),
+    "generate, repetition penalty": ("/generate", _generate(repetition_penalty=1.3)),
+    "generate, min_new_tokens": ("/generate", _generate(ignore_eos=False, min_new_tokens=50, stop_token_ids=list(range(32, 80)))),
+    "generate, batch": ("/generate", {"text": ["the sea", "the hills are"], "sampling_params": [
+        {"temperature": 0, "max_new_tokens": 60}, {"temperature": 0, "max_new_tokens": 9}]}),
+    "completions": ("/v1/completions", {**_WORDS, "prompt": "once upon a time"}),
+    "completions, batch": ("/v1/completions", {**_WORDS, "prompt": ["once upon", "and then there was"]}),
+    "completions, log probabilities": ("/v1/completions", {**_WORDS, "prompt": "once upon a time", "logprobs": 2}),
+    "chat": (CHAT, _chat()),
+    "chat, schema": (CHAT, _chat(response_format=_JSON)),
+    "chat, penalties": (CHAT, _chat(frequency_penalty=0.7, presence_penalty=0.4)),
+    "chat, log probabilities": (CHAT, _chat(logprobs=True, top_logprobs=3)),
+    "chat, a tool is required": (CHAT, _chat(tools=[_TOOL], tool_choice="required")),
+    "chat, reasoning": (CHAT, _chat(regex="<think>[a-z ]{20}</think>[a-z ]{30}")),
+    "messages": ("/v1/messages", {"model": "tiny", "max_tokens": 60, "temperature": 0, "messages": [{"role": "user", "content": "the sea " * 9}]}),
+    "responses": ("/v1/responses", {"model": "tiny", "input": "the sea " * 9, "max_output_tokens": 60, "temperature": 0}),
+}  # fmt: skip
+
+BROKEN = """\
+import pdserve.plugin.hooks as hooks
+load = hooks.load
+def load_broken(reference):
+    found = load(reference)
+    if reference.endswith(":add_resumed"):
+        found.__globals__["replay_grammar"] = lambda req, ids: None
+    if reference.endswith(":replay_penalties"):
+        found.__globals__["replay_row"] = lambda *row: None
+    return found
+hooks.load = load_broken
+"""
+"""sitecustomize of a worker that resumes, but replays no token into grammar and penalties."""
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """1 prefill and 2 decode servers with parsers, all under the model's name ``tiny``."""
+    parsers = "--tool-call-parser qwen25 --reasoning-parser qwen3"
+    flags = ("--served-model-name", "tiny", "--prefill-args", parsers, "--decode-args", parsers)
+    folder = tmp_path_factory.mktemp("resume")
+    with launch_fleet(tiny_model, folder, prefill=1, decode=2, flags=flags) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fleet: Fleet) -> dict[str, Answer]:
+    """Every case's answer without a cut, from decode-1."""
+    return {name: ask(fleet, *case, decodes=("decode-1",)) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def odd_workers(fleet: Fleet, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """``retracting`` takes requests out of its batch every few steps; ``forgetful`` too, and replays nothing."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "sitecustomize.py").write_text(BROKEN)
+    retract = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "15"}
+    root = str(Path(__file__).parents[2])
+    with ExitStack() as stack:
+        for name, path in (("retracting", root), ("forgetful", f"{folder}:{root}")):
+            environ = {**retract, "PYTHONPATH": path}
+            options = ("--served-model-name", "tiny")
+            stack.enter_context(
+                join_worker(fleet, "decode", tiny_model, name, (), environ=environ, options=options)
+            )
+        fleet.wait_ready(4)
+        yield
+
+
+def _cuts(answer: Answer, number: int) -> list[int]:
+    """Frames to cut behind: the first, the last but one, and some between."""
+    last = len(answer.frames) - 1
+    return sorted({1, last, *(_RNG.randrange(1, last) for _ in range(number))})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_answer_cut_anywhere_is_the_undisturbed_one(
+    fleet: Fleet, undisturbed: dict[str, Answer], name: str
+) -> None:
+    whole = undisturbed[name]
+    for frames in _cuts(whole, 3):
+        assert_same(whole, ask(fleet, *CASES[name], Cut(frames)))
+
+
+@pytest.mark.parametrize("name", ["chat", "generate, batch", "chat, a tool is required"])
+def test_answer_over_four_legs(fleet: Fleet, undisturbed: dict[str, Answer], name: str) -> None:
+    assert_same(undisturbed[name], ask(fleet, *CASES[name], Cut(1), Cut(9), Cut(4)))
+
+
+def test_stop_string_across_the_cut(fleet: Fleet) -> None:
+    text = digest(ask(fleet, "/generate", _generate()))["0"]["text"]
+    for begin in (20, 41):
+        body = _generate(stop=[text[begin : begin + 4]])
+        whole = ask(fleet, "/generate", body)
+        assert digest(whole)["0"]["finish_reason"]["type"] == "stop"
+        for frames in range(begin - 1, len(whole.frames)):
+            assert_same(whole, ask(fleet, "/generate", body, Cut(frames)))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 17])
+def test_last_tokens_of_a_length_limit(fleet: Fleet, limit: int) -> None:
+    body = _chat(max_tokens=limit)
+    whole = ask(fleet, CHAT, body)
+    for frames in range(max(1, len(whole.frames) - 4), len(whole.frames)):
+        assert_same(whole, ask(fleet, CHAT, body, Cut(frames)))
+
+
+def test_last_tokens_of_the_context(fleet: Fleet) -> None:
+    """Prefill takes 4091 tokens at most; a resume beyond that is refused in so many words."""
+    body = {**_generate(max_new_tokens=30), "input_ids": [_RNG.randrange(32, 127) for _ in range(4060)]}
+    whole = ask(fleet, "/generate", body)
+    assert_same(whole, ask(fleet, "/generate", body, Cut(20)))
+    log = "=" + "0" * 32 + " " + " ".join("65;1" for _ in range(40))
+    workers = {w["worker_id"]: w for w in fleet.state()["workers"]}
+    status, answer = _send(workers["prefill-0"], {**body, "pdserve_resume": {"log": log, "frames": 0}})
+    assert status == 400
+    assert "cannot resume: prompt and answer so far are 4099 tokens" in json.dumps(answer)
+    fleet.wait_empty()
+
+
+def _send(worker: dict[str, Any], body: dict[str, Any], header: str = "") -> tuple[int, Any]:
+    import http.client
+    from urllib.parse import urlsplit
+
+    connection = http.client.HTTPConnection(urlsplit(worker["url"]).netloc, timeout=60)
+    ours = {
+        "bootstrap_host": "127.0.0.1",
+        "bootstrap_port": worker["bootstrap_port"] or 1,
+        "bootstrap_room": 7,
+    }
+    headers = {"Content-Type": "application/json", "x-pdserve-ids": header or worker["instance_id"]}
+    connection.request("POST", "/generate", json.dumps({**body, **ours}), headers)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+# -- death -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["generate", "chat", "chat, schema", "chat, penalties", "chat, a tool is required", "messages"]
+)
+def test_killed_decode_server(fleet: Fleet, undisturbed: dict[str, Answer], name: str) -> None:
+    fleet.wait_ready(2, 90)
+    answer = ask(fleet, *CASES[name], Cut(20, kill_server(fleet, "decode-0")))
+    assert answer.num_resumes == 1
+    assert_same(undisturbed[name], answer)
+    print(f"\n{name}: gap {answer.gaps_s} s, of which noticing took {answer.noticed_s} s")
+    fleet.wait_ready(2, 90)
+
+
+def test_killed_scheduler_is_noticed_behind_a_living_http_process(
+    fleet: Fleet, undisturbed: dict[str, Answer]
+) -> None:
+    fleet.wait_ready(2, 90)
+    answer = ask(fleet, *CASES["chat"], Cut(20, kill_scheduler(fleet, "decode-0")))
+    assert_same(undisturbed["chat"], answer)
+    print(f"\nscheduler: gap {answer.gaps_s} s, of which noticing took {answer.noticed_s} s")
+    assert answer.noticed_s[0] < 4, "SGLang alone: six seconds"
+    fleet.wait_ready(2, 90)
+
+
+def test_killed_while_it_resumes(fleet: Fleet, undisturbed: dict[str, Answer]) -> None:
+    """decode-0 is left, decode-1 dies before its first frame, decode-0 goes on."""
+    fleet.wait_ready(2, 90)
+    cuts = Cut(20), Cut(0, kill_server(fleet, "decode-1"))
+    answer = ask(fleet, *CASES["chat, schema"], *cuts)
+    assert answer.num_resumes == 2
+    assert_same(undisturbed["chat, schema"], answer)
+    fleet.wait_ready(2, 90)
+
+
+def test_eight_streams_at_once(fleet: Fleet, undisturbed: dict[str, Answer]) -> None:
+    fleet.wait_ready(2, 90)
+    names = ["generate", "chat", "chat, schema", "chat, penalties", "completions", "messages", "responses", "generate, repetition penalty"]  # fmt: skip
+    kill = kill_server(fleet, "decode-0")
+    killed: list[float] = []
+
+    def kill_once() -> None:
+        if not killed:
+            killed.append(time.monotonic())
+            kill()
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda name: ask(fleet, *CASES[name], Cut(25, kill_once)), names))
+    for name, answer in zip(names, answers, strict=True):
+        assert_same(undisturbed[name], answer)
+    print(f"\neight: gaps {sorted(round(gap, 3) for answer in answers for gap in answer.gaps_s)} s")
+    fleet.wait_ready(2, 90)
+
+
+# -- what must not be possible -----------------------------------------------------------------------
+
+
+def test_without_the_workers_own_header_nothing_is_said_or_taken(fleet: Fleet) -> None:
+    workers = {w["worker_id"]: w for w in fleet.state()["workers"]}
+    resume = {"pdserve_resume": {"log": "65;1 66;1", "frames": 1}}
+    status, answer = call(fleet.url, "POST", "/generate", {**_generate(), **resume})
+    assert status in (200, 400)
+    if status == 200:
+        assert answer["text"] == digest(ask(fleet, "/generate", _generate()))["0"]["text"]
+    body = {**_generate(), "sampling_params": {"custom_params": {"pdserve_resume": [65]}}}
+    for header in ("", "1"):
+        status, answer = _send(workers["decode-0"], body, header)
+        assert (status, "not a client's" in json.dumps(answer)) == (400, True)
+    stream = call(fleet.url, "POST", "/generate", {**_generate(), "stream": True})[1]
+    assert ": ids" not in stream
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [("999;1", "below 259"), ("1:65;1", "run 1"), ("65;1 !beam", "!beam"), ("?", "cannot hold")],
+)
+def test_logs_that_cannot_be_are_refused(fleet: Fleet, log: str, words: str) -> None:
+    workers = {w["worker_id"]: w for w in fleet.state()["workers"]}
+    body = {**_generate(), "pdserve_resume": {"log": log, "frames": 0}}
+    for name in ("prefill-0", "decode-0"):
+        status, answer = _send(workers[name], body)
+        assert (status, words in json.dumps(answer)) == (400, True), answer
+
+
+def test_answer_that_cannot_be_resumed_says_so(fleet: Fleet) -> None:
+    answer = ask(
+        fleet,
+        "/generate",
+        {**_generate(), "return_hidden_states": True, "sampling_params": {"max_new_tokens": 3}},
+    )
+    assert "!hidden_states" in answer.log.split()
+
+
+# -- negative controls: each part of the log and each replay is needed ---------------------------------
+
+
+def test_another_token_in_the_log_is_another_answer(fleet: Fleet, undisturbed: dict[str, Answer]) -> None:
+    def forge(log: str) -> str:
+        *words, last = log.split()
+        ids, _, rest = last.partition(";")
+        return " ".join([*words, f"{(int(ids) - 31) % 90 + 33};{rest}"])
+
+    answer = ask(fleet, *CASES["generate"], Cut(20), forge=forge)
+    assert digest(answer)["0"]["text"] != digest(undisturbed["generate"])["0"]["text"]
+
+
+def test_log_probabilities_come_from_the_log(fleet: Fleet, undisturbed: dict[str, Answer]) -> None:
+    name = "generate, log probabilities"
+    answer = ask(fleet, *CASES[name], Cut(20), forge=lambda log: re.sub(r";l\S+", "", log))
+    with pytest.raises(AssertionError):
+        assert_same(undisturbed[name], answer)
+
+
+@pytest.mark.usefixtures("odd_workers")
+@pytest.mark.parametrize(
+    "name", ["generate, repetition penalty", "generate, min_new_tokens", "chat, penalties", "chat, schema"]
+)
+def test_without_its_replay_an_answer_is_another_one(
+    fleet: Fleet, undisturbed: dict[str, Answer], name: str
+) -> None:
+    cut = Cut(12)
+    assert_same(undisturbed[name], ask(fleet, *CASES[name], cut, decodes=("decode-0", "retracting")))
+    with pytest.raises((AssertionError, Aborted)):
+        assert_same(undisturbed[name], ask(fleet, *CASES[name], cut, decodes=("decode-0", "forgetful")))
+
+
+@pytest.mark.usefixtures("odd_workers")
+def test_sglangs_own_retraction_keeps_penalties(fleet: Fleet, undisturbed: dict[str, Answer]) -> None:
+    """Stock SGLang starts them at zero whenever it takes a request up again."""
+    name = "chat, penalties"
+
+    def both(worker: str) -> list[Answer]:
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(lambda _: ask(fleet, *CASES[name], decodes=(worker,)), range(2)))
+
+    texts = {
+        worker: [digest(answer)["text"] for answer in both(worker)] for worker in ("retracting", "forgetful")
+    }
+    expected = digest(undisturbed[name])["text"]
+    assert texts["retracting"] == [expected] * 2
+    assert texts["forgetful"] != [expected] * 2
+    assert "Testing retraction" in (fleet.logs / "retracting.log").read_text()
+
+
+def test_nothing_is_left(fleet: Fleet) -> None:
+    fleet.wait_empty()
+
+
+def test_log_of_a_resumed_answer_is_the_whole_answers(fleet: Fleet, undisturbed: dict[str, Answer]) -> None:
+    log = parse_log(ask(fleet, *CASES["chat"], Cut(5), Cut(5)).log)
+    whole = parse_log(undisturbed["chat"].log)
+    assert (log.runs[0].ids, log.runs[0].chars) == (whole.runs[0].ids, whole.runs[0].chars)
