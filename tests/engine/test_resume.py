@@ -48,35 +48,40 @@ def _chat(words: str = "tell me about the sea ", **fields: Any) -> dict[str, Any
     return {**_WORDS, "messages": [{"role": "user", "content": words * 5}], **fields}
 
 
+_SIZES = {"type": "array", "items": {"type": "integer"}, "maxItems": 4}
 _SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 20}, "sizes": {"type": "array", "items": {"type": "integer"}, "maxItems": 4}},
+    "properties": {"name": {"type": "string", "maxLength": 20}, "sizes": _SIZES},
     "required": ["name", "sizes"],
     "additionalProperties": False,
-}  # fmt: skip
+}
 _TOOL = {"type": "function", "function": {"name": "weather", "parameters": _SCHEMA}}
 _JSON = {"type": "json_schema", "json_schema": {"name": "thing", "schema": _SCHEMA}}
+_LOGPROBS = {"return_logprob": True, "top_logprobs_num": 2}
+_SEA = {"model": "tiny", "temperature": 0}
+_LATE = {"ignore_eos": False, "min_new_tokens": 50, "stop_token_ids": list(range(32, 80))}
+_LENGTHS = [{"temperature": 0, "max_new_tokens": 60}, {"temperature": 0, "max_new_tokens": 9}]
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "generate": ("/generate", _generate()),
-    "generate, log probabilities": ("/generate", {**_generate(), "return_logprob": True, "top_logprobs_num": 2}),
+    "generate, log probabilities": ("/generate", {**_generate(), **_LOGPROBS}),
     "generate, repetition penalty": ("/generate", _generate(repetition_penalty=1.3)),
-    "generate, min_new_tokens": ("/generate", _generate(ignore_eos=False, min_new_tokens=50, stop_token_ids=list(range(32, 80)))),
-    "generate, batch": ("/generate", {"text": ["the sea", "the hills are"], "sampling_params": [
-        {"temperature": 0, "max_new_tokens": 60}, {"temperature": 0, "max_new_tokens": 9}]}),
+    "generate, min_new_tokens": ("/generate", _generate(**_LATE)),
+    "generate, batch": ("/generate", {"text": ["the sea", "the hills are"], "sampling_params": _LENGTHS}),
     "completions": ("/v1/completions", {**_WORDS, "prompt": "once upon a time"}),
     "completions, batch": ("/v1/completions", {**_WORDS, "prompt": ["once upon", "and then there was"]}),
-    "completions, log probabilities": ("/v1/completions", {**_WORDS, "prompt": "once upon a time", "logprobs": 2}),
+    "completions, log probabilities": ("/v1/completions", {**_WORDS, "prompt": "once upon", "logprobs": 2}),
     "chat": (CHAT, _chat()),
     "chat, schema": (CHAT, _chat(response_format=_JSON)),
     "chat, penalties": (CHAT, _chat(frequency_penalty=0.7, presence_penalty=0.4)),
     "chat, log probabilities": (CHAT, _chat(logprobs=True, top_logprobs=3)),
     "chat, a tool is required": (CHAT, _chat(tools=[_TOOL], tool_choice="required")),
     "chat, reasoning": (CHAT, _chat(regex="<think>[a-z ]{20}</think>[a-z ]{30}")),
-    "messages": ("/v1/messages", {"model": "tiny", "max_tokens": 60, "temperature": 0, "messages": [{"role": "user", "content": "the sea " * 9}]}),
-    "responses": ("/v1/responses", {"model": "tiny", "input": "the sea " * 9, "max_output_tokens": 60, "temperature": 0}),
-}  # fmt: skip
+    "messages": ("/v1/messages", {**_SEA, "max_tokens": 60, "messages": _chat()["messages"]}),
+    "responses": ("/v1/responses", {**_SEA, "input": "the sea " * 9, "max_output_tokens": 60}),
+}
 
+FLAGS = "--served-model-name tiny --tool-call-parser qwen25 --reasoning-parser qwen3"
 BROKEN = """\
 import pdserve.plugin.hooks as hooks
 load = hooks.load
@@ -95,8 +100,7 @@ hooks.load = load_broken
 @pytest.fixture(scope="module")
 def fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """1 prefill and 2 decode servers with parsers, all under the model's name ``tiny``."""
-    parsers = "--tool-call-parser qwen25 --reasoning-parser qwen3"
-    flags = ("--served-model-name", "tiny", "--prefill-args", parsers, "--decode-args", parsers)
+    flags = ("--prefill-args", FLAGS, "--decode-args", FLAGS)
     folder = tmp_path_factory.mktemp("resume")
     with launch_fleet(tiny_model, folder, prefill=1, decode=2, flags=flags) as running:
         yield running
@@ -110,7 +114,7 @@ def undisturbed(fleet: Fleet) -> dict[str, Answer]:
 
 @pytest.fixture(scope="module")
 def odd_workers(fleet: Fleet, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """``retracting`` takes requests out of its batch every few steps; ``forgetful`` too, and replays nothing."""
+    """``retracting`` takes requests out of its batch every few steps; ``forgetful`` too, and replays none."""
     folder = tmp_path_factory.mktemp("broken")
     (folder / "sitecustomize.py").write_text(BROKEN)
     retract = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "15"}
@@ -118,10 +122,8 @@ def odd_workers(fleet: Fleet, tiny_model: Path, tmp_path_factory: pytest.TempPat
     with ExitStack() as stack:
         for name, path in (("retracting", root), ("forgetful", f"{folder}:{root}")):
             environ = {**retract, "PYTHONPATH": path}
-            options = ("--served-model-name", "tiny")
-            stack.enter_context(
-                join_worker(fleet, "decode", tiny_model, name, (), environ=environ, options=options)
-            )
+            worker = join_worker(fleet, "decode", tiny_model, name, FLAGS.split(), environ=environ)
+            stack.enter_context(worker)
         fleet.wait_ready(4)
         yield
 
@@ -231,7 +233,8 @@ def test_killed_while_it_resumes(fleet: Fleet, undisturbed: dict[str, Answer]) -
 
 def test_eight_streams_at_once(fleet: Fleet, undisturbed: dict[str, Answer]) -> None:
     fleet.wait_ready(2, 90)
-    names = ["generate", "chat", "chat, schema", "chat, penalties", "completions", "messages", "responses", "generate, repetition penalty"]  # fmt: skip
+    names = ["generate", "chat", "chat, schema", "chat, penalties", "completions", "messages", "responses"]
+    names.append("generate, repetition penalty")
     kill = kill_server(fleet, "decode-0")
     killed: list[float] = []
 
