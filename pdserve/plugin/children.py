@@ -45,23 +45,31 @@ def wait_for_crash(pids: Sequence[int]) -> int | None:
     waiting: dict[int, int] = {}
     try:
         for pid in pids:
-            descriptor = os.pidfd_open(pid)  # of a child that nobody has reaped: there even after its end
+            try:
+                descriptor = os.pidfd_open(pid)  # works after its end too, until somebody reaps it
+            except ProcessLookupError:
+                return pid
             waiting[descriptor] = pid
             poller.register(descriptor, select.POLLIN)
         while waiting:
             for descriptor, _ in poller.poll():
-                ended = os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOWAIT)
-                pid = waiting.pop(descriptor)
+                if not _has_ended_well(descriptor):
+                    return waiting[descriptor]
+                del waiting[descriptor]
                 poller.unregister(descriptor)
                 os.close(descriptor)
-                if ended is None or (ended.si_code, ended.si_status) != (os.CLD_EXITED, 0):
-                    return pid
         return None
-    except ChildProcessError:
-        return pid  # SGLang has reaped it first, for it had ended
     finally:
         for descriptor in waiting:
             os.close(descriptor)
+
+
+def _has_ended_well(descriptor: int) -> bool:
+    try:
+        ended = os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:
+        return False  # reaped already, by SGLang, who looks for crashes only
+    return ended is not None and (ended.si_code, ended.si_status) == (os.CLD_EXITED, 0)
 
 
 def close_connections(port: int) -> None:
