@@ -57,7 +57,9 @@ class Answer:
     def is_done(self) -> bool:
         """True if it ended as its route ends."""
         last = self.frames[-1] if self.frames else b""
-        return b"[DONE]" in last or b"message_stop" in last or b"response.completed" in last
+        return any(
+            end in last for end in (b"[DONE]", b"message_stop", b"response.completed", b"response.incomplete")
+        )
 
     def take(self, frame: bytes) -> None:
         """Keep one whole frame, its comment in the log."""
