@@ -29,6 +29,10 @@ COMMENT = re.compile(rb"^: ids ([^\n]*)\n", re.MULTILINE)
 RID_FIELDS = {"/v1/responses": "request_id", "/v1/messages": ""}
 
 
+Worker = dict[str, Any]
+"""A worker's row of the state document."""
+
+
 class Aborted(Exception):
     """The server has said that it gives the answer up; its status."""
 
@@ -170,12 +174,12 @@ class _Leg:
 
     def _ask_prefill(self, body: bytes) -> None:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            connection = _post(self.prefill, self.route, body)
+            connection = self._post(self.prefill, body)
             connection.getresponse().read()
             connection.close()
 
     def _frames(self, body: bytes) -> Iterator[bytes]:
-        connection = _post(self.decode, self.route, body)
+        connection = self._post(self.decode, body)
         try:
             response = connection.getresponse()
             if response.status != 200:
@@ -190,18 +194,19 @@ class _Leg:
                 connection.sock.close()
             connection.close()
 
+    def _post(self, worker: Worker, body: bytes) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection(urlsplit(worker["url"]).netloc, timeout=60)
+        ids = worker["instance_id"] + ("" if self.resume is None else " resume")
+        connection.request(
+            "POST", self.route, body, {"Content-Type": "application/json", "x-pdserve-ids": ids}
+        )
+        return connection
+
     def _abort(self) -> None:
         for rid in self.rids if RID_FIELDS.get(self.route, "rid") else ():
             for worker in (self.decode, self.prefill):
                 with contextlib.suppress(OSError):
                     call(worker["url"], "POST", "/abort_request", {"rid": rid}, timeout_s=5)
-
-
-def _post(worker: dict[str, Any], route: str, body: bytes) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection(urlsplit(worker["url"]).netloc, timeout=60)
-    headers = {"Content-Type": "application/json", "x-pdserve-ids": worker["instance_id"]}
-    connection.request("POST", route, body, headers)
-    return connection
 
 
 def kill_server(fleet: Fleet, name: str) -> Callable[[], None]:

@@ -24,6 +24,7 @@ from tests.engine.resume_driver import (
     Aborted,
     Answer,
     Cut,
+    Worker,
     ask,
     assert_same,
     digest,
@@ -181,7 +182,7 @@ def test_last_tokens_of_the_context(fleet: Fleet) -> None:
     fleet.wait_empty()
 
 
-def _send(worker: dict[str, Any], body: dict[str, Any], header: str = "") -> tuple[int, Any]:
+def _send(worker: Worker, body: dict[str, Any], header: str | None = None) -> tuple[int, Any]:
     import http.client
     from urllib.parse import urlsplit
 
@@ -191,7 +192,9 @@ def _send(worker: dict[str, Any], body: dict[str, Any], header: str = "") -> tup
         "bootstrap_port": worker["bootstrap_port"] or 1,
         "bootstrap_room": 7,
     }
-    headers = {"Content-Type": "application/json", "x-pdserve-ids": header or worker["instance_id"]}
+    headers = {"Content-Type": "application/json", "x-pdserve-ids": f"{worker['instance_id']} resume"}
+    if header is not None:
+        headers["x-pdserve-ids"] = header
     connection.request("POST", "/generate", json.dumps({**body, **ours}), headers)
     response = connection.getresponse()
     return response.status, json.loads(response.read())
@@ -204,7 +207,7 @@ KILLED = [name for name in CASES if "batch" not in name and "reasoning" not in n
 
 
 def _kill_under_all(fleet: Fleet, undisturbed: dict[str, Answer], kill: Callable[[], None]) -> list[float]:
-    """Every kind of request at once on decode-0, killed when one has 25 frames; seconds until each noticed."""
+    """Requests of every kind at once on decode-0, killed when one has 25 frames; seconds until noticed."""
     fleet.wait_ready(2, 90)
     once = threading.Lock()
 
@@ -248,19 +251,18 @@ def test_killed_while_it_resumes(fleet: Fleet, undisturbed: dict[str, Answer]) -
 # -- what must not be possible -----------------------------------------------------------------------
 
 
-def test_without_the_workers_own_header_nothing_is_said_or_taken(fleet: Fleet) -> None:
-    workers = {w["worker_id"]: w for w in fleet.state()["workers"]}
-    resume = {"pdserve_resume": {"log": "65;1 66;1", "frames": 1}}
-    status, answer = call(fleet.url, "POST", "/generate", {**_generate(), **resume})
-    assert status in (200, 400)
-    if status == 200:
-        assert answer["text"] == digest(ask(fleet, "/generate", _generate()))["0"]["text"]
-    body = {**_generate(), "sampling_params": {"custom_params": {"pdserve_resume": [65]}}}
-    for header in ("", "1"):
-        status, answer = _send(workers["decode-0"], body, header)
+def test_a_client_can_neither_resume_nor_see_ids(fleet: Fleet) -> None:
+    decode = next(w for w in fleet.state()["workers"] if w["worker_id"] == "decode-0")
+    private = {**_generate(), "sampling_params": {"custom_params": {"pdserve_resume": [65]}}}
+    for header in ("", "1", decode["instance_id"]):
+        status, answer = _send(decode, private, header)
         assert (status, "not a client's" in json.dumps(answer)) == (400, True)
-    stream = call(fleet.url, "POST", "/generate", {**_generate(), "stream": True})[1]
+    expected = digest(ask(fleet, "/generate", _generate()))["0"]["text"]
+    body = {**_generate(), "pdserve_resume": {"log": "65;1 66;1", "frames": 1}}
+    assert call(fleet.url, "POST", "/generate", body)[1]["text"] == expected
+    stream = call(fleet.url, "POST", "/generate", {**body, "stream": True})[1]
     assert ": ids" not in stream
+    assert json.loads(stream.split("data: ")[-2])["text"] == expected
 
 
 @pytest.mark.parametrize(

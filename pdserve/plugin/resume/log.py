@@ -43,7 +43,7 @@ class Run:
     cached: int | None = None
     is_over: bool = False
     logprobs: list[Any] = field(default_factory=list)
-    """Parts as ``logprob_rows`` made them; empty unless every frame carried all rows again."""
+    """Parts as ``logprob_rows`` made them; empty unless the client asked for log probabilities."""
 
 
 @dataclass(slots=True)

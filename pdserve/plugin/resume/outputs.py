@@ -107,7 +107,7 @@ def _holds_private(obj: Any) -> bool:
 async def _noted(
     original: Callable[..., Any], manager: Any, obj: Any, request: Any, stream: Stream
 ) -> AsyncIterator[Output]:
-    resume = await _resume_of(request)
+    resume = await _resume_of(request) if stream.is_resumed else None
     reason = "calls" if stream.has_begun else not_resumable(manager, obj)
     if resume is not None and not stream.has_begun:
         if reason:
@@ -143,11 +143,9 @@ class _Resume:
     frames: int
 
 
-async def _resume_of(request: Any) -> _Resume | None:
+async def _resume_of(request: Any) -> _Resume:
     body = await request.json()  # Starlette keeps it: the route has read it already
     field = body.get(FIELD) if isinstance(body, dict) else None
-    if field is None:
-        return None
     log, frames = (field.get("log"), field.get("frames")) if isinstance(field, dict) else (None, None)
     if not isinstance(log, str) or not isinstance(frames, int) or frames < 0:
         raise ValueError(f'{FIELD} must be {{"log": text, "frames": number}}')
@@ -201,7 +199,7 @@ class _Notes:
     def __init__(self, manager: Any, obj: Any, request: Any, stream: Stream, resume: _Resume | None) -> None:
         self._is_incremental = bool(manager.incremental_streaming_output)
         is_repeating = not self._is_incremental and request.scope["path"] in REPEATING_ROUTES
-        self._has_rows = is_repeating and bool(obj.return_logprob)
+        self._has_rows = bool(obj.return_logprob)
         self._stream = stream
         log = self._log = resume.log if resume else Log()
         self._replay: Replay | None = None
@@ -238,6 +236,8 @@ class _Notes:
         cached = meta.get("cached_tokens") if run not in self._seen else None
         fresh, chars = (ids, len(text)) if self._is_incremental else (ids[num_ids:], len(text) - num_chars)
         self._seen[run] = num_ids + len(fresh), num_chars + chars
-        rows = logprob_rows(meta, num_ids) if self._has_rows and "output_token_logprobs" in meta else None
+        rows = None
+        if self._has_rows and "output_token_logprobs" in meta:
+            rows = logprob_rows(meta, 0 if self._is_incremental else num_ids)
         step = Step(run, len(fresh), chars, bool(meta.get("finish_reason")))
         self._stream.words.append(output_word(step, fresh, cached, rows))

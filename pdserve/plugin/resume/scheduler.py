@@ -64,7 +64,7 @@ def _begin_after(scheduler: Any, req: Any, ids: list[int], logprobs: str | None)
 
 
 def _restore_logprobs(into: Any, ids: list[int], rows: list[Any]) -> None:
-    """One row per token, for SGLang counts rows; zeros where frames with the true ones are dropped anyway."""
+    """One row per token, for SGLang counts rows."""
     values, tops, asked = rows
     into.output_token_logprobs_val.extend(values or [0.0] * len(ids))
     into.output_token_logprobs_idx.extend(ids)

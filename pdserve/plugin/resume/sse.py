@@ -16,7 +16,8 @@ from typing import Any
 from pdserve.plugin.resume.log import first_word
 
 HEADER = b"x-pdserve-ids"
-"""Its value is the worker's instance id, which the balancer knows and its clients are not asked for."""
+"""Its value is the worker's instance id, which the balancer knows; a resumed leg's also says ``RESUME``."""
+RESUME = b" resume"
 FRAME_END = b"\n\n"
 _CREATED = re.compile(rb'"created(_at)?":(\d+)')
 """As a field only: within a JSON string the quotes would be escaped."""
@@ -56,7 +57,8 @@ class Stream:
     ``rids`` are this leg's ids, ``client_rids`` those that the client has seen in a former leg.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_resumed: bool = False) -> None:
+        self.is_resumed = is_resumed
         self.words: list[str] = []
         self.dropper = FrameDropper(0)
         self.rids: tuple[str, ...] = ()
@@ -67,6 +69,7 @@ class Stream:
         self.num_item_ids = 0
         self._is_named = False
         self._is_mid_frame = False
+        self._held = b""
 
     def hear(self) -> None:
         """Drop nothing any more: what comes is an error, or not what the first server said."""
@@ -78,7 +81,15 @@ class Stream:
         self.client_rids, self.created, self._is_named = rids, created, bool(rids)
 
     def pass_on(self, body: bytes) -> bytes:
-        """Return what of ``body`` goes out."""
+        """Return what of ``body`` goes out.
+
+        /v1/responses has frames before it asks for the answer: on a resumed leg they wait, for
+        only then it is known what they are called and how many are dropped.
+        """
+        if self.is_resumed and not self.has_begun:
+            self._held += body
+            return b""
+        body, self._held = self._held + body, b""
         body = self.dropper.feed(body)
         if not body:
             return body
@@ -97,6 +108,10 @@ class Stream:
             self.words.clear()
         return body
 
+    def end(self) -> bytes:
+        """Return what still waits when the answer ends."""
+        return self._held
+
 
 _stream: contextvars.ContextVar[Stream | None] = contextvars.ContextVar("pdserve_stream", default=None)
 
@@ -111,14 +126,20 @@ class IdComments:
 
     def __init__(self, app: Any, instance_id: str) -> None:
         self._app = app
-        self._header = (HEADER, instance_id.encode())
+        own = instance_id.encode()
+        self._headers = {(HEADER, own): False, (HEADER, own + RESUME): True}
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or self._header not in scope["headers"]:
+        found = None
+        if scope["type"] == "http":
+            found = next(
+                (self._headers[tuple(h)] for h in scope["headers"] if tuple(h) in self._headers), None
+            )
+        if found is None:
             await self._app(scope, receive, send)
             return
-        stream = Stream()
+        stream = Stream(is_resumed=found)
         is_events = False
 
         async def send_through(message: Message) -> None:
@@ -128,9 +149,11 @@ class IdComments:
                     name == b"content-type" and value.startswith(b"text/event-stream")
                     for name, value in message["headers"]
                 )
-            elif is_events and message["type"] == "http.response.body" and message.get("body"):
-                body = stream.pass_on(message["body"])
-                if not body and message.get("more_body"):
+            elif is_events and message["type"] == "http.response.body":
+                body = stream.pass_on(message["body"]) if message.get("body") else b""
+                if not message.get("more_body"):
+                    body += stream.end()
+                elif not body:
                     return
                 message = {**message, "body": body}
             await send(message)

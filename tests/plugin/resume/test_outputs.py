@@ -54,7 +54,7 @@ async def _run(
         for output in outputs:
             yield output
 
-    stream = sse.Stream()
+    stream = sse.Stream(is_resumed=body is not None)
     token = sse._stream.set(stream)
     try:
         source = note_ids(original, manager or _manager(), obj or _obj(), Request(body or {}, path))
@@ -99,7 +99,7 @@ async def test_an_abort_is_told_with_its_status() -> None:
     assert stream.words == ["~0"]
 
 
-async def test_frames_that_repeat_everything_have_log_probabilities_in_the_log() -> None:
+async def test_log_probabilities_are_in_the_log() -> None:
     first = _out([5], "a", output_token_logprobs=[(-0.5, 5, None)])
     second = _out([5, 6], "ab", output_token_logprobs=[(-0.5, 5, None), (-1.5, 6, None)])
     stream, _ = await _run([first, second], obj=_obj(return_logprob=True), path="/generate")
@@ -154,6 +154,7 @@ async def test_an_abort_of_the_resumed_leg_drops_nothing() -> None:
         ({"log": "5;1", "frames": -1}, "frames"),
         ({"log": 5, "frames": 0}, "log"),
         ([5], "log"),
+        (None, "log"),
     ],
 )
 async def test_what_cannot_be_a_resumed_leg_is_refused(resume: Any, words: str) -> None:

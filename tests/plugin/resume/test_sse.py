@@ -100,12 +100,29 @@ async def _serve(headers: list[tuple[bytes, bytes]], kind: list[tuple[bytes, byt
     return [message.get("body") for message in sent[1:]]
 
 
+def test_frames_before_the_answer_is_asked_for_wait_on_a_resumed_leg() -> None:
+    """/v1/responses: ``response.created`` comes before anything is known of the former leg."""
+    stream = Stream(is_resumed=True)
+    assert stream.pass_on(FRAMES[0]) == stream.pass_on(FRAMES[1]) == b""
+    stream.has_begun = True
+    stream.resume(1, ("old1",), None)
+    assert stream.pass_on(FRAMES[2]) == FRAMES[1] + FRAMES[2]
+    assert stream.end() == b""
+
+
+def test_frames_that_waited_for_an_answer_that_never_began_go_out_at_the_end() -> None:
+    stream = Stream(is_resumed=True)
+    assert stream.pass_on(FRAMES[0]) == b""
+    assert stream.end() == FRAMES[0]
+
+
 async def test_without_the_header_nothing_is_added() -> None:
     assert await _serve([(b"accept", b"*/*")], EVENTS) == [FRAMES[0], b""]
 
 
 async def test_header_of_another_instance_is_none() -> None:
-    assert await _serve([(b"x-pdserve-ids", b"1")], EVENTS) == [FRAMES[0], b""]
+    for value in (b"1", b"1 resume", b" resume", b"inst1x"):
+        assert await _serve([(b"x-pdserve-ids", value)], EVENTS) == [FRAMES[0], b""]
 
 
 async def test_with_the_header_streams_have_comments() -> None:
