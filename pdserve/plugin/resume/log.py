@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 RID = re.compile(r"[\w.:-]+")
 """Ids that may stand in a log; the balancer's are hexadecimal."""
 ABORTED, NOT_RESUMABLE = "~", "!"
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One output of the first server: which run, how many tokens and characters it added."""
 
     run: int
@@ -63,9 +62,10 @@ def first_word(rids: Sequence[str], created: int | None) -> str:
     return f"={','.join(rids)}" + ("" if created is None else f"@{created}")
 
 
-def output_word(step: Step, ids: Iterable[int], cached: int | None = None, rows: Any = None) -> str:
+def output_word(step: Step, ids: Sequence[int], cached: int | None = None, rows: Any = None) -> str:
     """One output as a word. ``rows``: what ``logprob_rows`` returned."""
-    word = f"{','.join(map(str, ids))};{step.chars}"
+    listed = str(ids[0]) if len(ids) == 1 else ",".join(map(str, ids))
+    word = f"{listed};{step.chars}"
     if step.run:
         word = f"{step.run}:{word}"
     if cached is not None:

@@ -86,26 +86,30 @@ class Stream:
         /v1/responses has frames before it asks for the answer: on a resumed leg they wait, for
         only then it is known what they are called and how many are dropped.
         """
-        if self.is_resumed and not self.has_begun:
-            self._held += body
-            return b""
-        body, self._held = self._held + body, b""
-        body = self.dropper.feed(body)
-        if not body:
-            return body
+        if self.is_resumed:
+            if not self.has_begun:
+                self._held += body
+                return b""
+            body, self._held = self.dropper.feed(self._held + body), b""
+            if not body:
+                return body
+            body = self._renamed(body)
         if not self._is_named:
             self._is_named = True
             found = _CREATED.search(body)
             if word := first_word(self.rids, int(found[2]) if found else None):
                 self.words.insert(0, word)
+        is_at_start, self._is_mid_frame = not self._is_mid_frame, not body.endswith(FRAME_END)
+        if self.words and is_at_start:
+            body = f": ids {' '.join(self.words)}\n".encode() + body
+            self.words.clear()
+        return body
+
+    def _renamed(self, body: bytes) -> bytes:
         if self.created is not None:
             body = _CREATED.sub(rb'"created\g<1>":%d' % self.created, body)
         for ours, theirs in zip(self.rids, self.client_rids, strict=False):
             body = body.replace(ours.encode(), theirs.encode())
-        is_at_start, self._is_mid_frame = not self._is_mid_frame, not body.endswith(FRAME_END)
-        if self.words and is_at_start:
-            body = b": ids %b\n%b" % (" ".join(self.words).encode(), body)
-            self.words.clear()
         return body
 
     def end(self) -> bytes:

@@ -30,6 +30,13 @@ def test_dropper_byte_by_byte() -> None:
     assert b"".join(dropper.feed(WHOLE[i : i + 1]) for i in range(len(WHOLE))) == FRAMES[2] + FRAMES[3]
 
 
+def _resumed(frames: int, created: int | None = None) -> Stream:
+    stream = Stream(is_resumed=True)
+    stream.has_begun = True
+    stream.resume(frames, ("old1",), created)
+    return stream
+
+
 def test_comment_is_a_line_of_the_frame_behind_it() -> None:
     stream = Stream()
     stream.words += ["5,6;12", "7;3"]
@@ -53,9 +60,8 @@ def test_first_comment_names_the_answer() -> None:
 
 
 def test_resumed_stream_is_called_what_its_client_calls_it() -> None:
-    stream = Stream()
+    stream = _resumed(1, 17)
     stream.rids = ("new1",)
-    stream.resume(1, ("old1",), 17)
     assert stream.pass_on(FRAMES[0]) == b""
     stream.words.append("5;1")
     frame = b'data: {"id":"new1","created":99,"text":"\\"created\\":98"}\n\n'
@@ -66,8 +72,7 @@ def test_resumed_stream_is_called_what_its_client_calls_it() -> None:
 
 
 def test_an_error_is_heard_in_place_of_a_dropped_frame() -> None:
-    stream = Stream()
-    stream.resume(3, ("old1",), None)
+    stream = _resumed(3)
     assert stream.pass_on(FRAMES[0]) == b""
     stream.hear()
     stream.words.append("~500")
@@ -76,8 +81,7 @@ def test_an_error_is_heard_in_place_of_a_dropped_frame() -> None:
 
 @given(st.lists(st.integers(1, len(WHOLE) - 1), max_size=6), st.integers(0, 4))
 def test_stream_drops_whole_frames_only(cuts: list[int], number: int) -> None:
-    stream = Stream()
-    stream.resume(number, ("old1",), None)
+    stream = _resumed(number)
     edges = [0, *sorted(cuts), len(WHOLE)]
     pieces = (WHOLE[a:b] for a, b in itertools.pairwise(edges))
     assert b"".join(stream.pass_on(piece) for piece in pieces if piece) == b"".join(FRAMES[number:])

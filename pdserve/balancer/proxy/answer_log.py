@@ -1,0 +1,83 @@
+"""What is kept of a streamed answer so that another server can go on with it. Pure.
+
+    frames from decode ── AnswerLog.take ──► the same without their comments, for the client
+                               └──► the log, and how many frames went out: ``resume_field``
+
+The wire is docs/resume.md; what the words of a log mean is the workers' matter.
+"""
+
+from __future__ import annotations
+
+from pdserve.http.sse import EVENT_END
+
+MARK = b": ids "
+"""How the first line of a frame begins if it is for us."""
+_ABORTED, _NOT_RESUMABLE = b"~", b"!"
+"""How the words begin that are for us; no other word has these characters in it."""
+
+
+class AnswerLog:
+    """The log of one answer, over all its legs.
+
+    ``frames`` counts what was handed on. ``aborted`` is the status with which a server gave the
+    answer up, ``obstacle`` the reason why it cannot be resumed; both None if there is none.
+    """
+
+    __slots__ = ("_log", "aborted", "frames", "obstacle")
+
+    def __init__(self) -> None:
+        self._log = bytearray()
+        self.frames = 0
+        self.aborted: int | None = None
+        self.obstacle: str | None = None
+
+    @property
+    def is_resumable(self) -> bool:
+        """True if a server has told its tokens, and none has said that they are not enough."""
+        return bool(self._log) and self.obstacle is None
+
+    def begin_leg(self) -> None:
+        """Another server goes on: what the former one said of its own end is over."""
+        self.aborted = None
+
+    def take(self, frames: bytes) -> bytes:
+        """Return ``frames``, whole ones, without their comments; those of an error are left out.
+
+        Once ``aborted`` is set nothing is returned any more.
+        """
+        if frames.startswith(MARK) and frames.find(EVENT_END) == len(frames) - 2:
+            return self._take_one(frames)
+        if MARK not in frames and self.aborted is None:
+            self.frames += frames.count(EVENT_END)
+            return frames
+        parts = frames.split(EVENT_END)[:-1]
+        return b"".join([self._take_one(part + EVENT_END) for part in parts])
+
+    def _take_one(self, frame: bytes) -> bytes:
+        if frame.startswith(MARK):
+            end = frame.index(b"\n")
+            words, frame = frame[len(MARK) : end], frame[end + 1 :]
+            if _ABORTED in words or _NOT_RESUMABLE in words:
+                words = self._read(words)
+            if words:
+                self._log += words
+                self._log += b" "
+        if self.aborted is not None:
+            return b""
+        self.frames += 1
+        return frame
+
+    def _read(self, words: bytes) -> bytes:
+        kept = []
+        for word in words.split(b" "):
+            if word.startswith(_ABORTED):
+                self.aborted = int(word[1:])
+            elif word.startswith(_NOT_RESUMABLE):
+                self.obstacle = word[1:].decode()
+            else:
+                kept.append(word)
+        return b" ".join(kept)
+
+    def resume_field(self) -> bytes:
+        """Return what is spliced into the body of a resumed leg, before its last brace."""
+        return b',"pdserve_resume":{"log":"%b","frames":%d}' % (self._log[:-1], self.frames)
