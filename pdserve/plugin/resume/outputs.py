@@ -78,7 +78,8 @@ def not_resumable(manager: Any, obj: Any) -> str:
     if getattr(manager.server_args, "speculative_algorithm", None):
         return "speculation"
     for name, reason in _STATE_ELSEWHERE.items():
-        if getattr(obj, name, None) not in (None, False, [], ""):
+        value = getattr(obj, name, None)
+        if any(value) if isinstance(value, list) else value is not None and value is not False:
             return reason
     params = obj.sampling_params
     for sampling in params if isinstance(params, list) else (params or {},):

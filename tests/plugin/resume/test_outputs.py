@@ -179,6 +179,8 @@ async def test_a_client_cannot_give_tokens_itself(params: Any) -> None:
         ({"image_data": "x"}, "multimodal"),
         ({"session_params": {"id": "s"}}, "session"),
         ({"return_hidden_states": True}, "hidden_states"),
+        ({"return_hidden_states": [False, True], "rid": ["aa", "bb"]}, "hidden_states"),
+        ({"return_hidden_states": [False, False], "rid": ["aa", "bb"]}, ""),
         ({"rid": 'a"b'}, "rid"),
         ({"sampling_params": {"n": 1}, "image_data": None, "session_id": None}, ""),
         ({"rid": ["aa", "bb"]}, ""),
