@@ -32,6 +32,7 @@ from tests.engine.resume_driver import (
     kill_server,
 )
 
+pytest.register_assert_rewrite("tests.engine.resume_driver")
 pytestmark = pytest.mark.engine
 
 _RNG = random.Random(20261130)
@@ -206,10 +207,12 @@ def _send(worker: Worker, body: dict[str, Any], header: str | None = None) -> tu
 KILLED = [name for name in CASES if "batch" not in name and "reasoning" not in name]
 
 
-def _kill_under_all(fleet: Fleet, undisturbed: dict[str, Answer], kill: Callable[[], None]) -> list[float]:
+def _kill_under_all(
+    fleet: Fleet, undisturbed: dict[str, Answer], what: Callable[[Fleet, str], Callable[[], None]]
+) -> list[float]:
     """Requests of every kind at once on decode-0, killed when one has 25 frames; seconds until noticed."""
     fleet.wait_ready(2, 90)
-    once = threading.Lock()
+    once, kill = threading.Lock(), what(fleet, "decode-0")
 
     def kill_once() -> None:
         if once.acquire(blocking=False):
@@ -227,14 +230,14 @@ def _kill_under_all(fleet: Fleet, undisturbed: dict[str, Answer], kill: Callable
 
 
 def test_killed_decode_server(fleet: Fleet, undisturbed: dict[str, Answer]) -> None:
-    assert _kill_under_all(fleet, undisturbed, kill_server(fleet, "decode-0"))
+    assert _kill_under_all(fleet, undisturbed, kill_server)
 
 
 def test_killed_scheduler_is_noticed_behind_a_living_http_process(
     fleet: Fleet, undisturbed: dict[str, Answer]
 ) -> None:
     """By itself SGLang's HTTP process keeps its streams open for six seconds."""
-    noticed = _kill_under_all(fleet, undisturbed, kill_scheduler(fleet, "decode-0"))
+    noticed = _kill_under_all(fleet, undisturbed, kill_scheduler)
     assert noticed[0] < 4
 
 
