@@ -31,7 +31,7 @@ settings.load_profile("full")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of two xdist processes spin for minutes
 
-pytest.register_assert_rewrite("tests.faults", "tests.support")
+pytest.register_assert_rewrite("tests.faults", "tests.support", "tests.engine.resume_driver")
 
 _unmarked: list[str] = []
 """The test that runs now, if it may not start a process."""

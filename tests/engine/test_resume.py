@@ -32,7 +32,6 @@ from tests.engine.resume_driver import (
     kill_server,
 )
 
-pytest.register_assert_rewrite("tests.engine.resume_driver")
 pytestmark = pytest.mark.engine
 
 _RNG = random.Random(20261130)
