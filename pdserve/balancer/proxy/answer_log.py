@@ -80,4 +80,4 @@ class AnswerLog:
 
     def resume_field(self) -> bytes:
         """Return what is spliced into the body of a resumed leg, before its last brace."""
-        return b',"pdserve_resume":{"log":"%b","frames":%d}' % (self._log[:-1], self.frames)
+        return b',"pdserve_resume":{"log":"%b","frames":%d}' % (bytes(self._log[:-1]), self.frames)
