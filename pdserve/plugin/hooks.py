@@ -142,6 +142,12 @@ HOOKS: tuple[HookTarget, ...] = (
         "resume: token ids out of every stream the balancer asks for, and into a request that goes on",
     ),
     HookTarget(
+        "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses",
+        "around",
+        "pdserve.plugin.resume.outputs:name_response",
+        "resume: /v1/responses says its id before its first token",
+    ),
+    HookTarget(
         "sglang.srt.entrypoints.openai.serving_responses.random_uuid",
         "around",
         "pdserve.plugin.resume.outputs:name_item",

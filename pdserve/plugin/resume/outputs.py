@@ -63,6 +63,14 @@ def note_ids(original: Callable[..., Any], manager: Any, obj: Any, request: Any 
     return _noted(original, manager, obj, request, stream)
 
 
+def name_response(original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND ``create_responses``: note the answer's id, which is in frames before its first token."""
+    stream = current_stream()
+    if stream is not None and RID.fullmatch(request.request_id):
+        stream.rids = (request.request_id,)
+    return original(serving, request, *args, **kwargs)
+
+
 def name_item(original: Callable[..., str]) -> str:
     """AROUND ``random_uuid`` of /v1/responses: the same item gets the same id on every leg of an answer."""
     stream = current_stream()
@@ -89,6 +97,11 @@ def not_resumable(manager: Any, obj: Any) -> str:
             return "samples"
     rids = obj.rid if isinstance(obj.rid, list) else [obj.rid]
     return "" if all(rid is None or RID.fullmatch(rid) for rid in rids) else "rid"
+
+
+def _rids(obj: Any) -> tuple[str, ...]:
+    rids = obj.rid if isinstance(obj.rid, list) else [obj.rid]
+    return tuple(rids) if all(isinstance(rid, str) and RID.fullmatch(rid) for rid in rids) else ()
 
 
 async def _refuse(why: str) -> AsyncIterator[Output]:
@@ -151,11 +164,6 @@ async def _resume_of(request: Any) -> _Resume:
     if not isinstance(log, str) or not isinstance(frames, int) or frames < 0:
         raise ValueError(f'{FIELD} must be {{"log": text, "frames": number}}')
     return _Resume(parse_log(log), frames)
-
-
-def _rids(obj: Any) -> tuple[str, ...]:
-    rids = obj.rid if isinstance(obj.rid, list) else [obj.rid]
-    return tuple(rids) if all(isinstance(rid, str) for rid in rids) else ()
 
 
 def _give_tokens(manager: Any, obj: Any, log: Log) -> None:
