@@ -10,7 +10,14 @@ import pytest
 
 from pdserve.plugin.resume import sse
 from pdserve.plugin.resume.log import parse_log
-from pdserve.plugin.resume.outputs import FIELD, LOGPROBS_FIELD, name_item, not_resumable, note_ids
+from pdserve.plugin.resume.outputs import (
+    FIELD,
+    LOGPROBS_FIELD,
+    name_item,
+    name_response,
+    not_resumable,
+    note_ids,
+)
 
 PLAIN: dict[str, Any] = {"rid": "aa", "stream": True, "return_logprob": False}
 
@@ -194,6 +201,18 @@ async def test_what_cannot_be_resumed_is_said_by_name(fields: dict[str, Any], re
 
 async def test_speculation_cannot_be_resumed() -> None:
     assert not_resumable(_manager(speculative="EAGLE"), _obj()) == "speculation"
+
+
+def test_response_is_named_before_it_has_a_token() -> None:
+    stream = sse.Stream()
+    token = sse._stream.set(stream)
+    try:
+        asked = name_response(lambda *given: given, "serving", SimpleNamespace(request_id="resp_ab"), "http")
+    finally:
+        sse._stream.reset(token)
+    assert asked[2] == "http"
+    first = stream.pass_on(b'event: response.created\ndata: {"created_at":17}\n\n')
+    assert first.startswith(b": ids =resp_ab@17\nevent:")
 
 
 def test_items_have_the_same_ids_on_every_leg() -> None:
