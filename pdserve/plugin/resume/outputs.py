@@ -66,8 +66,8 @@ def note_ids(original: Callable[..., Any], manager: Any, obj: Any, request: Any 
 def name_response(original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND ``create_responses``: note the answer's id, which is in frames before its first token."""
     stream = current_stream()
-    if stream is not None and RID.fullmatch(request.request_id):
-        stream.rids = (request.request_id,)
+    if stream is not None and RID.fullmatch(request.request_id) and _is_decode(serving.tokenizer_manager):
+        stream.name((request.request_id,))
     return original(serving, request, *args, **kwargs)
 
 
@@ -79,6 +79,10 @@ def name_item(original: Callable[..., str]) -> str:
     stream.num_item_ids += 1
     name = f"{(stream.client_rids or stream.rids)[0]}/{stream.num_item_ids}"
     return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+def _is_decode(manager: Any) -> bool:
+    return str(manager.server_args.disaggregation_mode) == "decode"
 
 
 def not_resumable(manager: Any, obj: Any) -> str:
@@ -121,31 +125,39 @@ def _holds_private(obj: Any) -> bool:
 async def _noted(
     original: Callable[..., Any], manager: Any, obj: Any, request: Any, stream: Stream
 ) -> AsyncIterator[Output]:
+    take: Callable[[Output], list[Output]] | None = None
+    try:
+        if not stream.has_begun:
+            notes = await _begin(manager, obj, request, stream)
+            take = None if notes is None else notes.take
+        elif _is_decode(manager):
+            stream.words.append(f"{NOT_RESUMABLE}calls")
+        async with contextlib.aclosing(original(manager, obj, request)) as outputs:
+            async for output in outputs:
+                for each in take(output) if take else (output,):
+                    yield each
+    except Exception as exc:  # its route makes a frame of it
+        stream.hear()
+        if _is_decode(manager):
+            stream.words.append(f"{ABORTED}{400 if isinstance(exc, ValueError) else 500}")
+        raise
+
+
+async def _begin(manager: Any, obj: Any, request: Any, stream: Stream) -> _Notes | None:
+    """Give a resumed request its tokens; return what notes the outputs of a stream, None if nothing does."""
     resume = await _resume_of(request) if stream.is_resumed else None
-    reason = "calls" if stream.has_begun else not_resumable(manager, obj)
-    if resume is not None and not stream.has_begun:
+    reason = not_resumable(manager, obj)
+    if resume is not None:
         if reason:
             raise ValueError(f"this request cannot be resumed: {reason}")
         _give_tokens(manager, obj, resume.log)
-    is_decode = str(manager.server_args.disaggregation_mode) == "decode"
-    outputs = original(manager, obj, request)
-    if not is_decode or not obj.stream or stream.has_begun:
-        if stream.has_begun:
-            stream.words.append(NOT_RESUMABLE + reason)
-        stream.has_begun = True
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                yield output
-        return
     stream.has_begun = True
-    stream.rids = _rids(obj)
+    if not (obj.stream and _is_decode(manager)):
+        return None
+    stream.name(_rids(obj))
     if reason:
         stream.words.append(NOT_RESUMABLE + reason)
-    notes = _Notes(manager, obj, request, stream, resume)
-    async with contextlib.aclosing(outputs):
-        async for output in outputs:
-            for each in notes.take(output):
-                yield each
+    return _Notes(manager, obj, request, stream, resume)
 
 
 # -- a resumed request ---------------------------------------------------------------------------

@@ -67,13 +67,20 @@ class Stream:
         self.has_begun = False
         """True once SGLang was asked for the answer; a second time is another answer."""
         self.num_item_ids = 0
-        self._is_named = False
+        self._is_named = True
         self._is_mid_frame = False
+        self._has_frames = False
         self._held = b""
 
     def hear(self) -> None:
         """Drop nothing any more: what comes is an error, or not what the first server said."""
         self.dropper = FrameDropper(0)
+
+    def name(self, rids: tuple[str, ...]) -> None:
+        """Know this leg's ids; its first frame, if it is still to come, tells them."""
+        if not self._has_frames:
+            self._is_named = False
+        self.rids = rids
 
     def resume(self, frames: int, rids: tuple[str, ...], created: int | None) -> None:
         """Go on with an answer whose client has ``frames`` and knows it under these names."""
@@ -94,6 +101,7 @@ class Stream:
             if not body:
                 return body
             body = self._renamed(body)
+        self._has_frames = True
         if not self._is_named:
             self._is_named = True
             found = _CREATED.search(body)

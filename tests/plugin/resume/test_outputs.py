@@ -94,9 +94,12 @@ async def test_an_answer_that_nobody_resumes_is_handed_through() -> None:
 async def test_prefill_and_whole_answers_make_no_words() -> None:
     for stream, _ in (
         await _run([_out([5], "a")], manager=_manager("prefill")),
+        await _run([_out([5], "a")], manager=_manager("prefill"), body={FIELD: {"log": "5;1", "frames": 1}}),
         await _run([_out([5], "a")], obj=_obj(stream=False)),
     ):
         assert stream.words == []
+        frame = b'data: {"created":17}\n\n'
+        assert stream.pass_on(frame) == frame, "not dropped, not named"
 
 
 async def test_an_abort_is_told_with_its_status() -> None:
@@ -169,6 +172,24 @@ async def test_what_cannot_be_a_resumed_leg_is_refused(resume: Any, words: str) 
         await _run([], body={FIELD: resume})
 
 
+async def test_an_error_of_the_resumed_leg_is_heard_though_frames_are_dropped() -> None:
+    for error, word in ((ValueError("too long"), "~400"), (RuntimeError("bug"), "~500")):
+
+        async def original(*_: Any, error: Exception = error) -> AsyncIterator[dict[str, Any]]:
+            raise error
+            yield {}
+
+        stream = sse.Stream(is_resumed=True)
+        token = sse._stream.set(stream)
+        try:
+            request = Request({FIELD: {"log": "5;1", "frames": 9}})
+            with pytest.raises(type(error)):
+                await anext(note_ids(original, _manager(), _obj(), request))
+        finally:
+            sse._stream.reset(token)
+        assert (stream.words, stream.dropper.num_frames) == ([word], 0)
+
+
 @pytest.mark.parametrize(
     "params", [{"custom_params": {FIELD: [5]}}, [{}, {"custom_params": {LOGPROBS_FIELD: ""}}]]
 )
@@ -207,7 +228,8 @@ def test_response_is_named_before_it_has_a_token() -> None:
     stream = sse.Stream()
     token = sse._stream.set(stream)
     try:
-        asked = name_response(lambda *given: given, "serving", SimpleNamespace(request_id="resp_ab"), "http")
+        serving = SimpleNamespace(tokenizer_manager=_manager())
+        asked = name_response(lambda *given: given, serving, SimpleNamespace(request_id="resp_ab"), "http")
     finally:
         sse._stream.reset(token)
     assert asked[2] == "http"

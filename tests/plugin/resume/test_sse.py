@@ -54,14 +54,16 @@ def test_words_wait_for_a_frame_of_their_own() -> None:
 
 def test_first_comment_names_the_answer() -> None:
     stream = Stream()
-    stream.rids = ("ab12",)
+    stream.name(("ab12",))
     assert stream.pass_on(b'data: {"created":17}\n\n').startswith(b": ids =ab12@17\n")
     assert stream.pass_on(FRAMES[0]) == FRAMES[0]
 
 
 def test_resumed_stream_is_called_what_its_client_calls_it() -> None:
-    stream = _resumed(1, 17)
-    stream.rids = ("new1",)
+    stream = Stream(is_resumed=True)
+    stream.has_begun = True
+    stream.name(("new1",))
+    stream.resume(1, ("old1",), 17)
     assert stream.pass_on(FRAMES[0]) == b""
     stream.words.append("5;1")
     frame = b'data: {"id":"new1","created":99,"text":"\\"created\\":98"}\n\n'
