@@ -140,7 +140,8 @@ class _Leg:
                     cut.kill()
                     cut = None
         except (OSError, http.client.HTTPException):
-            answer.noticed_s.append(time.monotonic() - answer.last_s)
+            if answer.last_s:
+                answer.noticed_s.append(time.monotonic() - answer.last_s)
             self._start(self._abort)  # prefill would wait for a decode server that is gone
             return False
         return answer.is_done
