@@ -1,7 +1,7 @@
 """Half-streamed answers that go on, token by token the same, on another decode server: real servers.
 
-The balancer's half is tests/engine/resume_driver.py. Its own fleet: parsers of tools and reasoning,
-and two decode servers more, one that retracts its requests, one that replays nothing.
+The balancer's half is tests/engine/resume_driver.py. What happens without the replays is in
+test_resume_controls.py. Its own fleet, for the parsers of tools and reasoning.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pdserve.plugin.resume.log import parse_log
-from tests.engine.fleet import Fleet, call, join_worker, launch_fleet
+from tests.engine.fleet import Fleet, call, launch_fleet
 from tests.engine.resume_driver import (
-    Aborted,
     Answer,
     Cut,
     Worker,
@@ -85,19 +83,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 FLAGS = "--served-model-name tiny --tool-call-parser qwen25 --reasoning-parser qwen3"
-BROKEN = """\
-import pdserve.plugin.hooks as hooks
-load = hooks.load
-def load_broken(reference):
-    found = load(reference)
-    if reference.endswith(":add_resumed"):
-        found.__globals__["replay_grammar"] = lambda req, ids: None
-    if reference.endswith(":replay_penalties"):
-        found.__globals__["replay_row"] = lambda *row: None
-    return found
-hooks.load = load_broken
-"""
-"""sitecustomize of a worker that resumes, but replays no token into grammar and penalties."""
 
 
 @pytest.fixture(scope="module")
@@ -113,22 +98,6 @@ def fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def undisturbed(fleet: Fleet) -> dict[str, Answer]:
     """Every case's answer without a cut, from decode-1."""
     return {name: ask(fleet, *case, decodes=("decode-1",)) for name, case in CASES.items()}
-
-
-@pytest.fixture(scope="module")
-def odd_workers(fleet: Fleet, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """``retracting`` takes requests out of its batch every few steps; ``forgetful`` too, and replays none."""
-    folder = tmp_path_factory.mktemp("broken")
-    (folder / "sitecustomize.py").write_text(BROKEN)
-    retract = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "15"}
-    root = str(Path(__file__).parents[2])
-    with ExitStack() as stack:
-        for name, path in (("retracting", root), ("forgetful", f"{folder}:{root}")):
-            environ = {**retract, "PYTHONPATH": path}
-            worker = join_worker(fleet, "decode", tiny_model, name, FLAGS.split(), environ=environ)
-            stack.enter_context(worker)
-        fleet.wait_ready(4)
-        yield
 
 
 def _cuts(answer: Answer, number: int) -> list[int]:
@@ -306,37 +275,6 @@ def test_log_probabilities_come_from_the_log(fleet: Fleet, undisturbed: dict[str
     answer = ask(fleet, *CASES[name], Cut(20), forge=lambda log: re.sub(r";l\S+", "", log))
     with pytest.raises(AssertionError):
         assert_same(undisturbed[name], answer)
-
-
-@pytest.mark.usefixtures("odd_workers")
-@pytest.mark.parametrize(
-    "name", ["generate, repetition penalty", "generate, min_new_tokens", "chat, penalties", "chat, schema"]
-)
-def test_without_its_replay_an_answer_is_another_one(
-    fleet: Fleet, undisturbed: dict[str, Answer], name: str
-) -> None:
-    cut = Cut(12)
-    assert_same(undisturbed[name], ask(fleet, *CASES[name], cut, decodes=("decode-0", "retracting")))
-    with pytest.raises((AssertionError, Aborted)):
-        assert_same(undisturbed[name], ask(fleet, *CASES[name], cut, decodes=("decode-0", "forgetful")))
-
-
-@pytest.mark.usefixtures("odd_workers")
-def test_sglangs_own_retraction_keeps_penalties(fleet: Fleet, undisturbed: dict[str, Answer]) -> None:
-    """Stock SGLang starts them at zero whenever it takes a request up again."""
-    name = "chat, penalties"
-
-    def both(worker: str) -> list[Answer]:
-        with ThreadPoolExecutor(2) as threads:
-            return list(threads.map(lambda _: ask(fleet, *CASES[name], decodes=(worker,)), range(2)))
-
-    texts = {
-        worker: [digest(answer)["text"] for answer in both(worker)] for worker in ("retracting", "forgetful")
-    }
-    expected = digest(undisturbed[name])["text"]
-    assert texts["retracting"] == [expected] * 2
-    assert texts["forgetful"] != [expected] * 2
-    assert "Testing retraction" in (fleet.logs / "retracting.log").read_text()
 
 
 def test_nothing_is_left(fleet: Fleet) -> None:
