@@ -113,6 +113,9 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Its scheduler serves lower priority values first; None: not known, or it ignores priorities."""
     default_priority: int | None = None
     """The priority of requests that come without one; None: they come last."""
+    resume_id: str = ""
+    """Under this name it tells its tokens and goes on with others' answers (docs/resume.md); empty: it does
+    not."""
     is_leaving: bool = False
     """It was told to stop: it finishes the requests it has and is given no other."""
 
@@ -184,7 +187,8 @@ class RequestShape(msgspec.Struct, frozen=True):
     template puts before them, enough to tell common prefixes; empty if nobody asked for it. ``priority``
     is the client's, None without one: whether higher or lower ones go first is the workers' setting.
     In a batch ``prompt_tokens`` is the sum, ``max_new_tokens`` and ``forecast`` are each prompt's.
-    ``forecast`` is None until the balancer has made one. ``route`` and ``user`` (the body's field of
+    ``forecast`` is None until the balancer has made one. ``is_resumed``: a client has a part of its answer
+    and waits for the rest, so that it goes before all others. ``route`` and ``user`` (the body's field of
     that name) are what answers of like requests are remembered by.
     """
 
@@ -196,6 +200,7 @@ class RequestShape(msgspec.Struct, frozen=True):
     route: str = ""
     user: str = ""
     forecast: Forecast | None = None
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

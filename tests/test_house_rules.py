@@ -65,7 +65,6 @@ ENTRY_POINTS = {
     "pdserve.plugin.children": "a hook of plugin/hooks.py, as patches",
     "pdserve.plugin.resume.penalties": "a hook of plugin/hooks.py, as patches",
     "pdserve.plugin.resume.scheduler": "a hook of plugin/hooks.py, as patches",
-    "pdserve.balancer.proxy.answer_log": "for the relay's resume, which is written next",
     "pdserve.plugin.worker": "the main module of every SGLang process",
     "pdserve.process.service": "the process that a service command becomes",
     "pdserve.scheduling.policy.cache_aware": "a policy: the registry alone imports it",

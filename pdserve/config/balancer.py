@@ -157,6 +157,16 @@ class BalancerConfig:
     retry_ratio: float = setting(
         0.2, "Retries per request of the recent past, besides ten a minute.", "share", ""
     )
+    max_resumes: int = setting(
+        3,
+        "How often one streamed answer may go on on another pair when its decode server dies, hangs or gives "
+        "it up; 0: never, its stream then ends with an error.",
+        "count",
+        "--max-resumes",
+    )
+    resume_ratio: float = setting(
+        1.0, "Resumes per request of the recent past, besides ten a minute.", "share", ""
+    )
     breaker_failures: int = setting(
         3,
         "Failures in a row that take a worker out of service; a broken connection does so at once.",

@@ -62,7 +62,8 @@ class ClientResponse:
 
     ``status`` is 0 until the head is there. ``error`` is set when the exchange
     failed; iteration raises it after the chunks that had arrived. ``turn`` grows
-    with every exchange that ends: the smaller one ended first.
+    with every exchange that ends: the smaller one ended first. ``is_stalled``: it was ended for a
+    silence that ``watch_stalls`` had set.
     """
 
     # Class attributes in place of most of ``__init__``: two of these are made for every request.
@@ -84,6 +85,11 @@ class ClientResponse:
     _raw_head = b""
     _buffered = 0
     _is_paused = False
+    is_stalled = False
+    _may_leave: Callable[[], bool] | None = None
+    _longest_s = NEVER
+    _silent_since_s = 0.0
+    _extended_s = 0.0
 
     def __init__(
         self,
@@ -146,6 +152,26 @@ class ClientResponse:
         if self._is_paused:
             self._feed()
             self._resume()
+
+    def watch_stalls(self, limit_s: float, may_leave: Callable[[], bool]) -> None:
+        """From now on end it after ``limit_s`` of silence if ``may_leave`` then says so; if not, it is asked
+        again after the same time, until the present limit has passed."""
+        if self.has_ended or limit_s >= self.silence_s:
+            return
+        self._longest_s, self.silence_s, self._may_leave = self.silence_s, limit_s, may_leave
+        self._deadlines.touch(self)
+
+    @property
+    def heard_s(self) -> float:
+        """When bytes came last, by the loop's clock; with the first byte still to come, when it was sent."""
+        if not self.status:
+            return self.sent_s
+        return self._silent_since_s if self._is_extended else self.deadline_s - self.silence_s
+
+    @property
+    def _is_extended(self) -> bool:
+        """True if its limit was extended and nothing has come since."""
+        return self.deadline_s == self._extended_s
 
     def header(self, name: bytes) -> bytes:
         """Value of a header by its lower-case name; empty if absent."""
@@ -250,6 +276,14 @@ class ClientResponse:
     def expire(self) -> None:
         """The silence limit has passed."""
         limit_s = self.silence_s if self.status else self.first_byte_s
+        if self._may_leave is not None:
+            now_s, since_s = self._deadlines.now(), self.heard_s
+            self.is_stalled = now_s < since_s + self._longest_s
+            if self.is_stalled and not self._may_leave():
+                self.is_stalled, self._silent_since_s = False, since_s
+                self.deadline_s = self._extended_s = now_s + limit_s
+                return
+            limit_s = round(now_s - since_s, 1)
         where = "in the middle of its answer" if self.status else "without a first byte"
         self.fail(WorkerTimeout(self.url, f"silent for {limit_s:g} s {where}"))
 
@@ -348,7 +382,7 @@ class Deadlines:
                 continue
             if response.deadline_s <= now_s:
                 response.expire()
-            else:
+            if not response.has_ended:
                 due_s = min(due_s, response.deadline_s)
         if due_s < self._due_s:
             self._arm(due_s)

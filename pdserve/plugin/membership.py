@@ -67,6 +67,7 @@ class WorkerMembership:
         routes = [] if lease is None else [rank.route for rank in lease.ranks if rank.route]
         return {
             "instance_id": self._env.instance_id,
+            "resumes": not self._env.stock,
             "worker_id": self._env.worker_id,
             "role": self._env.role or "",
             "rank_ports": [int(route["rank_port"]) for route in routes],
@@ -97,6 +98,7 @@ class WorkerMembership:
             keeps_prefixes=keeps_prefixes(self._server_args),
             low_priority_first=priorities.low_priority_first,
             default_priority=priorities.default_priority,
+            resume_id="" if self._env.stock else self._env.instance_id,
         )
 
 

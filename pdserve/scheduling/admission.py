@@ -11,6 +11,7 @@ follows the fleet's state (regime.py); with an objective for the first token (sl
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -80,10 +81,13 @@ class Admission:
     # -- getting a pair ----------------------------------------------------------------------
 
     def try_now(self, shape: RequestShape, exclude: frozenset[PairKey] = frozenset()) -> Reservation | None:
-        """A pair at once, without waiting; None if others wait already or there is no room.
+        """A pair at once, without waiting; None if others wait already or there is no room. What is resumed
+        asks for room only: it had its place before.
 
         ``exclude``: (prefill, decode) instance ids that the request must not get again.
         """
+        if shape.is_resumed and not self._is_stopping:
+            return self._place(shape, exclude)
         if self.queue or self._is_stopping or self.placement.num_open >= self._max_open:
             return None
         if self._objective.is_late(shape, self.placement):
@@ -281,7 +285,9 @@ class Admission:
             raise NoWorkerError(self._explain(exclude, shape))
         now_s, work, objective = self._clock(), self.work.of(shape), self._objective
         tokens = self.placement.tokens_needed(shape)
-        due_s, is_hopeless = objective.due_s(now_s, work), objective.is_hopeless(work)
+        due_s, is_hopeless = math.inf, False
+        if not shape.is_resumed:  # its client has had the first token
+            due_s, is_hopeless = objective.due_s(now_s, work), objective.is_hopeless(work)
         waiter = Waiter(shape, exclude, now_s, grant, work, tokens, due_s, is_hopeless)
         if objective.is_late_behind(waiter, self.queue, self.placement):
             raise self._too_late(waiter)

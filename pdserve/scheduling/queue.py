@@ -1,4 +1,5 @@
-"""The bounded queue of requests that wait for a pair: by priority, then by arrival or by least work.
+"""The bounded queue of requests that wait for a pair: by priority, then by arrival or by least work. Answers
+that are to be resumed go before all others.
 
 A waiter's place is fixed when it joins, so the queue is sorted by insertion; it is sorted again only
 when the order itself changes.
@@ -208,7 +209,8 @@ class AdmissionQueue:
 
     def _put(self, waiter: Waiter) -> None:
         key = self.order.key(waiter.since_s, waiter.work.total_s, is_hopeless=waiter.is_hopeless)
-        waiter.place = self.priorities.rank(waiter.shape.priority), key, waiter.number
+        rank = -math.inf if waiter.shape.is_resumed else self.priorities.rank(waiter.shape.priority)
+        waiter.place = rank, key, waiter.number
 
     def leave(self, waiter: Waiter) -> None:
         """Give up the place; nothing happens if that was done before."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdserve.balancer.fleet.fleet import WorkerFleet
-from pdserve.balancer.proxy.attempts import Reservations
+from pdserve.balancer.proxy.pairs import Reservations
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import NoWorkerError, WorkerError, WorkerUnreachable
 from pdserve.scheduling.reservation import Reservation

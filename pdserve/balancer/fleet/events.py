@@ -30,6 +30,14 @@ class EventLog:
     def __init__(self) -> None:
         self.events: deque[FleetEvent] = deque(maxlen=NUM_EVENTS)
 
+    def count(self, event: str, worker: Worker, detail: str) -> None:
+        """It happened once more: of several in a row to one worker their number and the last detail stay."""
+        number, last = 1, self.events[-1] if self.events else None
+        if last is not None and (last.event, last.worker) == (event, worker.worker_id):
+            number = int(last.detail.partition(" ")[0]) + 1
+            self.events.pop()
+        self.events.append(FleetEvent(time.time(), event, worker.worker_id, f"{number} {detail}"))
+
     def note(self, event: str, worker: Worker, detail: str) -> None:
         """Something happened to ``worker``."""
         self.events.append(FleetEvent(time.time(), event, worker.worker_id, detail))

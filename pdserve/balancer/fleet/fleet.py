@@ -168,6 +168,11 @@ class WorkerFleet:
         self.health.legs_ended(reservation.key, prefill_ok, decode_ok, error)
         self.notice_drained()
 
+    def answer_resumed(self, instance_id: InstanceId, gap_s: float) -> None:
+        """A decode worker has gone on with another's answer."""
+        if worker := self._roster.members.get(instance_id):
+            self._log.count("resumed", worker, f"answers of other servers go on here; gap {gap_s:.2f} s")
+
     def notice_drained(self) -> None:
         """Draining workers may have nothing in flight any more."""
         if self._draining:

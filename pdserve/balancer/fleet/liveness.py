@@ -67,6 +67,19 @@ def patience_s(view: WorkerView, wedge_s: float) -> float:
     return max(wedge_s, SLACK * PUBLISH_STEPS * step_s)
 
 
+STREAM_S = 5.0
+"""A stream may be silent for so long at least: a scheduler stands still for seconds where it compiles or
+takes in KV, and the parser of a tool call holds text back."""
+STREAM_STEPS = 50
+"""And for so many expected steps of its server."""
+
+
+def stream_patience_s(view: WorkerView) -> float:
+    """How long one stream of this decode worker may be silent before it should go on elsewhere."""
+    step_s = view.step_base_s + view.step_slope_s * view.num_reqs / view.info.dp_size
+    return max(STREAM_S, STREAM_STEPS * step_s)
+
+
 def _could_progress(role: Role, load: WorkerLoad) -> bool:
     if load.num_running_reqs > 0:
         return True

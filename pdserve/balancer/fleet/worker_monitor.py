@@ -17,6 +17,7 @@ import msgspec
 from pdserve.balancer.fleet.health import HealthTracker
 from pdserve.balancer.fleet.liveness import HangDetector, StallDetector, patience_s
 from pdserve.balancer.fleet.probe import WorkerKeys
+from pdserve.balancer.fleet.transfer_poll import INSTANCE_PATH
 from pdserve.balancer.fleet.updates import FleetUpdates
 from pdserve.balancer.fleet.worker import Backoff, Worker
 from pdserve.config.balancer import BalancerConfig
@@ -165,6 +166,7 @@ class WorkerMonitor:
         try:
             about = _decoded((await self._ask("/model_info", PING_S)).body, _ModelInfo())
             server = _decoded((await self._ask("/server_info", INFO_S)).body, _ServerInfo())
+            instance = await self._ask(INSTANCE_PATH, PING_S)
         except WorkerError as exc:
             return str(exc)
         start = server.text
@@ -179,6 +181,9 @@ class WorkerMonitor:
                 low_priority_first=server.low_priority_first, default_priority=server.default_priority,
             )  # fmt: skip
             self._health.worker_learned(worker, info)
+        resume_id = _decoded(instance.body, _Instance()).resume_id if instance.status == 200 else ""
+        if worker.info.resume_id != resume_id:
+            self._health.worker_learned(worker, msgspec.structs.replace(worker.info, resume_id=resume_id))
         return worker.mismatch
 
     def _why_another(self, about: _ModelInfo) -> str:
@@ -303,6 +308,18 @@ class _ModelInfo(msgspec.Struct):
     model_path: str = ""
     served_model_name: str | None = None
     disaggregation_mode: str | None = None
+
+
+class _Instance(msgspec.Struct):
+    """What a pdserve worker says of itself; a stock server says nothing."""
+
+    instance_id: str = ""
+    resumes: bool = False
+
+    @property
+    def resume_id(self) -> str:
+        """As ``WorkerInfo.resume_id``."""
+        return self.instance_id if self.resumes else ""
 
 
 class _ServerInfo(PriorityFlags, frozen=True):

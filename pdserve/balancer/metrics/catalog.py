@@ -120,6 +120,11 @@ LATENCIES = {
         "From the end of the prefill leg to decode's first byte; streams only.",
         STAGE_S,
     ),
+    "resume_gap_s": _latency(
+        "resume_gap_seconds",
+        "From the last bytes of a decode server to the first of another one that goes on with its answer.",
+        STAGE_S,
+    ),
 }
 """By their names in the state document."""
 
@@ -139,6 +144,7 @@ REQUESTS = _counter(
     ("route", "outcome", "is_streaming"),
 )
 RETRIES = _counter("retries_total", "attempts", "Further attempts at requests whose first one failed.")
+RESUMES = _counter("resumes_total", "answers", "Streamed answers that went on on another pair.")
 SHED = _counter("requests_shed_total", "requests", "Requests refused for want of a pair.", ("reason",))
 PROMPT_TOKENS = _counter("prompt_tokens_total", "tokens", "Prompt tokens of completed requests.")
 OUTPUT_TOKENS = _counter("generation_tokens_total", "tokens", "Tokens generated for completed requests.")
@@ -232,6 +238,7 @@ METRICS: tuple[Metric, ...] = (
     RECEIVED,
     REQUESTS,
     RETRIES,
+    RESUMES,
     SHED,
     PROMPT_TOKENS,
     OUTPUT_TOKENS,

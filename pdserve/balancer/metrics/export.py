@@ -97,6 +97,7 @@ def _add_requests(page: _Page, ledger: RequestLedger) -> None:
         ways = _labels(catalog.REQUESTS, route, outcome, str(is_stream).lower())
         page.add(catalog.REQUESTS, number, ways)
     page.add(catalog.RETRIES, ledger.retried)
+    page.add(catalog.RESUMES, ledger.resumed)
     page.add(catalog.PROMPT_TOKENS, ledger.prompt_tokens)
     page.add(catalog.OUTPUT_TOKENS, ledger.completion_tokens)
     page.add(catalog.INFLIGHT, ledger.inflight)

@@ -49,6 +49,7 @@ class RequestLedger:
     total: int = 0
     inflight: int = 0
     retried: int = 0
+    resumed: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     """Of requests that ended."""
@@ -93,6 +94,11 @@ class RequestLedger:
             record.finish = how
         self.recent.append(record)
         self._observe(record, outcome, now_s)
+
+    def resumed_after(self, gap_s: float) -> None:
+        """An answer goes on on another pair, after so many seconds without a frame."""
+        self.resumed += 1
+        self.rolling.latencies["resume_gap_s"].observe(gap_s)
 
     def advance(self, now_s: float) -> None:
         """Close the steps of the rolling figures that are over."""
@@ -149,4 +155,5 @@ class RequestLedger:
             aborted=self.ended(Outcome.ABORTED),
             shed=self.ended(Outcome.SHED),
             retried=self.retried,
+            resumed=self.resumed,
         )

@@ -28,7 +28,8 @@ class RequestRecord(msgspec.Struct, eq=False):
 
     ``pair``, ``room``, ``rid`` are the last attempt's; ``reason`` is why the policy chose that pair,
     rendered as text when it is read; ``error`` says what went wrong, for the operator.
-    ``request_id`` is the client's own, from its headers.
+    ``request_id`` is the client's own, from its headers; ``num_resumes`` how often its answer went on
+    elsewhere.
     """
 
     route: Route
@@ -43,6 +44,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     finish: str = ""
     error: str = ""
     request_id: str = ""
+    num_resumes: int = 0
     _row: RequestEntry | None = None
 
     def render(self) -> RequestEntry:
@@ -70,6 +72,7 @@ class RequestRecord(msgspec.Struct, eq=False):
             ttft_s=timeline.ttft_s,
             e2e_s=timeline.e2e_s,
             tpot_s=timeline.tpot_s,
+            resumes=self.num_resumes,
             finish=self.finish,
             error=self.error,
         )

@@ -38,16 +38,20 @@ class LegFailed(PdserveError):
     """One leg failed. ``role`` is the one that failed first, None if both were silent.
 
     ``is_prefill_done`` tells whether the prefill leg had ended well before, ``is_request_fault`` whether
-    another worker has rejected the request too.
+    another worker has rejected the request too, ``is_late`` whether the worker was only silent for longer
+    than a stream usually is.
     """
 
     is_request_fault = False
 
-    def __init__(self, role: Role | None, error: WorkerError, *, is_prefill_done: bool = False) -> None:
+    def __init__(
+        self, role: Role | None, error: WorkerError, *, is_prefill_done: bool = False, is_late: bool = False
+    ) -> None:
         super().__init__(str(error))
         self.role = role
         self.error = error
         self.is_prefill_done = is_prefill_done
+        self.is_late = is_late
 
     @property
     def is_stale(self) -> bool:

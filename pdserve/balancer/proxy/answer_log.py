@@ -8,12 +8,15 @@ The wire is docs/resume.md; what the words of a log mean is the workers' matter.
 
 from __future__ import annotations
 
+import re
+
 from pdserve.http.sse import EVENT_END
 
 MARK = b": ids "
 """How the first line of a frame begins if it is for us."""
 _ABORTED, _NOT_RESUMABLE = b"~", b"!"
 """How the words begin that are for us; no other word has these characters in it."""
+_OTHER_ENDS = re.compile(rb"^: ids [^\r\n]*(?:\r\n|\r|\n)", re.MULTILINE)
 
 
 class AnswerLog:
@@ -23,10 +26,11 @@ class AnswerLog:
     answer up, ``obstacle`` the reason why it cannot be resumed; both None if there is none.
     """
 
-    __slots__ = ("_log", "aborted", "frames", "obstacle")
+    __slots__ = ("_held", "_log", "aborted", "frames", "obstacle")
 
     def __init__(self) -> None:
         self._log = bytearray()
+        self._held = bytearray()
         self.frames = 0
         self.aborted: int | None = None
         self.obstacle: str | None = None
@@ -39,17 +43,30 @@ class AnswerLog:
     def begin_leg(self) -> None:
         """Another server goes on: what the former one said of its own end is over."""
         self.aborted = None
+        self._held.clear()
+
+    def give_in(self) -> bytes:
+        """Return the frames of the error, which the client is to have: no other server will go on."""
+        held = bytes(self._held)
+        self.begin_leg()
+        self.frames += held.count(EVENT_END)
+        self.obstacle = self.obstacle or "given up"
+        return held
 
     def take(self, frames: bytes) -> bytes:
         """Return ``frames``, whole ones, without their comments; those of an error are left out.
 
-        Once ``aborted`` is set nothing is returned any more.
+        Once ``aborted`` is set nothing is returned any more. What has changed the ends of lines on the way
+        may have changed more: such an answer is not resumed.
         """
         if frames.startswith(MARK) and frames.find(EVENT_END) == len(frames) - 2:
             return self._take_one(frames)
         if MARK not in frames and self.aborted is None:
             self.frames += frames.count(EVENT_END)
             return frames
+        if b"\r" in frames:
+            self.obstacle = "line ends"
+            return _OTHER_ENDS.sub(b"", frames)
         parts = frames.split(EVENT_END)[:-1]
         return b"".join([self._take_one(part + EVENT_END) for part in parts])
 
@@ -63,6 +80,7 @@ class AnswerLog:
                 self._log += words
                 self._log += b" "
         if self.aborted is not None:
+            self._held += frame
             return b""
         self.frames += 1
         return frame

@@ -1,8 +1,8 @@
 """One request over pairs until one works: reserve, relay, retry elsewhere, and end both legs together.
 
     reserve ─► PairRelay ─► sink
-       ▲          │ LegFailed, no byte at the sink yet: new pair, new room, new rid
-       └──────────┘
+       ▲          │ LegFailed: new pair, new room, new rid; no byte at the sink yet: the whole again,
+       └──────────┘            else the rest, if it can be resumed (resume.py)
 any other end than a normal one ─► POST /abort_request to both workers, in the background
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,26 +18,28 @@ import msgspec
 from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.fleet.worker import PairState
 from pdserve.balancer.metrics.ledger import RequestLedger
-from pdserve.balancer.metrics.record import RequestRecord
 from pdserve.balancer.proxy.answer import LegFailed, Relayed
+from pdserve.balancer.proxy.pairs import Reservations
 from pdserve.balancer.proxy.relay import PairRelay
+from pdserve.balancer.proxy.resume import Resumes
 from pdserve.balancer.proxy.retry import FailureJudge, History, RetryBudget
+from pdserve.balancer.proxy.run import Run
 from pdserve.balancer.request.aborted import aborted_answer
 from pdserve.balancer.request.headers import JSON_LINE
 from pdserve.balancer.request.ids import RequestIds, RoomAllocator
-from pdserve.balancer.request.request import ParsedRequest, Route
-from pdserve.balancer.request.transforms import ResponseSink, renaming_of
+from pdserve.balancer.request.request import RequestRefused
+from pdserve.balancer.request.transforms import renaming_of
 from pdserve.balancer.request.usage import Usage
 from pdserve.config.balancer import BalancerConfig
-from pdserve.errors import NoWorkerError, RequestAborted, WorkerError, WorkerRejected, WorkerTimeout
+from pdserve.errors import NoWorkerError, RequestAborted, WorkerError
 from pdserve.http.client import HttpClient
 from pdserve.scheduling.reservation import Reservation
-from pdserve.scheduling.scheduler import Scheduler
 from pdserve.scheduling.workers import PairKey
-from pdserve.types import Pair, RequestShape, Role
+from pdserve.telemetry import RequestTimeline
+from pdserve.types import Pair, Role
 
 if TYPE_CHECKING:
-    from pdserve.balancer.tracing.trace import RequestTrace, RunTrace
+    from pdserve.balancer.tracing.trace import AttemptTrace, RunTrace
 
 logger = logging.getLogger(__name__)
 
@@ -80,117 +81,8 @@ class Aborter:
             logger.info("could not abort rid=%s worker=%s: %s", ids.rids[0], url, exc or "timed out")
 
 
-class Reservations:
-    """Takes pairs for requests and gives them back: to the scheduler, then to the fleet's health.
-
-    A request that waits is served after health knows of a failed leg, so that it does not get the
-    worker that has just failed.
-    """
-
-    def __init__(self, scheduler: Scheduler, fleet: WorkerFleet) -> None:
-        self._scheduler = scheduler
-        self._fleet = fleet
-
-    async def take(
-        self, shape: RequestShape, *, exclude: frozenset[PairKey] = frozenset(), timeout_s: float
-    ) -> Reservation:
-        """A pair for a request, at once or from the queue.
-
-        Raises:
-            NoWorkerError: if the queue is full, or no pair had room within ``timeout_s``.
-        """
-        reservation = self._scheduler.try_now(shape, exclude)
-        if reservation is None:
-            try:
-                reservation = await self._scheduler.wait(shape, exclude, timeout_s)
-            except asyncio.CancelledError:
-                self._fleet.notice_drained()  # the scheduler may have taken a pair back
-                raise
-        self._fleet.pair_reserved(reservation)
-        return reservation
-
-    def prefill_finished(self, reservation: Reservation) -> None:
-        """The prefill leg has ended well."""
-        self._scheduler.prefill_finished(reservation)
-        self._fleet.notice_drained()
-
-    def release(
-        self,
-        reservation: Reservation,
-        *,
-        prefill_ok: bool | None = None,
-        decode_ok: bool | None = None,
-        error: str | WorkerError = "",
-    ) -> None:
-        """End both legs; nothing happens if they have ended. Arguments as ``HealthTracker.legs_ended``."""
-        if not reservation.is_open:
-            return
-        self._scheduler.end(reservation, prefill_ok=prefill_ok, decode_ok=decode_ok)
-        self._fleet.legs_ended(reservation, prefill_ok, decode_ok, error)
-        self._scheduler.serve()
-
-    def release_ended(self, reservation: Reservation, relayed: Relayed) -> str:
-        """Release after a complete answer; returns what was wrong with either leg, if anything."""
-        error = relayed.decode_error or relayed.prefill_error
-        if error is None:
-            self.release(reservation, prefill_ok=True, decode_ok=True)
-            return ""
-        if error is relayed.decode_error:
-            prefill_ok = True if relayed.prefill_error is None else None
-            self.release(reservation, prefill_ok=prefill_ok, decode_ok=False, error=error)
-        elif relayed.is_aborted:
-            self.release(reservation, prefill_ok=False, error=error)
-        elif isinstance(error, WorkerRejected) and error.status < 500:
-            self.release(reservation, decode_ok=True)
-            return ""
-        else:
-            # Only a late one: have it pinged, rather than taken for dead.
-            reason = str(error) if isinstance(error, WorkerTimeout) else error
-            self.release(reservation, prefill_ok=False, decode_ok=True, error=reason)
-        return str(error)
-
-    def release_failed(self, reservation: Reservation, failure: LegFailed) -> None:
-        """Blame the leg that failed first, by its own error; no worker for the client's fault."""
-        if failure.is_client_fault or failure.is_request_fault or failure.is_stale:
-            self.release(reservation)
-        elif failure.role is Role.PREFILL:
-            self.release(reservation, prefill_ok=False, error=failure.error)
-        elif failure.role is Role.DECODE:
-            prefill_ok = True if failure.is_prefill_done else None
-            self.release(reservation, prefill_ok=prefill_ok, decode_ok=False, error=failure.error)
-        else:  # both silent: have both pinged
-            self.release(reservation, prefill_ok=False, decode_ok=False, error=str(failure.error))
-
-
 MAX_STALE = 2
 """Attempts that may be lost to kept connections that were closed meanwhile, one of each leg."""
-
-
-class Run(msgspec.Struct, eq=False):
-    """One request on its way. ``ids`` and ``key`` are the present attempt's, ``lines`` its headers.
-
-    ``shape`` is the request's with a forecast. ``exclude`` holds pairs it must not get (again).
-    ``on_prefilled`` is called when the prompt is computed.
-    ``is_aborted``: its client, or an operator, has asked for its end; ``aborted_prompts``: for that of
-    some of a batch's, by their numbers.
-    ``history`` is what its failures so far tell; None before the first. ``sequence_number`` is the next
-    event's in a stream of ``/v1/responses`` that has broken off.
-    """
-
-    request: ParsedRequest
-    lines: bytes
-    sink: ResponseSink
-    record: RequestRecord
-    shape: RequestShape | None = None
-    exclude: set[PairKey] = msgspec.field(default_factory=set)
-    ids: RequestIds | None = None
-    key: PairKey | None = None
-    on_prefilled: Callable[[], None] | None = None
-    is_aborted: bool = False
-    aborted_prompts: frozenset[int] = frozenset()
-    sequence_number: int = 0
-    trace: RequestTrace | None = None
-    history: History | None = None
 
 
 class Attempts:
@@ -209,14 +101,15 @@ class Attempts:
         self._fleet = fleet
         self._pool = pool
         self._ledger = ledger
+        self.resumes = Resumes(config, fleet, ledger)
 
     async def run(self, run: Run) -> Relayed:
         """Serve ``run`` over some pair, all but the end of its answer, which ``Relayed.finish`` sends.
 
         Raises:
             NoWorkerError: if no pair had room in time.
-            LegFailed: if every attempt failed, or one did after the first byte.
-            RequestRefused: if two servers died under it.
+            LegFailed: if every attempt failed, or one did after the first byte and no other can go on.
+            RequestRefused: if two servers died under it, or it was aborted between two of them.
         """
         failure: LegFailed | None = None
         retries, num_stale = self._config.max_retries, 0
@@ -232,27 +125,41 @@ class Attempts:
                     self._judge.served(run.history)
                 return relayed
             except LegFailed as exc:
-                if exc.is_client_fault or run.sink.has_begun:
-                    raise
-                if run.is_aborted or run.aborted_prompts:
+                if self._is_final(run, exc):
+                    raise (failure or exc) if run.has_begun and exc.is_client_fault else exc from None
+                if run.is_unwanted:
                     break
                 failure = exc
-            logger.warning("attempt failed rid=%s: %s", run.record.rid, failure)
-            assert run.history is not None
-            name = str(run.request.client_rid or run.record.rid)
-            await self._judge.check_deaths(run.history, reservation.pair, failure, name)
+            await self._judge_failure(run, reservation, failure)
             if failure.is_stale and num_stale < MAX_STALE:
                 num_stale += 1
                 self._ledger.retried += 1
                 continue
             self._avoid(run, reservation.key, failure.role)
+            if run.has_begun:
+                if not self.resumes.begin(run):
+                    raise failure
+                continue
             if retries <= 0 or not self._may_retry(run):
                 raise failure
             retries -= 1
         return _aborted(run)
 
+    def _is_final(self, run: Run, failure: LegFailed) -> bool:
+        """True if nobody else can help: the request is at fault, or its client has a part of an answer that
+        cannot be resumed."""
+        if failure.is_client_fault:
+            return True
+        return run.sink.has_begun and not (run.has_begun and self.resumes.may_resume(run))
+
+    async def _judge_failure(self, run: Run, reservation: Reservation, failure: LegFailed) -> None:
+        logger.warning("attempt failed rid=%s: %s", run.record.rid, failure)
+        assert run.history is not None
+        name = str(run.request.client_rid or run.record.rid)
+        await self._judge.check_deaths(run.history, reservation.pair, failure, name)
+
     def _learn(self, run: Run, relayed: Relayed) -> None:
-        shape, usage = run.shape, relayed.usage
+        shape, usage = run.whole_shape, relayed.usage
         if shape is not None and usage.completion_tokens:
             mean = round(usage.completion_tokens / shape.num_prompts)
             is_cut = usage.is_cut or mean >= shape.max_new_tokens
@@ -272,8 +179,11 @@ class Attempts:
     async def _reserve(self, run: Run, failure: LegFailed | None) -> Reservation | None:
         """A pair not tried yet; after a failed attempt no pair means that failure. None if it was aborted."""
         exclude, wait_s = frozenset(run.exclude), self._config.queue_timeout_s
+        shape = run.shape = run.whole_shape = run.whole_shape or self._scheduler.foresee(run.request.shape)
+        if run.has_begun:
+            shape = run.shape = self.resumes.rest_of(run)
+            exclude |= self.resumes.unable()
         try:
-            shape = run.shape = run.shape or self._scheduler.foresee(run.request.shape)
             reservation = await self._reservations.take(shape, exclude=exclude, timeout_s=wait_s)
         except RequestAborted:
             return None
@@ -299,44 +209,60 @@ class Attempts:
             run.exclude |= its_pairs
 
     async def _attempt(self, run: Run, reservation: Reservation, trace: RunTrace | None) -> Relayed:
-        request, record, pair = run.request, run.record, reservation.pair
+        request, pair = run.request, reservation.pair
         ids = run.ids = self.rooms.take(request.num_prompts, request.route.rid_prefix)
-        run.key = reservation.key
-        run.sink.identify(ids.rids[0])
-        record.rid, record.room, record.pair = ids.rids[0], ids.rooms[0], pair
-        record.reason = reservation.why
-        record.timeline.paired_s = time.monotonic()
-        is_over, relay = False, None
+        is_over = False
         try:
-            body = request.render_body(pair.prefill.bootstrap_host, pair.prefill.bootstrap_port, ids)
-            renaming = renaming_of(request, ids) if request.client_rid else None
-            relay = PairRelay(
-                self._pool, pair, request, record.timeline, renaming=renaming,
-                silence_s=self._config.request_s, on_prefilled=lambda: self._prefilled(run, reservation),
-            )  # fmt: skip
+            relay, body, timeline = self._prepare(run, reservation, ids)
+            lines = self.resumes.lines(run, pair)
             if trace is None:
-                relayed = await relay.run(body, (run.lines, run.lines), run.sink)
+                relayed = await relay.run(body, lines, run.sink)
             else:
-                relayed = await _traced(run, relay, body, trace)
+                relayed = await _traced(run, relay, body, lines, trace.begin_attempt(run.record, timeline))
             self._ended(run, reservation, relayed)
             is_over = relayed.prefill_error is None and not relayed.is_aborted
             return relayed
         except LegFailed as exc:
             run.history = run.history or History(request)
-            if not (run.is_aborted or run.aborted_prompts):
+            if not run.is_unwanted:
                 self._judge.rejected(run.history, pair, exc)
                 self._reservations.release_failed(reservation, exc)
             raise
         finally:
             self._reservations.release(reservation)
-            if relay is not None and request.route is Route.RESPONSES:
-                run.sequence_number = relay.next_sequence_number
             self.rooms.give_back(ids)
             if not is_over and request.route.rid_field:
                 self.aborts.abort(pair, ids, run.lines)
 
+    def _prepare(
+        self, run: Run, reservation: Reservation, ids: RequestIds
+    ) -> tuple[PairRelay, bytes, RequestTimeline]:
+        """The attempt on that pair, the body for both, and the times of the attempt: of one that goes on with
+        an answer they are not the request's."""
+        request, record, pair = run.request, run.record, reservation.pair
+        run.key = reservation.key
+        record.rid, record.room, record.pair = ids.rids[0], ids.rooms[0], pair
+        record.reason = reservation.why
+        timeline, now_s = record.timeline, time.monotonic()
+        body = request.render_body(pair.prefill.bootstrap_host, pair.prefill.bootstrap_port, ids)
+        if run.answer is not None and run.answer.has_begun:
+            timeline = RequestTimeline(received_s=run.answer.heard_s)
+            body = run.answer.resumed_body(body)
+        else:
+            run.sink.identify(ids.rids[0])
+            renaming = renaming_of(request, ids) if request.client_rid else None
+            run.answer = self.resumes.answer_of(run, pair, renaming)
+        timeline.paired_s = now_s
+        if run.answer.log is not None:
+            self.resumes.prepare(run.answer, reservation)
+        relay = PairRelay(
+            self._pool, pair, request, timeline, answer=run.answer,
+            silence_s=self._config.request_s, on_prefilled=lambda: self._prefilled(run, reservation),
+        )  # fmt: skip
+        return relay, body, timeline
+
     def _ended(self, run: Run, reservation: Reservation, relayed: Relayed) -> None:
-        if run.is_aborted or run.aborted_prompts:  # what came of it is nobody's fault
+        if run.is_unwanted:  # what came of it is nobody's fault
             self._reservations.release(reservation)
         elif why := self._reservations.release_ended(reservation, relayed):
             run.record.error = why
@@ -345,7 +271,7 @@ class Attempts:
 
     def _prefilled(self, run: Run, reservation: Reservation) -> None:
         self._reservations.prefill_finished(reservation)
-        if (run.is_aborted or run.aborted_prompts) and run.ids is not None and run.request.route.rid_field:
+        if run.is_unwanted and run.ids is not None and run.request.route.rid_field:
             # Both workers know the request by now; an abort may have overtaken it.
             ids = run.ids if run.is_aborted else run.ids.only(run.aborted_prompts)
             self.aborts.abort(reservation.pair, ids, run.lines)
@@ -355,6 +281,8 @@ class Attempts:
 
 def _aborted(run: Run) -> Relayed:
     """The end of a request that no worker has, or has finished."""
+    if run.has_begun:
+        raise RequestRefused("the request was aborted", 500)
     answer = aborted_answer(run.request, run.record.rid)
     if not run.request.is_stream:
         return Relayed(200, Usage("abort"), answer, is_aborted=True)
@@ -363,11 +291,12 @@ def _aborted(run: Run) -> Relayed:
     return Relayed(200, Usage("abort"), None, is_aborted=True)
 
 
-async def _traced(run: Run, relay: PairRelay, body: bytes, trace: RunTrace) -> Relayed:
+async def _traced(
+    run: Run, relay: PairRelay, body: bytes, lines: tuple[bytes, bytes], attempt: AttemptTrace
+) -> Relayed:
     """Run the relay under a span for each leg."""
-    attempt = trace.begin_attempt(run.record)
     try:
-        relayed = await relay.run(body, attempt.leg_lines(run.lines), run.sink)
+        relayed = await relay.run(body, attempt.leg_lines(lines), run.sink)
         attempt.answered(relayed.status, relayed.prefill_error, relay.prefill_answer)
         if relayed.decode_error is not None:
             attempt.failed(Role.DECODE, relayed.decode_error, is_prefill_done=True)
@@ -376,4 +305,4 @@ async def _traced(run: Run, relay: PairRelay, body: bytes, trace: RunTrace) -> R
         attempt.failed(exc.role, exc.error, is_prefill_done=exc.is_prefill_done)
         raise
     finally:
-        attempt.end(run.record.timeline)
+        attempt.end()

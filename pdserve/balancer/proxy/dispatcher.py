@@ -26,7 +26,8 @@ from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.record import Outcome, RequestRecord
 from pdserve.balancer.proxy.answer import LegFailed, Rejected, Relayed
-from pdserve.balancer.proxy.attempts import Attempts, Run
+from pdserve.balancer.proxy.attempts import Attempts
+from pdserve.balancer.proxy.run import Run
 from pdserve.balancer.proxy.samples import run_samples
 from pdserve.balancer.request.aborted import aborted_answer
 from pdserve.balancer.request.events import said_in
@@ -78,7 +79,7 @@ class _Call(msgspec.Struct, eq=False):
         everything = set(range(request.num_prompts or 1))
         if self.client.request_id.startswith(name):
             return everything
-        rids = [rid for run in self.runs if run.ids for rid in run.ids.rids]
+        rids = [rid for run in self.runs for rid in run.known_rids]
         named = {number for number, each in enumerate(names_of(request)) if each.startswith(name)}
         if request.num_requests > 1:
             return everything if named or name in rids else set()
@@ -234,6 +235,7 @@ class PairDispatcher:
     def _relay(self, request: ParsedRequest, lines: bytes, call: _Call) -> Coroutine[Any, Any, Relayed]:
         """Reserve a pair, send both legs, relay decode's answer, retry; for each sample of a chat."""
         self._attempts.budget.deposit()
+        self._attempts.resumes.budget.deposit()
         record, trace = call.record, call.trace
         if request.is_stream and self._config.stream_heartbeat_s > 0:
             call.heartbeat = HeartbeatSink(call.client, self._config.stream_heartbeat_s)
@@ -313,7 +315,8 @@ class PairDispatcher:
         record.status = status
         self._ledger.close(record, call.outcome)
         if not client.has_finished:
-            sequence_number = call.runs[-1].sequence_number if call.runs else 0
+            answer = call.runs[-1].answer if call.runs else None
+            sequence_number = answer.next_sequence_number if answer is not None else 0
             event = error_event(record.route, status, message, sequence_number)
             await client.finish(event if record.is_stream else b"")
 

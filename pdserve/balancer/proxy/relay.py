@@ -4,9 +4,10 @@
           └─► decode ──first byte──► head and bytes to the client
 
 Nothing reaches the client before decode's first byte. Until then any failed leg
-raises ``LegFailed`` and the attempt may be repeated elsewhere. Decode's first
-byte proves that it holds the whole KV, so a prefill server lost later is
-blamed, and the answer goes on. ``run`` closes both sockets before it returns.
+raises ``LegFailed`` and the attempt may be repeated elsewhere; after it, resumed elsewhere if
+decode has told its tokens (docs/resume.md). Decode's first byte proves that it holds the whole
+KV, so a prefill server lost later is blamed, and the answer goes on. ``run`` closes both sockets
+before it returns.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import msgspec
 from msgspec import structs
 
 from pdserve.balancer.proxy.answer import LegFailed, Rejected, Relayed, relayed_headers
+from pdserve.balancer.proxy.client_answer import ClientAnswer
 from pdserve.balancer.request.events import Said, first_said
-from pdserve.balancer.request.merge import merge_whole, stream_merger
+from pdserve.balancer.request.merge import merge_whole
 from pdserve.balancer.request.request import ParsedRequest, Route
-from pdserve.balancer.request.transforms import Renaming, ResponseSink
-from pdserve.balancer.request.usage import BatchTally, StreamTally, Usage, usage_of_body
+from pdserve.balancer.request.transforms import ResponseSink
+from pdserve.balancer.request.usage import Usage, usage_of_body
 from pdserve.errors import WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
 from pdserve.http.answer import Answer
 from pdserve.http.client import HttpClient
 from pdserve.http.client_response import ClientResponse, Wakeup
-from pdserve.http.sse import EVENT_END, EventSplitter
 from pdserve.telemetry import RequestTimeline
 from pdserve.types import Pair, Role
 
@@ -93,24 +94,24 @@ class PairRelay:
 
     Both responses call ``_on_change``: what arrives is taken in within the
     connection's callback, and the coroutine wakes only when it has something to do.
-    ``renaming`` is what becomes of our request ids in the answer; ``silence_s`` the
-    longest silence of a worker.
+    ``answer`` is what the client has, or gets, of it: if it has begun, this attempt goes on with it;
+    ``silence_s`` is the longest silence of a worker.
     """
 
     __slots__ = (
+        "_answer",
         "_bug",
         "_decode",
         "_first_said",
         "_is_aborted",
         "_is_opening",
+        "_is_resumed",
         "_limits",
         "_on_prefilled",
         "_pair",
         "_pool",
         "_prefill",
-        "_renaming",
         "_request",
-        "_tally",
         "_timeline",
         "_wakeup",
     )
@@ -122,7 +123,7 @@ class PairRelay:
         request: ParsedRequest,
         timeline: RequestTimeline,
         *,
-        renaming: Renaming | None,
+        answer: ClientAnswer,
         silence_s: float,
         on_prefilled: Callable[[], None],
     ) -> None:
@@ -130,14 +131,14 @@ class PairRelay:
         self._pair = pair
         self._request = request
         self._timeline = timeline
-        self._renaming = renaming
+        self._answer = answer
+        self._is_resumed = answer.has_begun
         self._on_prefilled = on_prefilled
         self._limits = (silence_s, silence_s)
         self._wakeup = Wakeup()
         self._is_opening = False
         self._is_aborted = False
         self._first_said: Said | None = None
-        self._tally: StreamTally | None = None
         self._bug: Exception | None = None
 
     async def run(self, body: bytes, lines: tuple[bytes, bytes], sink: ResponseSink) -> Relayed:
@@ -162,7 +163,7 @@ class PairRelay:
             else:
                 whole = self._whole(prefill, decode)
                 usage = usage_of_body(whole.body)
-            said_wrong = _said_wrong(decode, usage)
+            said_wrong = _said_wrong(decode, usage) or decode.response.error
             relayed = Relayed(decode.response.status, usage, whole, decode_error=said_wrong)
             if self._advance_prefill(prefill):
                 return relayed if prefill.is_done else structs.replace(relayed, prefill_error=prefill.error)
@@ -184,11 +185,6 @@ class PairRelay:
     def prefill_answer(self) -> bytes:
         """The prefill leg's answer as far as it has arrived."""
         return self._prefill.body()
-
-    @property
-    def next_sequence_number(self) -> int:
-        """The ``sequence_number`` that an event of ours would have in the stream that has broken off."""
-        return 0 if self._tally is None else self._tally.next_sequence_number
 
     def _on_change(self) -> None:
         try:
@@ -226,13 +222,16 @@ class PairRelay:
         if is_prefill_over and not is_open and ABORTED.search(prefill.body()):
             self._is_aborted = True
             return True
-        return is_open and (is_prefill_over or not request.needs_prefill_answer)
+        needs_prefill_answer = request.needs_prefill_answer and not self._is_resumed
+        return is_open and (is_prefill_over or not needs_prefill_answer)
 
     def _aborted(self, prefill: _Leg, sink: ResponseSink) -> Relayed:
         """Prefill's answer as the client's: SGLang's decode server would wait for KV that never comes."""
         response, body, usage = prefill.response, prefill.body(), Usage("abort")
-        if self._renaming is not None:
-            body = self._renaming.apply(body)
+        if self._is_resumed:
+            raise LegFailed(Role.PREFILL, WorkerRejected(response.url, 500, b"it aborted the request"))
+        if self._answer.renaming is not None:
+            body = self._answer.renaming.apply(body)
         whole: Answer | None = Answer(response.status, body, relayed_headers(response))
         if self._request.is_stream:
             sink.begin(response.status, relayed_headers(response))
@@ -250,56 +249,45 @@ class PairRelay:
         body, request = decode.body(), self._request
         if request.needs_prefill_answer or request.num_samples > 1:
             body = merge_whole(request, body, prefill.body())
-        if self._renaming is not None:
-            body = self._renaming.apply(body)
+        if self._answer.renaming is not None:
+            body = self._answer.renaming.apply(body)
         return Answer(decode.response.status, body, relayed_headers(decode.response))
 
     async def _stream(self, prefill: _Leg, decode: _Leg, sink: ResponseSink) -> Usage:
-        self._timeline.first_token_s = time.monotonic()
-        request, response = self._request, decode.response
-        if (request.num_prompts or 1) == 1 and request.num_samples == 1:
-            tally = StreamTally(request.route, self._timeline.meter)
+        answer, response, now_s = self._answer, decode.response, time.monotonic()
+        self._timeline.first_token_s = now_s
+        if answer.has_begun:
+            answer.go_on(now_s)
         else:
-            tally = BatchTally(request.route)
-        if self._first_said is not None:
-            tally.prompt_tokens = self._first_said.prompt_tokens
-        self._tally = tally
-        rewrite, splitter = self._rewrite(prefill), EventSplitter()
-
-        def pour(data: bytes) -> bool:
-            if splitter.tail or not data.endswith(EVENT_END):  # a part of an event waits for its end
-                data = splitter.feed(data)
-                if not data:
-                    return sink.push(data)
-            tally.add(data)
-            return sink.push(rewrite(data) if rewrite else data)
-
-        sink.begin(response.status, relayed_headers(response))
+            prompt_tokens = self._first_said.prompt_tokens if self._first_said is not None else None
+            answer.begin(self._request, prefill.body(), self._timeline.meter, prompt_tokens)
+            sink.begin(response.status, relayed_headers(response))
         sink.on_writable = response.release
         try:
+            pour = answer.open_leg(sink.push, self._wakeup.set)
             pour(decode.body())
             response.pour_into(pour)
-            while not response.has_ended:
+            if answer.may_leave is not None:
+                response.watch_stalls(answer.patience_s, answer.may_leave)
+            while not (response.has_ended or answer.is_given_up):
                 await self._wait()
         finally:
             sink.on_writable = None
-        if response.error is not None:
-            raise LegFailed(Role.DECODE, response.error, is_prefill_done=prefill.is_done)
-        if splitter.tail:
-            sink.push(splitter.tail if self._renaming is None else self._renaming.apply(splitter.tail))
-            tally.add(splitter.tail + EVENT_END)
-        return tally.usage()
+        if (error := self._why_broken(response)) is not None:
+            answer.heard_s = response.heard_s
+            raise LegFailed(Role.DECODE, error, is_prefill_done=prefill.is_done, is_late=response.is_stalled)
+        return answer.end(sink.push)
 
-    def _rewrite(self, prefill: _Leg) -> Callable[[bytes], bytes] | None:
-        """What whole events of decode's stream must pass through, if anything."""
-        request = self._request
-        rename = self._renaming.apply if self._renaming is not None else None
-        merge = None
-        if request.needs_prefill_answer or request.num_samples > 1:
-            merge = stream_merger(request, prefill.body())
-        if merge is None or rename is None:
-            return merge or rename
-        return lambda events: rename(merge(events))
+    def _why_broken(self, response: ClientResponse) -> WorkerError | None:
+        """Why decode's stream is not the whole answer. None if it is: one that can be resumed has an end
+        even if its connection then broke."""
+        answer = self._answer
+        if answer.is_given_up:
+            assert answer.log is not None
+            return WorkerRejected(response.url, answer.log.aborted or 500, b"it gave the answer up")
+        if response.error is not None and answer.log is not None and answer.has_end:
+            return None
+        return response.error
 
     async def _settled(self, prefill: _Leg) -> WorkerError | None:
         """Why the prefill leg did not end well, after decode's did."""

@@ -36,24 +36,29 @@ CAPACITY = 100.0
 
 
 class RetryBudget:
-    """A bucket filled by requests and by time; each retry takes one."""
+    """A bucket filled by requests and by time; each retry takes one. It holds at most ``capacity``."""
 
-    def __init__(self, ratio: float) -> None:
+    def __init__(self, ratio: float, capacity: float = CAPACITY) -> None:
         self._ratio = ratio
+        self._capacity = capacity
         self._saved = RETRIES_PER_MINUTE
         self._updated_s = 0.0
 
     def deposit(self) -> None:
         """A request arrived."""
-        self._saved = min(CAPACITY, self._saved + self._ratio)
+        self._saved = min(self._capacity, self._saved + self._ratio)
+
+    def has_any(self, now_s: float) -> bool:
+        """True if a retry is left."""
+        if self._updated_s:
+            earned = (now_s - self._updated_s) * RETRIES_PER_MINUTE / 60.0
+            self._saved = min(self._capacity, self._saved + earned)
+        self._updated_s = now_s
+        return self._saved >= 1.0
 
     def withdraw(self, now_s: float) -> bool:
         """Take one retry; False if there is none left."""
-        if self._updated_s:
-            earned = (now_s - self._updated_s) * RETRIES_PER_MINUTE / 60.0
-            self._saved = min(CAPACITY, self._saved + earned)
-        self._updated_s = now_s
-        if self._saved < 1.0:
+        if not self.has_any(now_s):
             return False
         self._saved -= 1.0
         return True

@@ -16,8 +16,9 @@ from msgspec import structs
 
 from pdserve.balancer.metrics.record import RequestRecord
 from pdserve.balancer.proxy.answer import LegFailed, Relayed
-from pdserve.balancer.proxy.attempts import Attempts, Run
+from pdserve.balancer.proxy.attempts import Attempts
 from pdserve.balancer.proxy.retry import History
+from pdserve.balancer.proxy.run import Run
 from pdserve.balancer.request.request import ParsedRequest
 from pdserve.balancer.request.transforms import ResponseSink
 from pdserve.balancer.request.usage import Usage
@@ -53,7 +54,10 @@ async def run_samples(
         timeline = structs.replace(record.timeline)
         part = record if sink.index == 0 else structs.replace(record, timeline=timeline)
         runs.append(Run(single, lines, sink, part, trace=trace, history=history))
-    relayed = await _run_all(attempts, runs, sinks)
+    try:
+        relayed = await _run_all(attempts, runs, sinks)
+    finally:
+        record.num_resumes = sum(run.record.num_resumes for run in runs)
     usage = gathering.usage([item.usage for item in relayed])
     if not request.is_stream:
         return Relayed(200, usage, gathering.whole(relayed[0].status))

@@ -2,7 +2,8 @@
 
 Trace contexts and what SGLang itself reads (``x-sglext-*``, ``x-smg-routing-key``,
 custom labels, data-parallel rank) go on. ``x-override-*`` must not: a server that
-allows it would take rooms and hosts from it, past our own.
+allows it would take rooms and hosts from it, past our own. Nor ``x-pdserve-*``, by which
+workers know us (docs/resume.md).
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ JSON_LINE = b"content-type: application/json\r\n"
 _NAMES = frozenset((b"authorization", b"traceparent", b"tracestate", b"baggage", b"b3"))
 CONTEXT_HEADERS = frozenset((b"traceparent", b"tracestate"))
 _PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
-_NOT = (b"x-override-", b"x-forwarded-", b"x-stainless-", b"x-request-id", b"x-real-ip", b"x-api-key")
+_NOT = (
+    b"x-override-", b"x-pdserve-", b"x-forwarded-", b"x-stainless-", b"x-request-id", b"x-real-ip",
+    b"x-api-key",
+)  # fmt: skip
 
 
 def forwarded_headers(headers: dict[bytes, bytes], request_id: str, worker_key: str) -> bytes:

@@ -45,6 +45,10 @@ SGLang's extras, usage, the end's mark); whether its last event repeats all text
 escaped, so no text has the marks."""
 
 _ENDS = re.compile(rb'"finish_reason":\s*[{"]|"error"')
+_LAST = (
+    b"event: message_stop", b"event: response.completed", b"event: response.incomplete",
+    b"event: response.failed",
+)  # fmt: skip
 _SEQUENCE = re.compile(rb'"sequence_number":\s*(\d+)')
 
 
@@ -120,6 +124,14 @@ class StreamTally:
         num_events = self._num_events - self._phase
         tokens = num_events if found.completion_tokens is None else found.completion_tokens
         return Usage(found.finish, found.prompt_tokens or self.prompt_tokens, tokens, found.failure)
+
+    @property
+    def has_end(self) -> bool:
+        """True if the last event is the one with which streams of this dialect end."""
+        if not self._kept:
+            return False
+        events = split_events(self._kept[-1])
+        return bool(events) and (event_data(events[-1]) == b"[DONE]" or events[-1].startswith(_LAST))
 
     @property
     def next_sequence_number(self) -> int:

@@ -122,6 +122,7 @@ class _Specs:
         is_prefill = role is Role.PREFILL
         worker = attempt.pair.prefill if is_prefill else attempt.pair.decode
         given = _leg_attributes(worker, attempt) | labels
+        given["pdserve.resumed"] = attempt.is_resumed or None
         status, how = _leg_end(role, attempt)
         if how:
             given["pdserve.ended"] = how
@@ -159,6 +160,7 @@ def _attributes(record: RequestRecord, outcome: Outcome, trace: RequestTrace) ->
         "pdserve.pair": record.pair.label if record.pair else "",
         "pdserve.reason": str(record.reason),
         "pdserve.retries": sum(max(0, len(run.attempts) - 1) for run in runs),
+        "pdserve.resumes": record.num_resumes or None,
         "pdserve.samples": len(runs) if len(runs) > 1 else None,
         "pdserve.stream": record.is_stream,
         "pdserve.outcome": str(outcome),

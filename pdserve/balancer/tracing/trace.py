@@ -42,6 +42,7 @@ class AttemptTrace(msgspec.Struct, eq=False):
 
     ``status`` is that of decode's answer. With neither it nor a failure the attempt was broken off: its
     client left or another sample failed. With both, decode has answered and prefill did not end well.
+    ``is_resumed``: it went on with an answer that its client has a part of.
     """
 
     run: RunTrace
@@ -52,16 +53,18 @@ class AttemptTrace(msgspec.Struct, eq=False):
     started_s: float
     prefill_id: int
     decode_id: int
+    timeline: RequestTimeline
+    is_resumed: bool = False
     prefill_done_s: float | None = None
     first_s: float | None = None
     ended_s: float | None = None
     status: int = 0
     failure: LegFailure | None = None
 
-    def leg_lines(self, lines: bytes) -> tuple[bytes, bytes]:
+    def leg_lines(self, lines: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
         """Header lines of the prefill and the decode leg: ``lines``, and that leg's span as parent."""
         child = self.run.request.child
-        return lines + child(self.prefill_id).lines(), lines + child(self.decode_id).lines()
+        return lines[0] + child(self.prefill_id).lines(), lines[1] + child(self.decode_id).lines()
 
     def answered(self, status: int, prefill_error: WorkerError | None, prefill_answer: bytes) -> None:
         """Decode answered with ``status``; prefill with ``prefill_answer``, or it failed."""
@@ -75,8 +78,9 @@ class AttemptTrace(msgspec.Struct, eq=False):
         status = error.status if isinstance(error, WorkerRejected) else 0
         self.failure = LegFailure(role, str(error), status, is_prefill_done)
 
-    def end(self, timeline: RequestTimeline) -> None:
+    def end(self) -> None:
         """Both legs are over."""
+        timeline = self.timeline
         done_s = timeline.prefill_done_s
         self.ended_s = time.monotonic()
         self.prefill_done_s = done_s if done_s is not None and done_s >= self.started_s else None
@@ -96,15 +100,17 @@ class RunTrace(msgspec.Struct, eq=False):
         """The run asks for a pair, for the first time or again."""
         self.waiting_s = time.monotonic() if self.attempts else self.first_wait_s
 
-    def begin_attempt(self, record: RequestRecord) -> AttemptTrace:
-        """The run holds the pair that ``record`` names."""
-        started_s = time.monotonic() if record.timeline.paired_s is None else record.timeline.paired_s
+    def begin_attempt(self, record: RequestRecord, timeline: RequestTimeline) -> AttemptTrace:
+        """The run holds the pair that ``record`` names. ``timeline`` is the attempt's: the request's own, or
+        another if it goes on with an answer."""
+        started_s = time.monotonic() if timeline.paired_s is None else timeline.paired_s
         queued_s = started_s if self.waiting_s is None else self.waiting_s
         self.waiting_s = None
         assert record.pair is not None, "an attempt has a pair"
         attempt = AttemptTrace(
-            self, record.pair, record.rid, record.room, queued_s, started_s, new_id(64), new_id(64)
-        )
+            self, record.pair, record.rid, record.room, queued_s, started_s, new_id(64), new_id(64),
+            timeline, timeline is not record.timeline,
+        )  # fmt: skip
         self.attempts.append(attempt)
         return attempt
 

@@ -1,0 +1,140 @@
+"""An answer goes on on another pair: whether, by which pair, and with what left to do.
+
+    stream breaks ─► may_resume? ─► budget ─► rest of the work ─► a pair that can ─► legs with the log
+
+The wire is docs/resume.md. Workers that do not say that they can resume are asked as ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+
+from msgspec import structs
+
+from pdserve.balancer.fleet.fleet import WorkerFleet
+from pdserve.balancer.fleet.liveness import stream_patience_s
+from pdserve.balancer.fleet.worker import PairState
+from pdserve.balancer.metrics.ledger import RequestLedger
+from pdserve.balancer.proxy.client_answer import ClientAnswer
+from pdserve.balancer.proxy.retry import RetryBudget
+from pdserve.balancer.proxy.run import Run
+from pdserve.balancer.request.transforms import Renaming
+from pdserve.config.balancer import BalancerConfig
+from pdserve.scheduling.reservation import Reservation
+from pdserve.scheduling.workers import PairKey
+from pdserve.types import Pair, RequestShape, WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+CAPACITY = 4096.0
+"""Resumes that may be saved up: so many streams may be lost with one server."""
+
+
+class Resumes:
+    """Decides which answers go on, and keeps count of them; shared by all requests of the balancer."""
+
+    def __init__(self, config: BalancerConfig, fleet: WorkerFleet, ledger: RequestLedger) -> None:
+        self.budget = RetryBudget(config.resume_ratio, CAPACITY)
+        self._most = config.max_resumes
+        self._fleet = fleet
+        self._ledger = ledger
+
+    def answer_of(self, run: Run, pair: Pair, renaming: Renaming | None) -> ClientAnswer:
+        """What a whole try of ``run`` on ``pair`` gives its client; with a log if it can be resumed."""
+        request = run.request
+        if not (request.is_stream and self._most > 0 and pair.decode.resume_id):
+            return ClientAnswer(request, renaming)
+        return ClientAnswer(
+            request, renaming, may_resume=partial(self.may_resume, run),
+            may_leave=partial(self._may_leave, run), went_on=partial(self._went_on, run),
+        )  # fmt: skip
+
+    def lines(self, run: Run, pair: Pair) -> tuple[bytes, bytes]:
+        """The header lines of the prefill and of the decode leg."""
+        if run.answer is None or run.answer.log is None:
+            return run.lines, run.lines
+        word = b" resume" if run.has_begun else b""
+        return run.lines + _ids_line(pair.prefill, word), run.lines + _ids_line(pair.decode, word)
+
+    def prepare(self, answer: ClientAnswer, reservation: Reservation) -> None:
+        """A leg of ``answer`` begins: tell it how long its decode server may be silent."""
+        answer.patience_s = stream_patience_s(reservation.slots.decode.view)
+
+    def may_resume(self, run: Run) -> bool:
+        """True if another server may go on with what the client has."""
+        log = run.answer.log if run.answer is not None else None
+        if log is None or not log.is_resumable or run.is_unwanted:
+            return False
+        return run.num_resumes < self._most and self.budget.has_any(time.monotonic())
+
+    def _may_leave(self, run: Run) -> bool:
+        """True if a silent stream should go on elsewhere: its server is not paused, and another is ready."""
+        if run.key is None or not self.may_resume(run):
+            return False
+        records, not_it, decode = self._fleet.pairs(), self.unable() | run.exclude, run.key[1]
+        if any(record.decode.is_paused for record in records if record.key[1] == decode):
+            return False
+        ready = [record.key for record in records if record.state is PairState.READY]
+        return any(key[1] != decode and key not in not_it for key in ready)
+
+    def begin(self, run: Run) -> bool:
+        """Take one resume; False if no pair is left, or none may be resumed now."""
+        unable = self.unable() | run.exclude
+        records = self._fleet.pairs()
+        if all(record.key in unable or record.state is PairState.FAILED for record in records):
+            return False
+        if not self.may_resume(run) or not self.budget.withdraw(time.monotonic()):
+            logger.warning("not resumed rid=%s: %s", run.record.rid, self._why_not(run))
+            return False
+        if not run.num_resumes and run.ids is not None:
+            run.first_rids = run.ids.rids
+        run.num_resumes += 1
+        return True
+
+    def _why_not(self, run: Run) -> str:
+        log = run.answer.log if run.answer is not None else None
+        if log is None or not log.is_resumable:
+            return (log.obstacle if log is not None else None) or "its server does not tell its tokens"
+        if run.num_resumes >= self._most:
+            return f"it was resumed {run.num_resumes} times (max_resumes)"
+        return "the budget of resumes is used up"
+
+    def unable(self) -> set[PairKey]:
+        """Pairs of which a worker cannot resume."""
+        return {
+            record.key
+            for record in self._fleet.pairs()
+            if not (record.prefill.info.resume_id and record.decode.info.resume_id)
+        }
+
+    def rest_of(self, run: Run) -> RequestShape:
+        """The work that is left: prefill computes what was emitted too, decode goes on from there."""
+        whole, answer = run.whole_shape, run.answer
+        assert whole is not None and answer is not None, "it has begun"
+        usage = answer.usage()
+        emitted = usage.completion_tokens
+        each = emitted // whole.num_prompts
+        forecast = whole.forecast
+        if forecast is not None:
+            forecast = structs.replace(
+                forecast, mean=max(1.0, forecast.mean - each), low=max(1.0, forecast.low - each),
+                high=max(1.0, forecast.high - each),
+            )  # fmt: skip
+        return structs.replace(
+            whole, prompt_tokens=(usage.prompt_tokens or whole.prompt_tokens) + emitted,
+            max_new_tokens=max(1, whole.max_new_tokens - each), forecast=forecast, is_resumed=True,
+        )  # fmt: skip
+
+    def _went_on(self, run: Run, gap_s: float) -> None:
+        run.record.num_resumes += 1
+        self._ledger.resumed_after(gap_s)
+        if run.record.pair is not None:
+            self._fleet.answer_resumed(run.record.pair.decode.instance_id, gap_s)
+        logger.info("resumed rid=%s pair=%s gap_s=%.3f", run.record.rid, run.record.pair, gap_s)
+
+
+def _ids_line(worker: WorkerInfo, word: bytes) -> bytes:
+    """By it a worker tells its tokens, and with the word goes on with others'; none for other workers."""
+    return b"x-pdserve-ids: %b%b\r\n" % (worker.resume_id.encode(), word) if worker.resume_id else b""
