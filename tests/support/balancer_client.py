@@ -147,11 +147,18 @@ class Site:
 
 
 @asynccontextmanager
-async def running_site(prefill: int = 1, decode: int = 1, **settings: Any) -> AsyncIterator[Site]:
-    """A balancer over that many fakes, every pair ready; load is not polled, so nothing else is sent."""
+async def running_site(
+    prefill: int = 1, decode: int = 1, *, resumes: bool = False, **settings: Any
+) -> AsyncIterator[Site]:
+    """A balancer over that many fakes, every pair ready; load is not polled, so nothing else is sent.
+
+    ``resumes``: the fakes tell their tokens, and share one line of breaks.
+    """
     async with AsyncExitStack() as stack:
-        prefills = [await _fake(stack, Role.PREFILL, i) for i in range(prefill)]
-        decodes = [await _fake(stack, Role.DECODE, i) for i in range(decode)]
+        prefills = [await _fake(stack, Role.PREFILL, i, resumes) for i in range(prefill)]
+        decodes = [await _fake(stack, Role.DECODE, i, resumes) for i in range(decode)]
+        for fake in decodes:
+            fake.breaks = decodes[0].breaks
         config = BalancerConfig(
             port=0,
             prefill=tuple((fake.url, 8998 + i) for i, fake in enumerate(prefills)),
@@ -171,5 +178,5 @@ async def running_site(prefill: int = 1, decode: int = 1, **settings: Any) -> As
         yield site
 
 
-async def _fake(stack: AsyncExitStack, role: Role, index: int) -> FakeSGLang:
-    return await stack.enter_async_context(FakeSGLang(role, name=f"{role}-{index}"))
+async def _fake(stack: AsyncExitStack, role: Role, index: int, resumes: bool) -> FakeSGLang:
+    return await stack.enter_async_context(FakeSGLang(role, name=f"{role}-{index}", resumes=resumes))

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pdserve.types import Role
+from tests.support.resumable import HEADER, Break, Frame, error_frames, frames_of, rendered, rest_of, rids_in
 from tests.support.sglang_answers import (
     abort_event,
     body_of,
     error_event,
     event_of,
+    is_list_of_prompts,
     options_of,
     rids_of,
     rooms_of,
@@ -132,6 +134,8 @@ class Run:
             connection.abort()
         elif does.status != 200:
             self._respond(does.status, does.error_body)
+        elif self._is_stream and self._tells and not self._is_probe:
+            await self._tell()
         elif self._is_stream and does.segments:
             await self._send_segments()
         elif self._is_stream:
@@ -201,6 +205,50 @@ class Run:
             if does.token_delay_s:
                 await asyncio.sleep(does.token_delay_s)
         self._end_stream()
+
+    @property
+    def _tells(self) -> bool:
+        """Decode was asked for its tokens, by its own name."""
+        worker = self._worker
+        asked = self._connection.headers.get(HEADER, "").partition(" ")[0]
+        return worker.resumes and worker.role is Role.DECODE and asked == worker.instance_id
+
+    async def _tell(self) -> None:
+        worker, path, field = self._worker, self._path, None
+        if self._connection.headers[HEADER].endswith(" resume"):
+            field = self._request["pdserve_resume"]
+        rids = self.rids if field is None else rids_in(field["log"])
+        is_batch = is_list_of_prompts(path, self._request)
+        frames: list[Frame] | None = frames_of(path, rids, self._does.tokens, is_batch=is_batch)
+        if field is not None:
+            frames = rest_of(frames or [], field)
+        if frames is None or (field is not None and set(rids) & set(self.rids)):
+            self._respond(400, b'{"error":{"message":"pdserve_resume: not a log of this request"}}')
+            return
+        await self._send_frames(frames, worker.breaks.popleft() if worker.breaks else None)
+
+    async def _send_frames(self, frames: list[Frame], end: Break | None) -> None:
+        connection = self._connection
+        if end is not None and end.obstacle:
+            frames = [(f"{frames[0][0]} !{end.obstacle}".strip(), frames[0][1]), *frames[1:]]
+        if end is not None and end.how.isdigit():
+            frames = frames[: end.frames] + error_frames(self._path, int(end.how))
+            end = None
+        connection.begin_stream()
+        for frame in frames if end is None else frames[: end.frames]:
+            connection.chunk(rendered(frame))
+            if self._does.token_delay_s:
+                await asyncio.sleep(self._does.token_delay_s)
+        if end is None:
+            self.is_over = True
+            connection.end_stream()
+            return
+        if end.num_bytes and (part := rendered(frames[end.frames])[: end.num_bytes]):
+            connection.chunk(part)
+        if end.how == "hang":
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+        self._worker.kill() if end.how == "kill" else connection.fin()
 
     async def _send_segments(self) -> None:
         does, connection = self._does, self._connection

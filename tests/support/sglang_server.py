@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from pdserve.types import InstanceId, Role, WorkerId, WorkerInfo
+from tests.support.resumable import Break
 from tests.support.sglang_answers import GENERATE_PATHS, event_of
 from tests.support.sglang_connection import FakeConnection
 from tests.support.sglang_pairing import Hold, Rendezvous
@@ -42,11 +43,16 @@ class FakeSGLang:
         name: str = "",
         behaviour: Behaviour | None = None,
         rendezvous: Rendezvous | None = None,
+        resumes: bool = False,
     ) -> None:
         self.role = role
         self.name = name or f"{role}-0"
         self.behaviour = behaviour or Behaviour()
         self.rendezvous = rendezvous
+        self.resumes = resumes
+        """It tells its tokens and goes on with others' answers, as pdserve's workers do."""
+        self.breaks: deque[Break] = deque()
+        """How the next streams of decode end, where fakes tell their tokens; tests share it between them."""
         self.holds: list[Hold] = []
         self.calls: deque[tuple[str, bytes, dict[str, str]]] = deque(maxlen=MAX_CALLS)
         """Method, target and headers of every request of any kind, the last ones."""
@@ -82,6 +88,11 @@ class FakeSGLang:
     def url(self) -> str:
         """``http://127.0.0.1:port``."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def instance_id(self) -> str:
+        """What a balancer must call it to hear its tokens."""
+        return f"{self.name}.{self.port}"
 
     @property
     def rooms(self) -> list[Any]:
@@ -246,6 +257,8 @@ class FakeSGLang:
                 "internal_states": [{"last_gen_throughput": 1.5, "name": self.name}],
             },
         }
+        if self.resumes:
+            documents["/pdserve/instance"] = {"instance_id": self.instance_id, "resumes": True}
         return documents.get(path)
 
     # -- one prompt --------------------------------------------------------------------------

@@ -125,8 +125,8 @@ class Attempts:
                     self._judge.served(run.history)
                 return relayed
             except LegFailed as exc:
-                if self._is_final(run, exc):
-                    raise (failure or exc) if run.has_begun and exc.is_client_fault else exc from None
+                if (final := self._final(run, exc, failure)) is not None:
+                    raise final from None
                 if run.is_unwanted:
                     break
                 failure = exc
@@ -145,12 +145,13 @@ class Attempts:
             retries -= 1
         return _aborted(run)
 
-    def _is_final(self, run: Run, failure: LegFailed) -> bool:
-        """True if nobody else can help: the request is at fault, or its client has a part of an answer that
-        cannot be resumed."""
+    def _final(self, run: Run, failure: LegFailed, former: LegFailed | None) -> LegFailed | None:
+        """What to tell the client if nobody else can help: the request is at fault, or a part of an answer is
+        out that cannot be resumed. What a server said of a resume is none of the client's business."""
         if failure.is_client_fault:
-            return True
-        return run.sink.has_begun and not (run.has_begun and self.resumes.may_resume(run))
+            return (former or failure) if run.has_begun else failure
+        is_stuck = run.sink.has_begun and not (run.has_begun and self.resumes.may_resume(run))
+        return failure if is_stuck else None
 
     async def _judge_failure(self, run: Run, reservation: Reservation, failure: LegFailed) -> None:
         logger.warning("attempt failed rid=%s: %s", run.record.rid, failure)
