@@ -22,8 +22,8 @@ CREATED = 1764525600
 class Break:
     """How a leg ends early: after so many frames and ``num_bytes`` of the next one.
 
-    ``how``: ``fin`` closes its connection, ``kill`` ends the server, ``hang`` sends no more, a number is the
-    status with which it gives the answer up. ``obstacle``: it says that the answer cannot be resumed.
+    ``how``: ``fin`` closes its connection, ``kill`` ends the server, ``hang`` sends no more, ``refuse`` answers 400, a
+    number is the status with which it gives the answer up. ``obstacle``: it says that the answer cannot be resumed.
     """
 
     frames: int
@@ -44,10 +44,14 @@ def frames_of(path: str, rids: list[str], num_tokens: int, *, is_batch: bool = F
     *last, done = end(path, num_tokens=num_tokens)
     runs = range(len(rids) if is_batch else 1)
     frames: list[Frame] = [("", frame) for frame in opening]
+    is_told = len(opening) > len(preamble(path))  # what opens the content has the words of the first token
+    if is_told:
+        frames[len(preamble(path))] = "100;9;c3", opening[len(preamble(path))]
     for number, frame in enumerate(tokens):
         for run in runs:
             word = f"{100 + number};9" + (f";c{3}" if number == 0 else "")
-            frames.append((f"{run}:{word}" if run else word, _of_run(frame, run, is_batch)))
+            word = "" if is_told and number == 0 else f"{run}:{word}" if run else word
+            frames.append((word, _of_run(frame, run, is_batch)))
     frames += [("", _of_run(frame, run, is_batch)) for frame in last for run in runs]
     frames.append(("", done))
     if rids:

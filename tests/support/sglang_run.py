@@ -225,7 +225,11 @@ class Run:
         if frames is None or (field is not None and set(rids) & set(self.rids)):
             self._respond(400, b'{"error":{"message":"pdserve_resume: not a log of this request"}}')
             return
-        await self._send_frames(frames, worker.breaks.popleft() if worker.breaks else None)
+        end = worker.breaks.popleft() if worker.breaks else None
+        if end is not None and end.how == "refuse":
+            self._respond(400, b'{"error":{"message":"cannot resume"}}')
+        else:
+            await self._send_frames(frames, end)
 
     async def _send_frames(self, frames: list[Frame], end: Break | None) -> None:
         connection = self._connection

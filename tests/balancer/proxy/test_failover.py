@@ -12,7 +12,7 @@ from tests.support.dialects import CHAT, COMPLETIONS, DIALECTS, GENERATE, RESPON
 from tests.support.resumable import Break, frames_of, rendered
 from tests.support.sglang_server import FakeSGLang, until
 
-RID = re.compile(rb"[0-9a-f]{32}")
+RID = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 BATCHES: dict[str, dict[str, Any]] = {
     GENERATE: {"text": ["a", "b"], "stream": True},
     COMPLETIONS: {"prompt": ["a", "b"], "stream": True},
@@ -50,8 +50,8 @@ async def nothing_left(site: Site) -> None:
 
 
 def legs(site: Site) -> list[tuple[FakeSGLang, dict[str, Any]]]:
-    """What decode servers were asked, in no order."""
-    return [(fake, request) for fake in site.decodes for request in fake.requests]
+    """What decode servers were asked but by probes, in no order."""
+    return [(fake, request) for fake in site.decodes for request in fake.requests if request.get("stream")]
 
 
 # -- how a leg may end -------------------------------------------------------------------------
@@ -93,6 +93,7 @@ async def test_whatever_ends_the_leg(path: str, how: str) -> None:
 @pytest.mark.parametrize("path", DIALECTS)
 async def test_a_server_that_falls_silent(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pdserve.balancer.fleet.liveness.STREAM_S", 0.05)
+    monkeypatch.setattr("pdserve.balancer.fleet.liveness.STREAM_STEPS", 1)
     async with running_site(decode=2, resumes=True) as site:
         check_whole(await ask(site, path, Break(num_frames(path) - 3, how="hang")), path)
         assert site.counts["resumed"] == 1
@@ -107,7 +108,9 @@ async def test_the_next_server_fails_too_before_and_after_its_first_frame() -> N
         requests = [request for _, request in legs(site)]
         assert len({request["rid"] for request in requests}) == len(requests) == 4
         assert len({request["bootstrap_room"] for request in requests}) == 4
-        frames = sorted(request["pdserve_resume"]["frames"] for request in requests if len(request) > 6)
+        frames = sorted(
+            request["pdserve_resume"]["frames"] for request in requests if "pdserve_resume" in request
+        )
         assert frames == [2, 2, 3]
 
 
@@ -213,7 +216,7 @@ def check_broken(site: Site, reply: Reply, frames: int, path: str = CHAT) -> Non
     body = RID.sub(b"RID", reply.body)
     begun = b"".join(whole[:frames])
     assert body.startswith(begun) and b'"error"' in body[len(begun) :] and b": ids" not in body
-    assert (site.counts["failed"], site.counts["resumed"]) == (1, site.last["resumes"])
+    assert site.counts["failed"] == 1
 
 
 async def test_an_answer_that_cannot_be_resumed() -> None:
@@ -265,14 +268,9 @@ async def test_two_servers_died() -> None:
 
 async def test_what_a_server_says_of_a_log_it_cannot_take_is_not_the_clients() -> None:
     async with running_site(decode=2, resumes=True) as site:
-        await ask(site, CHAT)
-        other = next(fake for fake in site.decodes if not fake.requests)
-        first = next(fake for fake in site.decodes if fake.requests)
-        other.behaviour.status, first.behaviour.status = 400, 200
-        reply = await ask(site, CHAT, Break(2))
-        if len(first.requests) == 2:
-            check_broken(site, reply, 2)
-            assert b"broke off" in reply.body
+        reply = await ask(site, CHAT, Break(2), Break(0, how="refuse"))
+        check_broken(site, reply, 2)
+        assert b"broke off" in reply.body
         await nothing_left(site)
 
 
@@ -287,7 +285,7 @@ async def paused_in_the_gap(site: Site) -> None:
 @pytest.mark.parametrize("path", DIALECTS)
 async def test_a_client_that_leaves_in_the_gap_leaves_nothing_running(path: str) -> None:
     async with running_site(decode=2, resumes=True) as site:
-        site.decode.breaks.extend([Break(2), Break(0, how="hang")])
+        site.decode.breaks.extend([Break(num_frames(path) - 3), Break(0, how="hang")])
         async with site.exchange("POST", path, request_to(path, stream=True)) as exchange:
             await exchange.read_until(b"\n\n")
             await paused_in_the_gap(site)
