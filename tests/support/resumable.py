@@ -22,8 +22,9 @@ CREATED = 1764525600
 class Break:
     """How a leg ends early: after so many frames and ``num_bytes`` of the next one.
 
-    ``how``: ``fin`` closes its connection, ``kill`` ends the server, ``hang`` sends no more, ``refuse`` answers 400, a
-    number is the status with which it gives the answer up. ``obstacle``: it says that the answer cannot be resumed.
+    ``how``: ``fin`` closes its connection, ``kill`` ends the server, ``hang`` sends no more, ``refuse``
+    answers 400, a number is the status with which it gives the answer up. ``obstacle``: it says that the
+    answer cannot be resumed.
     """
 
     frames: int

@@ -129,6 +129,7 @@ class Resumes:
 
     def _went_on(self, run: Run, gap_s: float) -> None:
         run.record.num_resumes += 1
+        run.exclude.clear()  # whoever failed it before may have come back until this one fails too
         self._ledger.resumed_after(gap_s)
         if run.record.pair is not None:
             self._fleet.answer_resumed(run.record.pair.decode.instance_id, gap_s)

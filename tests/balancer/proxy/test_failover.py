@@ -108,10 +108,8 @@ async def test_the_next_server_fails_too_before_and_after_its_first_frame() -> N
         requests = [request for _, request in legs(site)]
         assert len({request["rid"] for request in requests}) == len(requests) == 4
         assert len({request["bootstrap_room"] for request in requests}) == 4
-        frames = sorted(
-            request["pdserve_resume"]["frames"] for request in requests if "pdserve_resume" in request
-        )
-        assert frames == [2, 2, 3]
+        resumed = [request["pdserve_resume"] for request in requests if "pdserve_resume" in request]
+        assert sorted(each["frames"] for each in resumed) == [2, 2, 3]
 
 
 async def test_a_server_that_is_gone_after_the_last_event_has_served_its_client() -> None:
@@ -320,3 +318,42 @@ async def test_books() -> None:
         metrics = (await site.ask("GET", "/metrics")).body
         assert b"pdserve:resumes_total 1" in metrics
         assert b"pdserve:resume_gap_seconds_count 1" in metrics
+
+
+async def test_a_fleet_of_two_goes_on_as_often_as_its_servers_come_back() -> None:
+    async with running_site(decode=2, resumes=True) as site:
+        check_whole(await ask(site, CHAT, Break(2), Break(1), Break(1)), CHAT)
+        assert site.last["resumes"] == 3
+
+
+async def test_a_member_that_leaves_the_fleet_and_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A removed worker finishes what it has; what it leaves lying goes on elsewhere."""
+    monkeypatch.setattr("pdserve.balancer.fleet.liveness.STREAM_S", 0.05)
+    monkeypatch.setattr("pdserve.balancer.fleet.liveness.STREAM_STEPS", 1)
+    async with running_site(decode=2, resumes=True) as site:
+        site.decode.breaks.append(Break(2, how="hang"))
+        async with site.exchange("POST", CHAT, request_to(CHAT, stream=True)) as exchange:
+            head = await exchange.read_until(b"\n\n")
+            (victim,) = [fake for fake, _ in legs(site)]
+            assert (await site.ask("DELETE", f"/workers/{victim.name}")).status in (200, 202)
+            rest = await exchange.read_until(b"0\r\n\r\n")
+        check_whole(Reply.of(head + rest), CHAT)
+        await until(lambda: victim.name not in [w.worker_id for w in site.balancer.fleet.workers()])
+
+
+async def test_silence_where_nobody_else_is_ready_or_the_server_is_paused_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pdserve.balancer.fleet.liveness.STREAM_S", 0.02)
+    monkeypatch.setattr("pdserve.balancer.fleet.liveness.STREAM_STEPS", 1)
+    for num_decodes in (1, 2):
+        async with running_site(decode=num_decodes, resumes=True, request_s=0.6) as site:
+            site.decode.breaks.append(Break(2, how="hang"))
+            async with site.exchange("POST", CHAT, request_to(CHAT, stream=True)) as exchange:
+                await exchange.read_until(b"\n\n")
+                for worker in site.balancer.fleet.workers():
+                    worker.is_paused = num_decodes == 2
+                rest = await exchange.read_until(b"0\r\n\r\n")
+            # Only after the longest silence of all; then it is resumed if there is another.
+            assert (b"silent for 0.6 s" in rest) == (num_decodes == 1)
+            assert site.counts["resumed"] == num_decodes - 1
