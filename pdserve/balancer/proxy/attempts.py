@@ -115,9 +115,7 @@ class Attempts:
         retries, num_stale = self._config.max_retries, 0
         trace = None if run.trace is None else run.trace.begin_run(run.record.timeline)
         while not run.is_aborted:
-            if trace is not None:
-                trace.waits()
-            if (reservation := await self._reserve(run, failure)) is None:
+            if (reservation := await self._reserve(run, failure, trace)) is None:
                 break
             try:
                 relayed = await self._attempt(run, reservation, trace)
@@ -177,8 +175,12 @@ class Attempts:
         self._ledger.retried += 1
         return True
 
-    async def _reserve(self, run: Run, failure: LegFailed | None) -> Reservation | None:
+    async def _reserve(
+        self, run: Run, failure: LegFailed | None, trace: RunTrace | None
+    ) -> Reservation | None:
         """A pair not tried yet; after a failed attempt no pair means that failure. None if it was aborted."""
+        if trace is not None:
+            trace.waits()
         exclude, wait_s = frozenset(run.exclude), self._config.queue_timeout_s
         shape = run.shape = run.whole_shape = run.whole_shape or self._scheduler.foresee(run.request.shape)
         if run.has_begun:
