@@ -22,6 +22,7 @@ from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import ConfigError
 from tests.support.balancer_client import running_site
 from tests.support.otlp_collector import Collector, Span, running_collector
+from tests.support.resumable import Break
 from tests.support.sglang_server import until
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -169,6 +170,17 @@ async def test_a_later_version_of_the_header_is_read_as_far_as_it_is_known(colle
     async with running_site(otlp_endpoint=collector.url) as site:
         await site.generate({"text": "hi"}, traceparent=f"01-{TRACE}-{PARENT}-01-what-comes")
     assert collector.server.parent_id == PARENT
+
+
+async def test_an_answer_that_goes_on_has_legs_of_its_own(collector: Collector) -> None:
+    async with running_site(decode=2, resumes=True, otlp_endpoint=collector.url) as site:
+        site.decode.breaks.append(Break(2))
+        await site.generate({"text": "hi", "stream": True})
+    assert collector.server.attributes["pdserve.resumes"] == 1
+    broken, whole = collector.named("decode leg")
+    assert broken.why and "pdserve.resumed" not in broken.attributes
+    assert whole.attributes["pdserve.resumed"] is True
+    assert whole.start >= broken.start
 
 
 async def test_a_retry_has_legs_of_its_own_and_the_failed_ones_an_error(collector: Collector) -> None:
