@@ -98,6 +98,7 @@ def condition(snapshot: Snapshot, width: int) -> Line:
         parts.append((f"dispatched {format_count(queue.dispatched)} of {limit}", "", 4))
     if requests is not None:
         parts.append((f"retried {format_count(requests.retried)}", "", 4))
+        parts.append((f"resumed {format_count(requests.resumed)}" if requests.resumed else "", "", 4))
     return joined([*parts, _membership(state)], width)
 
 
