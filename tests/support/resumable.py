@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from tests.support.dialects import deltas, end, failure, preamble
+from tests.support.dialects import CHAT, GENERATE, deltas, end, failure, preamble
 
 HEADER = "x-pdserve-ids"
 CREATED = 1764525600
@@ -39,6 +39,7 @@ Frame = tuple[str, bytes]
 
 def frames_of(path: str, rids: list[str], num_tokens: int, *, is_batch: bool = False) -> list[Frame]:
     """Every frame of an undisturbed answer."""
+    path = {"/invocations": CHAT, "/vertex_generate": GENERATE}.get(path, path)
     opening, tokens = preamble(path), deltas(path, num_tokens)
     opening += tokens[: len(tokens) - num_tokens]
     tokens = tokens[len(tokens) - num_tokens :]

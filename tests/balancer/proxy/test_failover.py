@@ -357,3 +357,35 @@ async def test_silence_where_nobody_else_is_ready_or_the_server_is_paused_is_wai
             # Only after the longest silence of all; then it is resumed if there is another.
             assert (b"silent for 0.6 s" in rest) == (num_decodes == 1)
             assert site.counts["resumed"] == num_decodes - 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/invocations", request_to(CHAT, stream=True)),
+        ("/vertex_generate", {"instances": [{"text": "hi"}], "parameters": {"stream": True}}),
+    ],
+)
+async def test_the_other_names_of_routes(path: str, body: dict[str, Any]) -> None:
+    async with running_site(decode=2, resumes=True) as site:
+        whole = await site.ask("POST", path, body)
+        site.decode.breaks.append(Break(2))
+        broken = await site.ask("POST", path, body)
+        assert RID.sub(b"", broken.body) == RID.sub(b"", whole.body) and whole.events[-1] == "[DONE]"
+        assert site.counts["resumed"] == 1
+        await nothing_left(site)
+
+
+async def test_heartbeats_fill_the_gap_and_count_for_nothing() -> None:
+    async with running_site(decode=3, resumes=True, stream_heartbeat_s=0.02) as site:
+        site.decode.breaks.extend([Break(2), Break(0, how="hang")])
+        async with site.exchange("POST", CHAT, request_to(CHAT, stream=True)) as exchange:
+            head = await exchange.read_until(b": heartbeat\n\n")
+            await until(lambda: not site.decode.breaks)
+            (hung,) = [fake for fake, request in legs(site) if request.get("pdserve_resume")]
+            head += await exchange.read_until(b": heartbeat\n\n")
+            hung.kill()
+            rest = await exchange.read_until(b"0\r\n\r\n")
+        reply = Reply.of(head + rest)
+        reply.body = reply.body.replace(b": heartbeat\n\n", b"")
+        check_whole(reply, CHAT)
