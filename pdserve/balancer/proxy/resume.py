@@ -70,11 +70,13 @@ class Resumes:
         return run.num_resumes < self._most and self.budget.has_any(time.monotonic())
 
     def _may_leave(self, run: Run) -> bool:
-        """True if a silent stream should go on elsewhere: its server is not paused, and another is ready."""
+        """True if a silent stream should go on elsewhere: its server was not told to stand still, and another
+        is ready."""
         if run.key is None or not self.may_resume(run):
             return False
         records, not_it, decode = self._fleet.pairs(), self.unable() | run.exclude, run.key[1]
-        if any(record.decode.is_paused for record in records if record.key[1] == decode):
+        servers = [record.decode for record in records if record.key[1] == decode]
+        if any(server.is_paused or server.num_updates for server in servers):
             return False
         ready = [record.key for record in records if record.state is PairState.READY]
         return any(key[1] != decode and key not in not_it for key in ready)

@@ -341,22 +341,26 @@ async def test_a_member_that_leaves_the_fleet_and_hangs(monkeypatch: pytest.Monk
         await until(lambda: victim.name not in [w.worker_id for w in site.balancer.fleet.workers()])
 
 
-async def test_silence_where_nobody_else_is_ready_or_the_server_is_paused_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("num_decodes", "told"), [(1, {}), (2, {"is_paused": True}), (2, {"num_updates": 1})],
+    ids=["nobody else is ready", "it is paused", "it loads weights"],
+)  # fmt: skip
+async def test_silence_with_a_reason_is_waited_for(
+    num_decodes: int, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pdserve.balancer.fleet.liveness.STREAM_S", 0.02)
     monkeypatch.setattr("pdserve.balancer.fleet.liveness.STREAM_STEPS", 1)
-    for num_decodes in (1, 2):
-        async with running_site(decode=num_decodes, resumes=True, request_s=0.6) as site:
-            site.decode.breaks.append(Break(2, how="hang"))
-            async with site.exchange("POST", CHAT, request_to(CHAT, stream=True)) as exchange:
-                await exchange.read_until(b"\n\n")
-                for worker in site.balancer.fleet.workers():
-                    worker.is_paused = num_decodes == 2
-                rest = await exchange.read_until(b"0\r\n\r\n")
-            # Only after the longest silence of all; then it is resumed if there is another.
-            assert (b"silent for 0.6 s" in rest) == (num_decodes == 1)
-            assert site.counts["resumed"] == num_decodes - 1
+    async with running_site(decode=num_decodes, resumes=True, request_s=0.4) as site:
+        site.decode.breaks.append(Break(2, how="hang"))
+        async with site.exchange("POST", CHAT, request_to(CHAT, stream=True)) as exchange:
+            await exchange.read_until(b"\n\n")
+            for worker in site.balancer.fleet.workers():
+                for name, value in told.items():
+                    setattr(worker, name, value)
+            rest = await exchange.read_until(b"0\r\n\r\n")
+        # Only after the longest silence of all; then it is resumed if there is another.
+        assert (b"silent for 0.4 s" in rest) == (num_decodes == 1)
+        assert site.counts["resumed"] == num_decodes - 1
 
 
 @pytest.mark.parametrize(
