@@ -103,6 +103,16 @@ class Fleet:
         """Wait until exactly this many pairs are ready."""
         wait_for(lambda: len(self.ready_pairs()) == pairs, f"{pairs} ready pairs", timeout_s)
 
+    def wait_replaced(self, worker_id: str, instance_id: str, pairs: int, timeout_s: float = READY_S) -> None:
+        """Wait until ``worker_id`` is another process than ``instance_id``, and ``pairs`` are ready."""
+
+        def replaced() -> bool:
+            instances = [w["instance_id"] for w in self.state()["workers"] if w["worker_id"] == worker_id]
+            return instances not in ([], [instance_id])
+
+        wait_for(replaced, f"a new {worker_id}", timeout_s)
+        self.wait_ready(pairs, timeout_s)
+
     def loads(self) -> dict[str, dict[str, Any]]:
         """Every worker's own load figures, asked from the servers, not from the balancer."""
         return {

@@ -34,7 +34,7 @@ Worker = dict[str, Any]
 
 
 class Aborted(Exception):
-    """The server has said that it gives the answer up; its status."""
+    """The server has said that it gives the answer up: its words, or its status and body."""
 
 
 @dataclass
@@ -69,8 +69,8 @@ class Answer:
         """Keep one whole frame, its comment in the log."""
         for words in COMMENT.findall(frame):
             text = words.decode()
-            if aborted := [word for word in text.split() if word[0] == "~"]:
-                raise Aborted(aborted[0][1:])
+            if "~" in text:
+                raise Aborted(text)
             self.log = f"{self.log} {text}".strip()
         if rest := COMMENT.sub(b"", frame):
             self.frames.append(rest)

@@ -20,6 +20,7 @@ import pytest
 from pdserve.plugin.resume.log import parse_log
 from tests.engine.fleet import Fleet, call, launch_fleet
 from tests.engine.resume_driver import (
+    Aborted,
     Answer,
     Cut,
     Worker,
@@ -181,6 +182,7 @@ def _kill_under_all(
     """Requests of every kind at once on decode-0, killed when one has 25 frames; seconds until noticed."""
     fleet.wait_ready(2, 90)
     once, kill = threading.Lock(), what(fleet, "decode-0")
+    killed = fleet.worker("decode-0")["instance_id"]
 
     def kill_once() -> None:
         if once.acquire(blocking=False):
@@ -193,7 +195,7 @@ def _kill_under_all(
     noticed = sorted(seconds for answer in answers for seconds in answer.noticed_s)
     gaps = sorted(seconds for answer in answers for seconds in answer.gaps_s)
     print("\nnoticed", [round(s, 3) for s in noticed], "gaps", [round(s, 3) for s in gaps])
-    fleet.wait_ready(2, 90)
+    fleet.wait_replaced("decode-0", killed, 2, 90)
     return noticed
 
 
@@ -212,11 +214,12 @@ def test_killed_scheduler_is_noticed_behind_a_living_http_process(
 def test_killed_while_it_resumes(fleet: Fleet, undisturbed: dict[str, Answer]) -> None:
     """decode-0 is left, decode-1 dies before its first frame, decode-0 goes on."""
     fleet.wait_ready(2, 90)
+    killed = fleet.worker("decode-1")["instance_id"]
     cuts = Cut(20), Cut(0, kill_server(fleet, "decode-1"))
     answer = ask(fleet, *CASES["chat, schema"], *cuts)
     assert answer.num_resumes == 2
     assert_same(undisturbed["chat, schema"], answer)
-    fleet.wait_ready(2, 90)
+    fleet.wait_replaced("decode-1", killed, 2, 90)
 
 
 # -- what must not be possible -----------------------------------------------------------------------
@@ -249,12 +252,10 @@ def test_logs_that_cannot_be_are_refused(fleet: Fleet, log: str, words: str) -> 
 
 
 def test_answer_that_cannot_be_resumed_says_so(fleet: Fleet) -> None:
-    answer = ask(
-        fleet,
-        "/generate",
-        {**_generate(), "return_hidden_states": True, "sampling_params": {"max_new_tokens": 3}},
-    )
-    assert "!hidden_states" in answer.log.split()
+    """These servers do not return hidden states at all: the frame that says so is the answer's error."""
+    body = {**_generate(), "return_hidden_states": True, "sampling_params": {"max_new_tokens": 3}}
+    with pytest.raises(Aborted, match=r"!hidden_states ~400"):
+        ask(fleet, "/generate", body)
 
 
 # -- negative controls: each part of the log and each replay is needed ---------------------------------
