@@ -17,7 +17,12 @@ MARK = b": ids "
 _SKIP = len(MARK)
 _ABORTED, _NOT_RESUMABLE = b"~", b"!"
 """How the words begin that are for us; no other word has these characters in it."""
-_OTHER_ENDS = re.compile(rb"^: ids [^\r\n]*(?:\r\n|\r|\n)", re.MULTILINE)
+_COMMENT = re.compile(rb"^: ids [^\r\n]*(?:\r\n|\r|\n)", re.MULTILINE)
+
+
+def without_comments(frames: bytes) -> bytes:
+    """``frames`` as they would be if nobody had asked for tokens, whichever line ends they have."""
+    return _COMMENT.sub(b"", frames)
 
 
 class AnswerLog:
@@ -74,7 +79,7 @@ class AnswerLog:
             return frames
         if b"\r" in frames:
             self.obstacle = "line ends"
-            return _OTHER_ENDS.sub(b"", frames)
+            return without_comments(frames)
         parts = frames.split(EVENT_END)[:-1]
         return b"".join([self._take_one(part + EVENT_END) for part in parts])
 

@@ -154,6 +154,10 @@ class Attempts:
     async def _judge_failure(self, run: Run, reservation: Reservation, failure: LegFailed) -> None:
         logger.warning("attempt failed rid=%s: %s", run.record.rid, failure)
         assert run.history is not None
+        if run.has_begun:
+            num_tokens = self.resumes.num_tokens(run)
+            self._judge.went_on(run.history, num_tokens - run.num_tokens)
+            run.num_tokens = num_tokens
         name = str(run.request.client_rid or run.record.rid)
         await self._judge.check_deaths(run.history, reservation.pair, failure, name)
 

@@ -21,6 +21,7 @@ import msgspec
 from msgspec import structs
 
 from pdserve.balancer.proxy.answer import LegFailed, Rejected, Relayed, relayed_headers
+from pdserve.balancer.proxy.answer_log import without_comments
 from pdserve.balancer.proxy.client_answer import ClientAnswer
 from pdserve.balancer.request.events import Said, first_said
 from pdserve.balancer.request.merge import merge_whole
@@ -84,7 +85,7 @@ class _Leg(msgspec.Struct, eq=False):
         """What a 200 stream says first; None if it has not begun. Of its server's failure: a failed leg."""
         said = first_said(route, self.body(), is_whole=self.is_done)
         if said is not None and said.failure is not None and said.failure.is_servers:
-            failed = WorkerRejected(self.response.url, said.failure.status, self.body())
+            failed = WorkerRejected(self.response.url, said.failure.status, without_comments(self.body()))
             self.error, self.is_done = failed, False
         return said
 

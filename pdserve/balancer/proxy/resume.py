@@ -83,9 +83,7 @@ class Resumes:
 
     def begin(self, run: Run) -> bool:
         """Take one resume; False if no pair is left, or none may be resumed now."""
-        unable = self.unable() | run.exclude
-        records = self._fleet.pairs()
-        if all(record.key in unable or record.state is PairState.FAILED for record in records):
+        if not self._has_pair_for(run):
             return False
         if not self.may_resume(run) or not self.budget.withdraw(time.monotonic()):
             logger.warning("not resumed rid=%s: %s", run.record.rid, self._why_not(run))
@@ -93,6 +91,17 @@ class Resumes:
         if not run.num_resumes and run.ids is not None:
             run.first_rids = run.ids.rids
         run.num_resumes += 1
+        return True
+
+    def _has_pair_for(self, run: Run) -> bool:
+        """True if another pair may go on, now or once a missing worker is back: maybe the very one that has
+        failed, after its restart or a probe."""
+        records, not_it = self._fleet.pairs(), self.unable() | run.exclude
+        if any(record.key not in not_it and record.state is not PairState.FAILED for record in records):
+            return True
+        if not any(row.missing for row in self._fleet.capacity()):
+            return False
+        run.exclude &= {record.key for record in records if record.state is PairState.READY}
         return True
 
     def _why_not(self, run: Run) -> str:
@@ -111,13 +120,17 @@ class Resumes:
             if not (record.prefill.info.resume_id and record.decode.info.resume_id)
         }
 
+    def num_tokens(self, run: Run) -> int:
+        """How many tokens of each prompt the client has, on average."""
+        assert run.answer is not None, "it has begun"
+        return run.answer.usage().completion_tokens // (run.request.num_prompts or 1)
+
     def rest_of(self, run: Run) -> RequestShape:
         """The work that is left: prefill computes what was emitted too, decode goes on from there."""
         whole, answer = run.whole_shape, run.answer
         assert whole is not None and answer is not None, "it has begun"
-        usage = answer.usage()
+        usage, each = answer.usage(), self.num_tokens(run)
         emitted = usage.completion_tokens
-        each = emitted // whole.num_prompts
         forecast = whole.forecast
         if forecast is not None:
             forecast = structs.replace(

@@ -1,6 +1,6 @@
 """What a failed request means: whose fault it was, and whether it may be tried again.
 
-failure ─► a server died under it?     two did: never again (500)
+failure ─► a server died under it?     for the second time: never again (500)
         ─► rejected by a worker?       counted against that worker, once for equal requests
              └─ by a second one too    the request is at fault: forgiven to both
 served elsewhere ─► whoever rejected it was at fault
@@ -24,7 +24,10 @@ from pdserve.types import InstanceId, Pair, Role, WorkerId, WorkerInfo
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 2
-"""Servers that may die while they have a request; with a third one it would be none of its business."""
+"""Attempts under which servers may die. Both servers of one are one death: it is their machine that died."""
+INNOCENT_TOKENS = 16
+"""A streamed answer that has so many more since a server died under it would have killed the next one
+sooner: both go on from the same token."""
 DIED_STATUS = 500
 PING_S = 1.0
 OVERLOADED = 503
@@ -71,15 +74,17 @@ def _is_own_error(status: int) -> bool:
 class History:
     """What became of one request so far, with all its samples.
 
-    ``exposed``: workers that had it when something broke. ``dead``: those of them that have died.
+    ``exposed``: workers that had it when something broke. ``dead``: those of them that have died, at
+    ``num_deaths`` different times.
     ``rejected_by``: workers that answered it with a server error.
     """
 
-    __slots__ = ("cause", "dead", "exposed", "rejected_by")
+    __slots__ = ("cause", "dead", "exposed", "num_deaths", "rejected_by")
 
     def __init__(self, request: ParsedRequest) -> None:
         self.cause = hash(request.raw or msgspec.json.encode(request.fields))
         self.dead: dict[InstanceId, WorkerId] = {}
+        self.num_deaths = 0
         self.exposed: dict[InstanceId, WorkerInfo] = {}
         self.rejected_by: set[InstanceId] = set()
 
@@ -108,6 +113,13 @@ class FailureJudge:
             for instance_id in history.rejected_by:
                 self._fleet.health.forgive(instance_id, history.cause)
 
+    def went_on(self, history: History, num_tokens: int) -> None:
+        """The answer had ``num_tokens`` more, of each prompt, when it failed again."""
+        if num_tokens >= INNOCENT_TOKENS:
+            history.num_deaths = 0
+            history.dead.clear()
+            history.exposed.clear()
+
     def served(self, history: History) -> None:
         """Another pair has served the request."""
         for instance_id in history.rejected_by:
@@ -120,18 +132,20 @@ class FailureJudge:
         can tell them apart.
 
         Raises:
-            RequestRefused: if ``MAX_DEATHS`` have.
+            RequestRefused: if it happened ``MAX_DEATHS`` times.
         """
         error = failure.error
         is_broken = isinstance(error, WorkerUnreachable) and error.was_sent
         if not is_broken and (failure.role is not None or isinstance(error, WorkerTimeout)):
             return
-        history.exposed |= {worker.instance_id: worker for worker in (pair.prefill, pair.decode)}
+        exposed = (pair.decode,) if failure.is_prefill_done else (pair.prefill, pair.decode)
+        history.exposed |= {worker.instance_id: worker for worker in exposed}
         waiting = [worker for key, worker in history.exposed.items() if key not in history.dead]
         are_dead = await asyncio.gather(*(self._is_dead(worker) for worker in waiting))
         found = [worker for worker, is_dead in zip(waiting, are_dead, strict=True) if is_dead]
         history.dead |= {worker.instance_id: worker.worker_id for worker in found}
-        if len(history.dead) >= MAX_DEATHS:
+        history.num_deaths += bool(found)
+        if history.num_deaths >= MAX_DEATHS:
             names = ", ".join(history.dead.values())
             logger.error("not tried again rid=%s: servers died under it: %s", name, names)
             raise RequestRefused(

@@ -30,7 +30,8 @@ class Run(msgspec.Struct, eq=False):
     some of a batch's, by their numbers.
     ``history`` is what its failures so far tell; None before the first. ``answer`` is what the client has
     of a whole try: once that has begun, further attempts go on with it. ``first_rids`` are the names under
-    which the client knows such an answer; ``num_resumes`` counts attempts to go on.
+    which the client knows such an answer; ``num_resumes`` counts attempts to go on, and ``num_tokens`` of
+    each prompt were there at the last failure.
     """
 
     request: ParsedRequest
@@ -48,6 +49,7 @@ class Run(msgspec.Struct, eq=False):
     answer: ClientAnswer | None = None
     first_rids: tuple[Rid, ...] = ()
     num_resumes: int = 0
+    num_tokens: int = 0
     trace: RequestTrace | None = None
     history: History | None = None
 

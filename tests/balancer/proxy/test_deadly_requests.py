@@ -75,6 +75,22 @@ async def test_a_request_that_shared_two_dying_servers_is_not_tried_a_third_time
         assert (reply.status, len(dead(site))) == (500, 2)
 
 
+async def test_both_servers_of_a_pair_that_die_together_are_one_death() -> None:
+    """As when their machine goes down."""
+    async with running_site(prefill=2, decode=2) as site:
+        gate = asyncio.Event()
+        for fake in site.fakes:
+            fake.behaviour.gate = gate
+        asked = asyncio.create_task(site.generate({"text": "innocent"}))
+        await until(lambda: sum(bool(fake.requests) for fake in site.fakes) == 2)
+        for fake in [fake for fake in site.fakes if fake.requests]:
+            fake.kill()
+        await until(lambda: sum(bool(fake.requests) for fake in site.fakes) == 4)
+        gate.set()
+        reply = await asked
+        assert (reply.status, len(dead(site))) == (200, 2)
+
+
 async def test_one_death_is_retried_and_a_server_that_was_dead_before_counts_for_nobody() -> None:
     async with running_site(prefill=1, decode=4, max_retries=5) as site:
         site.decodes[0].kill()
