@@ -70,7 +70,7 @@ class Balancer:
         self._health = HealthControl(self._asker, self.dispatcher.ledger, self.metrics)
         self._socket: socket.socket | None = None
         self._server: HttpServer | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def port(self) -> int:
@@ -98,7 +98,10 @@ class Balancer:
         routes = build_routes(self._asker, plane, self.metrics, self._health)
         app = BalancerApi(routes, KeyRing(config.api_key, config.control_key))
         await self.fleet.start()
-        self._looking = asyncio.create_task(self._look(), name="worker-metrics")
+        self._tasks = [
+            asyncio.create_task(self._look(), name="worker-metrics"),
+            asyncio.create_task(dispatcher.mover.run(), name="moves"),
+        ]
         self._server = HttpServer(app, _limits(config), tls)
         await self._server.start(self._socket)
         logger.info("balancer listening on %s", self.url)
@@ -118,8 +121,8 @@ class Balancer:
         await ending
         if self._server is not None:
             await self._server.close(LAST_WORDS_S)
-        if self._looking is not None:
-            self._looking.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self.fleet.stop()
         await self.pool.close()
         if self._tracing is not None:

@@ -99,6 +99,7 @@ def condition(snapshot: Snapshot, width: int) -> Line:
     if requests is not None:
         parts.append((f"retried {format_count(requests.retried)}", "", 4))
         parts.append((f"resumed {format_count(requests.resumed)}" if requests.resumed else "", "", 4))
+        parts.append((f"moved {format_count(requests.moved)}" if requests.moved else "", "", 4))
     return joined([*parts, _membership(state)], width)
 
 

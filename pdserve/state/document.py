@@ -142,7 +142,7 @@ class EventEntry(msgspec.Struct, frozen=True, kw_only=True):
 
     time_s: Annotated[float, about("When, Unix time.", "s")] = 0.0
     event: Annotated[
-        str, about("joined, ready, suspect, draining, drained, undrained, gone, pair_failed …")
+        str, about("joined, ready, suspect, draining, moved, drained, undrained, gone, pair_failed …")
     ] = ""
     worker: Annotated[str, about("Whose.")] = ""
     detail: Annotated[str, about("In words.")] = ""
@@ -158,7 +158,12 @@ class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
     aborted: Annotated[int, count("Their client left, or asked for the end.", "requests")] = 0
     shed: Annotated[int, count("Refused for want of a pair.", "requests")] = 0
     retried: Annotated[int, count("Further attempts after a failed one.", "attempts")] = 0
-    resumed: Annotated[int, count("Streamed answers that went on on another pair.", "answers")] = 0
+    resumed: Annotated[
+        int, count("Streamed answers that went on on another pair after their server had failed.", "answers")
+    ] = 0
+    moved: Annotated[
+        int, count("Streamed answers that went on on another pair by somebody's wish.", "answers")
+    ] = 0
 
 
 class RequestEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,7 +197,8 @@ class RequestEntry(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: Annotated[float | None, about("As first_token_s.", "s")] = None
     e2e_s: Annotated[float | None, about("As done_s.", "s")] = None
     tpot_s: Annotated[float | None, about("Mean time per token after the first.", "s")] = None
-    resumes: Annotated[int, count("How often its answer went on on another pair.", "1")] = 0
+    resumes: Annotated[int, count("How often its answer went on on another pair after a failure.", "1")] = 0
+    moves: Annotated[int, count("How often it did by somebody's wish.", "1")] = 0
     finish: Annotated[str, about("SGLang's finish reason, or how it ended: failed, aborted, shed.")] = ""
     error: Annotated[str, about("What went wrong, for the operator.")] = ""
 
@@ -233,8 +239,9 @@ class Latencies(msgspec.Struct, frozen=True, kw_only=True):
     prefill_s: Annotated[Latency, about("As prefill_s of a recent request.")] = Latency()
     transfer_s: Annotated[Latency, about("As transfer_s of a recent request.")] = Latency()
     resume_gap_s: Annotated[
-        Latency, about("Last bytes of a server to the first of another that goes on with its answer.")
+        Latency, about("Last bytes of a failed server to the first of another that goes on with its answer.")
     ] = Latency()
+    move_gap_s: Annotated[Latency, about("The same for answers that were moved on purpose.")] = Latency()
 
 
 class Series(msgspec.Struct, frozen=True, kw_only=True):

@@ -52,7 +52,7 @@ class Behaviour:
     hang_after: int | None = None
     """Fall silent after this many streamed events."""
     go_on: asyncio.Event | None = None
-    """If set, ends the silence within ``segments``."""
+    """If set, ends the silence within ``segments``, or of a ``Break``."""
     reset_before_head: bool = False
     reset_after: int | None = None
     """Break the connection after this many events (0: after the head); a JSON body breaks half-way."""
@@ -250,7 +250,12 @@ class Run:
         if end.num_bytes and (part := rendered(frames[end.frames])[: end.num_bytes]):
             connection.chunk(part)
         if end.how == "hang":
-            await asyncio.Event().wait()
+            await (self._does.go_on or asyncio.Event()).wait()
+            for frame in frames[end.frames :]:
+                connection.chunk(rendered(frame))
+            self.is_over = True
+            connection.end_stream()
+            return
         await asyncio.sleep(0)
         self._worker.kill() if end.how == "kill" else connection.fin()
 

@@ -2,7 +2,7 @@
 
     POST   /workers        {"url", "worker_type", "bootstrap_port"?}   202, probed from now on
     GET    /workers        all of them          GET /workers/{id}      one
-    PUT    /workers/{id}   {"draining": bool}   202; PATCH is the same
+    PUT    /workers/{id}   {"draining": bool, "move": bool?}   202; PATCH is the same
     DELETE /workers/{id}                        202, drained, then forgotten
 
 ``{id}`` is the worker's id or its URL. Errors are ``{"error", "code"}``, as
@@ -46,6 +46,7 @@ class _Changes(msgspec.Struct):
     """Body of ``PUT /workers/{id}``."""
 
     draining: bool | None = None
+    move: bool = False
 
 
 class _Failure(ControlRefused):
@@ -111,13 +112,14 @@ class WorkersControl:
         return self._add(new, "")
 
     async def change(self, client: IncomingRequest, body: bytes) -> Answer:
-        """Begin or end a drain: a draining worker finishes what it has and gets nothing new."""
+        """Begin or end a drain: a draining worker finishes what it has, or with ``move`` what cannot go on
+        elsewhere, and gets nothing new."""
         worker = self._named(client)
         changes = _decoded(body, _Changes)
         if changes.draining is None:
             raise _Failure('nothing to change: {"draining": true or false} is', 400, "BAD_REQUEST")
         if changes.draining:
-            self._fleet.drain(worker.worker_id)
+            self._fleet.drain(worker.worker_id, move=changes.move)
         else:
             self._fleet.undrain(worker.worker_id)
         return _accepted(worker, "Worker is draining" if changes.draining else "Worker takes traffic")

@@ -23,6 +23,7 @@ from pdserve.balancer.fleet.probe import PairProber, ProbeGate, WorkerKeys
 from pdserve.balancer.fleet.roster import Roster, explain_shortage, static_workers
 from pdserve.balancer.fleet.transfer_poll import TransferListener, TransferPoller
 from pdserve.balancer.fleet.updates import FleetUpdates
+from pdserve.balancer.fleet.weights import Weights
 from pdserve.balancer.fleet.worker import PairRecord, PairState, Worker, WorkerState
 from pdserve.balancer.fleet.worker_monitor import WorkerMonitor
 from pdserve.bootstrap.watch import FleetWatcher
@@ -66,6 +67,8 @@ class WorkerFleet:
         self._log = EventLog()
         self.health = HealthTracker(self._roster, self.scheduler, self._log, pool)
         self.updates = FleetUpdates(self._roster, self.health, pool, config)
+        self.has_moving = asyncio.Event()
+        """Set when a worker is to be emptied, by whoever drains it; cleared by whoever empties it."""
         self._draining: set[Worker] = set()
         self._dismissed: set[InstanceId] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -129,6 +132,15 @@ class WorkerFleet:
             for role, row in rows.items()
         ]
 
+    @property
+    def agreed_weights(self) -> Weights:
+        """Those of every worker that serves."""
+        return self._roster.agreed
+
+    def member(self, instance_id: InstanceId) -> Worker | None:
+        """That instance; None if it is no member."""
+        return self._roster.members.get(instance_id)
+
     def find(self, worker_id: WorkerId) -> Worker | None:
         """The member of that name; None if there is none."""
         return self._roster.find(worker_id)
@@ -168,10 +180,11 @@ class WorkerFleet:
         self.health.legs_ended(reservation.key, prefill_ok, decode_ok, error)
         self.notice_drained()
 
-    def answer_resumed(self, instance_id: InstanceId, gap_s: float) -> None:
-        """A decode worker has gone on with another's answer."""
+    def answer_went_on(self, instance_id: InstanceId, gap_s: float, *, is_moved: bool) -> None:
+        """A decode worker has gone on with another's answer: it was moved, or the other had failed it."""
         if worker := self._roster.members.get(instance_id):
-            self._log.count("resumed", worker, f"answers of other servers go on here; gap {gap_s:.2f} s")
+            event = "moved" if is_moved else "resumed"
+            self._log.count(event, worker, f"answers of other servers go on here; gap {gap_s:.2f} s")
 
     def notice_drained(self) -> None:
         """Draining workers may have nothing in flight any more."""
@@ -200,7 +213,7 @@ class WorkerFleet:
                 if has_moved:
                     self.health.suspect(worker, "its address changed")
             if info.is_leaving:
-                self.drain(worker.worker_id)
+                self.drain(worker.worker_id, move=True)  # it ends once it has nothing
 
     def add_worker(self, info: WorkerInfo) -> Worker:
         """Take in a worker that no bootstrap service knows; it takes traffic once a pair of it is proven.
@@ -213,13 +226,18 @@ class WorkerFleet:
                 raise ConfigError(f"{other.worker_id} at {other.url} is a member already ({other.state})")
         return self._add(info, is_static=True)
 
-    def drain(self, worker_id: WorkerId) -> None:
+    def drain(self, worker_id: WorkerId, *, move: bool = False) -> None:
         """Give a worker no new requests; event ``drained`` when those it has have ended.
+
+        ``move``: the streams of a decode worker that can go on elsewhere do.
 
         Raises:
             KeyError: if there is no such worker.
         """
         worker = self._member(worker_id)
+        if move:
+            worker.is_moving = True
+            self.has_moving.set()
         if worker.is_draining:
             return
         worker.state = WorkerState.DRAINING
@@ -237,7 +255,7 @@ class WorkerFleet:
             KeyError: if there is no such worker.
         """
         worker = self._member(worker_id)
-        worker.is_leaving = False
+        worker.is_leaving = worker.is_moving = False
         self._draining.discard(worker)
         if worker.is_draining:
             worker.state = WorkerState.JOINING

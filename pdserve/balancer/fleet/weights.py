@@ -94,6 +94,13 @@ class Weights:
         """The checkpoint that was loaded; empty for another origin."""
         return self.base.name if self.base is not None and self.base.path == DISK else ""
 
+    def continues(self, begun: Weights) -> bool:
+        """True if an answer begun with ``begun`` may go on with these: at most adapters have come since."""
+        return self == begun or (
+            replace(self, adapters=()) == replace(begun, adapters=())
+            and set(begun.adapters) <= set(self.adapters)
+        )
+
     def after(self, change: Change) -> Weights:
         """The same after one more change."""
         version = change.version or self.version

@@ -69,7 +69,8 @@ class Worker:
     ``weights`` is what was loaded there; ``is_ahead``: an operator has told it more than the fleet;
     ``num_updates`` of such commands are under way. ``start`` tells its process from the next one at that
     address, empty while unknown. ``mismatch`` is why it is kept out although it answers.
-    ``is_leaving``: it is removed when it is drained; ``has_left``: it is no member any more.
+    ``is_leaving``: it is removed when it is drained; ``has_left``: it is no member any more. ``is_moving``:
+    what it has while it drains is to go on elsewhere.
     ``stalled_s`` is how long it has had work and made no progress, as last seen.
     ``failures`` counts its failed legs by kind, for metrics.
     """
@@ -87,6 +88,7 @@ class Worker:
     start: str = ""
     mismatch: str = ""
     is_leaving: bool = False
+    is_moving: bool = False
     has_left: bool = False
     num_probes: int = 0
     stalled_s: float = 0.0

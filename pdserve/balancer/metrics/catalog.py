@@ -122,7 +122,12 @@ LATENCIES = {
     ),
     "resume_gap_s": _latency(
         "resume_gap_seconds",
-        "From the last bytes of a decode server to the first of another one that goes on with its answer.",
+        "From the last bytes of a failed decode server to the first of one that goes on with its answer.",
+        STAGE_S,
+    ),
+    "move_gap_s": _latency(
+        "move_gap_seconds",
+        "The same where nothing had failed: the answer was moved on purpose.",
         STAGE_S,
     ),
 }
@@ -144,7 +149,11 @@ REQUESTS = _counter(
     ("route", "outcome", "is_streaming"),
 )
 RETRIES = _counter("retries_total", "attempts", "Further attempts at requests whose first one failed.")
-RESUMES = _counter("resumes_total", "answers", "Streamed answers that went on on another pair.")
+RESUMES = _counter(
+    "resumes_total", "answers",
+    "Streamed answers that went on on another pair: their server had failed, or they were moved on purpose.",
+    ("cause",),
+)  # fmt: skip
 SHED = _counter("requests_shed_total", "requests", "Requests refused for want of a pair.", ("reason",))
 PROMPT_TOKENS = _counter("prompt_tokens_total", "tokens", "Prompt tokens of completed requests.")
 OUTPUT_TOKENS = _counter("generation_tokens_total", "tokens", "Tokens generated for completed requests.")

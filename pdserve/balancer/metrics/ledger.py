@@ -50,6 +50,7 @@ class RequestLedger:
     inflight: int = 0
     retried: int = 0
     resumed: int = 0
+    moved: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     """Of requests that ended."""
@@ -95,10 +96,14 @@ class RequestLedger:
         self.recent.append(record)
         self._observe(record, outcome, now_s)
 
-    def resumed_after(self, gap_s: float) -> None:
-        """An answer goes on on another pair, after so many seconds without a frame."""
-        self.resumed += 1
-        self.rolling.latencies["resume_gap_s"].observe(gap_s)
+    def went_on_after(self, gap_s: float, *, is_moved: bool) -> None:
+        """An answer goes on on another pair, after so many seconds without a frame; ``is_moved``: though its
+        server had not failed."""
+        if is_moved:
+            self.moved += 1
+        else:
+            self.resumed += 1
+        self.rolling.latencies["move_gap_s" if is_moved else "resume_gap_s"].observe(gap_s)
 
     def advance(self, now_s: float) -> None:
         """Close the steps of the rolling figures that are over."""
@@ -156,4 +161,5 @@ class RequestLedger:
             shed=self.ended(Outcome.SHED),
             retried=self.retried,
             resumed=self.resumed,
+            moved=self.moved,
         )

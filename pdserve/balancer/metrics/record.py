@@ -29,7 +29,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     ``pair``, ``room``, ``rid`` are the last attempt's; ``reason`` is why the policy chose that pair,
     rendered as text when it is read; ``error`` says what went wrong, for the operator.
     ``request_id`` is the client's own, from its headers; ``num_resumes`` how often its answer went on
-    elsewhere.
+    elsewhere after a failure, ``num_moves`` how often by somebody's wish.
     """
 
     route: Route
@@ -45,6 +45,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     error: str = ""
     request_id: str = ""
     num_resumes: int = 0
+    num_moves: int = 0
     _row: RequestEntry | None = None
 
     def render(self) -> RequestEntry:
@@ -73,6 +74,7 @@ class RequestRecord(msgspec.Struct, eq=False):
             e2e_s=timeline.e2e_s,
             tpot_s=timeline.tpot_s,
             resumes=self.num_resumes,
+            moves=self.num_moves,
             finish=self.finish,
             error=self.error,
         )

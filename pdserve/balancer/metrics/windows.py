@@ -131,7 +131,9 @@ def _quantile(up_to: Sequence[float], rank: float) -> float:
 
 RATE_STEPS = 12
 """Rates are those of the last minute: the live step and the eleven before."""
-NAMES = ("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s", "prefill_s", "transfer_s", "resume_gap_s")
+NAMES = (
+    "ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s", "prefill_s", "transfer_s", "resume_gap_s", "move_gap_s",
+)  # fmt: skip
 """The latencies, as the state document calls them."""
 
 

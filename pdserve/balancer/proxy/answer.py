@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import msgspec
 
 from pdserve.balancer.request.transforms import ResponseSink
@@ -39,10 +41,11 @@ class LegFailed(PdserveError):
 
     ``is_prefill_done`` tells whether the prefill leg had ended well before, ``is_request_fault`` whether
     another worker has rejected the request too, ``is_late`` whether the worker was only silent for longer
-    than a stream usually is.
+    than a stream usually is, ``is_moved`` whether nothing failed: we have ended it, another pair goes on.
     """
 
     is_request_fault = False
+    is_moved = False
 
     def __init__(
         self, role: Role | None, error: WorkerError, *, is_prefill_done: bool = False, is_late: bool = False
@@ -52,6 +55,13 @@ class LegFailed(PdserveError):
         self.error = error
         self.is_prefill_done = is_prefill_done
         self.is_late = is_late
+
+    @classmethod
+    def moved(cls, url: str, *, is_prefill_done: bool) -> Self:
+        """The leg at ``url`` was ended on purpose."""
+        leg = cls(None, WorkerError(url, "its answer goes on elsewhere"), is_prefill_done=is_prefill_done)
+        leg.is_moved = True
+        return leg
 
     @property
     def is_stale(self) -> bool:

@@ -123,6 +123,8 @@ class Attempts:
                     self._judge.served(run.history)
                 return relayed
             except LegFailed as exc:
+                if exc.is_moved:
+                    continue
                 if (final := self._final(run, exc, failure)) is not None:
                     raise final from None
                 if run.is_unwanted:
@@ -134,14 +136,25 @@ class Attempts:
                 self._ledger.retried += 1
                 continue
             self._avoid(run, reservation.key, failure.role)
-            if run.has_begun:
-                if not self.resumes.begin(run):
-                    raise failure
+            if run.has_begun and self.resumes.begin(run):
                 continue
-            if retries <= 0 or not self._may_retry(run):
+            if run.has_begun or retries <= 0 or not self._may_retry(run):
                 raise failure
             retries -= 1
         return _aborted(run)
+
+    def move(self, run: Run, exclude: frozenset[PairKey] = frozenset()) -> bool:
+        """Have another pair, none of ``exclude``, go on with its answer; False if that cannot be now."""
+        answer, resumes = run.answer, self.resumes
+        if answer is None or not answer.is_running or run.held is not None or not resumes.may_resume(run):
+            return False
+        unable = exclude | resumes.unable() | run.exclude
+        run.held = self._reservations.take_now(resumes.rest_of(run), unable)
+        if run.held is None:
+            return False
+        run.leaves_its_pair()
+        answer.move()
+        return True
 
     def _final(self, run: Run, failure: LegFailed, former: LegFailed | None) -> LegFailed | None:
         """What to tell the client if nobody else can help: the request is at fault, or a part of an answer is
@@ -185,6 +198,9 @@ class Attempts:
         """A pair not tried yet; after a failed attempt no pair means that failure. None if it was aborted."""
         if trace is not None:
             trace.waits()
+        if run.held is not None:
+            reservation, run.held = run.held, None
+            return reservation
         exclude, wait_s = frozenset(run.exclude), self._config.queue_timeout_s
         shape = run.shape = run.whole_shape = run.whole_shape or self._scheduler.foresee(run.request.shape)
         if run.has_begun:
@@ -201,6 +217,9 @@ class Attempts:
         if run.is_aborted:  # in the moment in which it got its pair
             self._reservations.release(reservation)
             return None
+        if failure is not None and run.has_begun and not self.resumes.has_its_weights(run):
+            self._reservations.release(reservation)  # an update came while it waited
+            raise failure
         return reservation
 
     def _avoid(self, run: Run, tried: PairKey, blamed: Role | None) -> None:
@@ -218,7 +237,7 @@ class Attempts:
     async def _attempt(self, run: Run, reservation: Reservation, trace: RunTrace | None) -> Relayed:
         request, pair = run.request, reservation.pair
         ids = run.ids = self.rooms.take(request.num_prompts, request.route.rid_prefix)
-        is_over = False
+        is_over = is_moved = False
         try:
             relay, body, timeline = self._prepare(run, reservation, ids)
             lines = self.resumes.lines(run, pair)
@@ -230,12 +249,18 @@ class Attempts:
             is_over = relayed.prefill_error is None and not relayed.is_aborted
             return relayed
         except LegFailed as exc:
+            run.is_moved = is_moved = exc.is_moved and not run.is_unwanted
+            if exc.is_moved and not is_moved:
+                raise RequestRefused("the request was aborted", 500) from None
             run.history = run.history or History(request)
             if not run.is_unwanted:
                 self._judge.rejected(run.history, pair, exc)
                 self._reservations.release_failed(reservation, exc)
             raise
         finally:
+            if run.held is not None and not is_moved:
+                self._reservations.release(run.held)
+                run.held = None
             self._reservations.release(reservation)
             self.rooms.give_back(ids)
             if not is_over and request.route.rid_field:
@@ -309,7 +334,9 @@ async def _traced(
             attempt.failed(Role.DECODE, relayed.decode_error, is_prefill_done=True)
         return relayed
     except LegFailed as exc:
-        attempt.failed(exc.role, exc.error, is_prefill_done=exc.is_prefill_done)
+        attempt.is_moved = exc.is_moved
+        if not exc.is_moved:
+            attempt.failed(exc.role, exc.error, is_prefill_done=exc.is_prefill_done)
         raise
     finally:
         attempt.end()

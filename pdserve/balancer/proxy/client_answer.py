@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pdserve.balancer.fleet.weights import Weights
 from pdserve.balancer.proxy.answer_log import AnswerLog
 from pdserve.balancer.request.merge import stream_merger
 from pdserve.balancer.request.request import ParsedRequest
@@ -33,6 +34,10 @@ class ClientAnswer:
         may_leave: whether another one should go on if this one is silent for ``patience_s``, which is
             each leg's.
         went_on: told the seconds without a frame when another leg has gone on.
+        weights_now: those of the decode server that serves it now.
+
+    ``is_moving``: the present leg is to stop, as another pair is held. ``begun_with``: the weights of the
+    server that began it; None while there is none, or no log.
     """
 
     __slots__ = (
@@ -41,8 +46,12 @@ class ClientAnswer:
         "_route",
         "_splitter",
         "_tally",
+        "_wake",
+        "_weights_now",
         "_went_on",
+        "begun_with",
         "heard_s",
+        "is_moving",
         "log",
         "may_leave",
         "patience_s",
@@ -57,12 +66,17 @@ class ClientAnswer:
         may_resume: Callable[[], bool] | None = None,
         may_leave: Callable[[], bool] | None = None,
         went_on: Callable[[float], None] | None = None,
+        weights_now: Callable[[], Weights | None] | None = None,
     ) -> None:
         self.renaming = renaming
         self.log = AnswerLog() if may_resume is not None else None
         self.may_leave = may_leave
         self.patience_s = float("inf")
         self.heard_s = 0.0
+        self.is_moving = False
+        self.begun_with: Weights | None = None
+        self._wake: Callable[[], None] | None = None
+        self._weights_now = weights_now
         self._route = request.route
         self._may_resume = may_resume
         self._went_on = went_on
@@ -79,6 +93,11 @@ class ClientAnswer:
     def is_given_up(self) -> bool:
         """True if the leg has said that it ends, and another one may go on."""
         return self.log is not None and self.log.aborted is not None
+
+    @property
+    def is_running(self) -> bool:
+        """True while a leg sends it, and the end has not come."""
+        return self._wake is not None and not self.has_end
 
     @property
     def has_end(self) -> bool:
@@ -101,6 +120,8 @@ class ClientAnswer:
         is_single = (request.num_prompts or 1) == 1 and request.num_samples == 1
         self._tally = StreamTally(request.route, meter) if is_single else BatchTally(request.route)
         self._tally.prompt_tokens = prompt_tokens
+        if self._weights_now is not None:
+            self.begun_with = self._weights_now()
         rename = self.renaming.apply if self.renaming is not None else None
         merge = None
         if request.needs_prefill_answer or request.num_samples > 1:
@@ -115,14 +136,28 @@ class ClientAnswer:
         assert self._went_on is not None, "an answer without a log is not resumed"
         self._went_on(now_s - self.heard_s)
 
-    def open_leg(self, push: Push, on_given_up: Callable[[], None]) -> Push:
-        """Return what the bytes of the next leg are fed to; ``push`` takes what goes out."""
+    def move(self) -> None:
+        """Have the leg that runs stop after the last whole frame."""
+        assert self._wake is not None, "no leg sends it"
+        self.is_moving = True
+        self._wake()
+
+    def close_leg(self) -> None:
+        """The leg sends nothing more."""
+        self._wake = None
+
+    def open_leg(self, push: Push, wake: Callable[[], None]) -> Push:
+        """Return what the bytes of the next leg are fed to; ``push`` takes what goes out.
+
+        ``wake`` is called when ``is_given_up`` or ``is_moving`` gets true.
+        """
         assert self._tally is not None, "it has not begun"
+        self.is_moving, self._wake = False, wake
         splitter, tally, rewrite = EventSplitter(), self._tally, self._rewrite
         self._splitter = splitter
         if self.log is not None:
             self.log.begin_leg()
-            return self._open_logged(self.log, push, on_given_up)
+            return self._open_logged(self.log, push, wake)
 
         def pour(data: bytes) -> bool:
             if splitter.tail or not data.endswith(EVENT_END):  # a part of an event waits for its end
@@ -134,7 +169,7 @@ class ClientAnswer:
 
         return pour
 
-    def _open_logged(self, log: AnswerLog, push: Push, on_given_up: Callable[[], None]) -> Push:
+    def _open_logged(self, log: AnswerLog, push: Push, wake: Callable[[], None]) -> Push:
         assert self._tally is not None, "it has not begun"
         splitter, take, add, rewrite = self._splitter, log.take, self._tally.add, self._rewrite
 
@@ -145,7 +180,7 @@ class ClientAnswer:
                     return push(data)
             data = take(data)
             if log.aborted is not None:
-                data += self._given_up(on_given_up)
+                data += self._given_up(wake)
             if not data:
                 return push(data)
             add(data)
@@ -153,13 +188,13 @@ class ClientAnswer:
 
         return pour
 
-    def _given_up(self, on_given_up: Callable[[], None]) -> bytes:
+    def _given_up(self, wake: Callable[[], None]) -> bytes:
         """The frames of the error if the client is to have them: it, or its operator, has asked for the
         end, it is the request's fault, or nobody may go on."""
         assert self.log is not None and self.log.aborted is not None and self._may_resume is not None
         is_servers = self.log.aborted == 0 or self.log.aborted >= 500
         if is_servers and self._may_resume():
-            on_given_up()
+            wake()
             return b""
         return self.log.give_in()
 

@@ -27,6 +27,7 @@ from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.metrics.record import Outcome, RequestRecord
 from pdserve.balancer.proxy.answer import LegFailed, Rejected, Relayed
 from pdserve.balancer.proxy.attempts import Attempts
+from pdserve.balancer.proxy.resume import Mover
 from pdserve.balancer.proxy.run import Run
 from pdserve.balancer.proxy.samples import run_samples
 from pdserve.balancer.request.aborted import aborted_answer
@@ -98,6 +99,7 @@ class PairDispatcher:
         self._ledger = RequestLedger()
         self._attempts = Attempts(config, fleet, pool, self._ledger)
         self._calls: set[_Call] = set()
+        self.mover = Mover(fleet, self._attempts.move, self._runs)
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._is_closing = False
@@ -112,6 +114,9 @@ class PairDispatcher:
     def num_rooms(self) -> int:
         """Rooms in use; 0 when nothing is on its way."""
         return len(self._attempts.rooms)
+
+    def _runs(self) -> list[Run]:
+        return [run for call in self._calls for run in call.runs]
 
     def rids_of(self, name: str) -> list[str]:
         """The workers' rids of live requests whose clients know them by names that begin so."""

@@ -46,6 +46,13 @@ class Reservations:
         self._fleet.pair_reserved(reservation)
         return reservation
 
+    def take_now(self, shape: RequestShape, exclude: frozenset[PairKey]) -> Reservation | None:
+        """A pair for a request if one has room; None if none has, or others wait before it."""
+        reservation = self._scheduler.try_now(shape, exclude)
+        if reservation is not None:
+            self._fleet.pair_reserved(reservation)
+        return reservation
+
     def prefill_finished(self, reservation: Reservation) -> None:
         """The prefill leg has ended well."""
         self._scheduler.prefill_finished(reservation)
@@ -88,7 +95,7 @@ class Reservations:
 
     def release_failed(self, reservation: Reservation, failure: LegFailed) -> None:
         """Blame the leg that failed first, by its own error; no worker for the client's fault."""
-        if failure.is_client_fault or failure.is_request_fault or failure.is_stale:
+        if failure.is_moved or failure.is_client_fault or failure.is_request_fault or failure.is_stale:
             self.release(reservation)
         elif failure.role is Role.PREFILL:
             self.release(reservation, prefill_ok=False, error=failure.error)

@@ -270,13 +270,17 @@ class PairRelay:
             response.pour_into(pour)
             if answer.may_leave is not None:
                 response.watch_stalls(answer.patience_s, answer.may_leave)
-            while not (response.has_ended or answer.is_given_up):
+            while not (response.has_ended or answer.is_given_up or answer.is_moving):
                 await self._wait()
         finally:
             sink.on_writable = None
+            answer.close_leg()
         if (error := self._why_broken(response)) is not None:
             answer.heard_s = response.heard_s
             raise LegFailed(Role.DECODE, error, is_prefill_done=prefill.is_done, is_late=response.is_stalled)
+        if not response.has_ended:
+            answer.heard_s = response.heard_s
+            raise LegFailed.moved(response.url, is_prefill_done=prefill.is_done)
         return answer.end(sink.push)
 
     def _why_broken(self, response: ClientResponse) -> WorkerError | None:

@@ -1,20 +1,24 @@
 """An answer goes on on another pair: whether, by which pair, and with what left to do.
 
     stream breaks ─► may_resume? ─► budget ─► rest of the work ─► a pair that can ─► legs with the log
+    its server is to be emptied ─► Mover, until it is ─► a pair with room, held ─► the stream is ended
 
 The wire is docs/resume.md. Workers that do not say that they can resume are asked as ever.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from msgspec import structs
 
 from pdserve.balancer.fleet.fleet import WorkerFleet
 from pdserve.balancer.fleet.liveness import stream_patience_s
+from pdserve.balancer.fleet.weights import Weights
 from pdserve.balancer.fleet.worker import PairState
 from pdserve.balancer.metrics.ledger import RequestLedger
 from pdserve.balancer.proxy.client_answer import ClientAnswer
@@ -24,12 +28,14 @@ from pdserve.balancer.request.transforms import Renaming
 from pdserve.config.balancer import BalancerConfig
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.workers import PairKey
-from pdserve.types import Pair, RequestShape, WorkerInfo
+from pdserve.types import InstanceId, Pair, RequestShape, Role, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
 CAPACITY = 4096.0
 """Resumes that may be saved up: so many streams may be lost with one server."""
+MOVE_AGAIN_S = 0.1
+"""How soon streams that could not be moved are looked at again, and those that had not begun."""
 
 
 class Resumes:
@@ -49,6 +55,7 @@ class Resumes:
         return ClientAnswer(
             request, renaming, may_resume=partial(self.may_resume, run),
             may_leave=partial(self._may_leave, run), went_on=partial(self._went_on, run),
+            weights_now=partial(self._weights_of, pair.decode.instance_id),
         )  # fmt: skip
 
     def lines(self, run: Run, pair: Pair) -> tuple[bytes, bytes]:
@@ -65,7 +72,7 @@ class Resumes:
     def may_resume(self, run: Run) -> bool:
         """True if another server may go on with what the client has."""
         log = run.answer.log if run.answer is not None else None
-        if log is None or not log.is_resumable or run.is_unwanted:
+        if log is None or not log.is_resumable or run.is_unwanted or not self.has_its_weights(run):
             return False
         return run.num_resumes < self._most and self.budget.has_any(time.monotonic())
 
@@ -88,8 +95,7 @@ class Resumes:
         if not self.may_resume(run) or not self.budget.withdraw(time.monotonic()):
             logger.warning("not resumed rid=%s: %s", run.record.rid, self._why_not(run))
             return False
-        if not run.num_resumes and run.ids is not None:
-            run.first_rids = run.ids.rids
+        run.leaves_its_pair()
         run.num_resumes += 1
         return True
 
@@ -108,6 +114,8 @@ class Resumes:
         log = run.answer.log if run.answer is not None else None
         if log is None or not log.is_resumable:
             return (log.obstacle if log is not None else None) or "its server does not tell its tokens"
+        if not self.has_its_weights(run):
+            return "the fleet has other weights than it was begun with"
         if run.num_resumes >= self._most:
             return f"it was resumed {run.num_resumes} times (max_resumes)"
         return "the budget of resumes is used up"
@@ -119,6 +127,15 @@ class Resumes:
             for record in self._fleet.pairs()
             if not (record.prefill.info.resume_id and record.decode.info.resume_id)
         }
+
+    def has_its_weights(self, run: Run) -> bool:
+        """True if who serves now has the weights with which the answer was begun."""
+        begun_with = run.answer.begun_with if run.answer is not None else None
+        return begun_with is None or self._fleet.agreed_weights.continues(begun_with)
+
+    def _weights_of(self, instance_id: InstanceId) -> Weights | None:
+        worker = self._fleet.member(instance_id)
+        return None if worker is None else worker.weights
 
     def num_tokens(self, run: Run) -> int:
         """How many tokens of each prompt the client has, on average."""
@@ -143,12 +160,56 @@ class Resumes:
         )  # fmt: skip
 
     def _went_on(self, run: Run, gap_s: float) -> None:
-        run.record.num_resumes += 1
+        if run.is_moved:
+            run.record.num_moves += 1
+        else:
+            run.record.num_resumes += 1
         run.exclude.clear()  # whoever failed it before may have come back until this one fails too
-        self._ledger.resumed_after(gap_s)
+        self._ledger.went_on_after(gap_s, is_moved=run.is_moved)
         if run.record.pair is not None:
-            self._fleet.answer_resumed(run.record.pair.decode.instance_id, gap_s)
-        logger.info("resumed rid=%s pair=%s gap_s=%.3f", run.record.rid, run.record.pair, gap_s)
+            self._fleet.answer_went_on(run.record.pair.decode.instance_id, gap_s, is_moved=run.is_moved)
+        how = "moved" if run.is_moved else "resumed"
+        logger.info("%s rid=%s pair=%s gap_s=%.3f", how, run.record.rid, run.record.pair, gap_s)
+
+
+class Mover:
+    """Empties workers that drain so: their streams go on elsewhere, what cannot is waited for.
+
+    A stream stays where it is until another pair is held for it, so that nobody waits in a queue for the
+    rest of an answer.
+
+    Args:
+        move: has one answer go on elsewhere; False if that cannot be now.
+        runs: those on their way.
+    """
+
+    def __init__(
+        self, fleet: WorkerFleet, move: Callable[[Run], bool], runs: Callable[[], Iterable[Run]]
+    ) -> None:
+        self._fleet = fleet
+        self._move = move
+        self._runs = runs
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            await self._fleet.has_moving.wait()
+            if self.look():
+                await asyncio.sleep(MOVE_AGAIN_S)
+            else:
+                self._fleet.has_moving.clear()
+
+    def look(self) -> bool:
+        """Move what can be moved now; False if nothing is left on workers that are to be emptied."""
+        workers = {
+            worker.instance_id
+            for worker in self._fleet.workers()
+            if worker.is_moving and worker.role is Role.DECODE and worker.num_inflight
+        }
+        for run in list(self._runs()) if workers else ():
+            if run.key is not None and run.key[1] in workers:
+                self._move(run)
+        return bool(workers)
 
 
 def _ids_line(worker: WorkerInfo, word: bytes) -> bytes:

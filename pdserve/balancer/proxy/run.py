@@ -13,6 +13,7 @@ from pdserve.balancer.proxy.retry import History
 from pdserve.balancer.request.ids import RequestIds
 from pdserve.balancer.request.request import ParsedRequest
 from pdserve.balancer.request.transforms import ResponseSink
+from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.workers import PairKey
 from pdserve.types import RequestShape, Rid
 
@@ -30,8 +31,9 @@ class Run(msgspec.Struct, eq=False):
     some of a batch's, by their numbers.
     ``history`` is what its failures so far tell; None before the first. ``answer`` is what the client has
     of a whole try: once that has begun, further attempts go on with it. ``first_rids`` are the names under
-    which the client knows such an answer; ``num_resumes`` counts attempts to go on, and ``num_tokens`` of
-    each prompt were there at the last failure.
+    which the client knows such an answer; ``num_resumes`` counts attempts to go on after a failure, and
+    ``num_tokens`` of each prompt were there at the last one.
+    ``held`` is the pair to which its answer is being moved; ``is_moved``: so the present leg goes on with it.
     """
 
     request: ParsedRequest
@@ -50,6 +52,8 @@ class Run(msgspec.Struct, eq=False):
     first_rids: tuple[Rid, ...] = ()
     num_resumes: int = 0
     num_tokens: int = 0
+    held: Reservation | None = None
+    is_moved: bool = False
     trace: RequestTrace | None = None
     history: History | None = None
 
@@ -57,6 +61,11 @@ class Run(msgspec.Struct, eq=False):
     def has_begun(self) -> bool:
         """True once its client has a part of the answer: an attempt goes on with it, or fails for good."""
         return self.answer is not None and self.answer.has_begun
+
+    def leaves_its_pair(self) -> None:
+        """Another pair goes on with its answer: keep the names under which its client knows it."""
+        if not self.first_rids and self.ids is not None:
+            self.first_rids = self.ids.rids
 
     @property
     def is_unwanted(self) -> bool:

@@ -58,6 +58,7 @@ async def run_samples(
         relayed = await _run_all(attempts, runs, sinks)
     finally:
         record.num_resumes = sum(run.record.num_resumes for run in runs)
+        record.num_moves = sum(run.record.num_moves for run in runs)
     usage = gathering.usage([item.usage for item in relayed])
     if not request.is_stream:
         return Relayed(200, usage, gathering.whole(relayed[0].status))

@@ -161,6 +161,7 @@ def _attributes(record: RequestRecord, outcome: Outcome, trace: RequestTrace) ->
         "pdserve.reason": str(record.reason),
         "pdserve.retries": sum(max(0, len(run.attempts) - 1) for run in runs),
         "pdserve.resumes": record.num_resumes or None,
+        "pdserve.moves": record.num_moves or None,
         "pdserve.samples": len(runs) if len(runs) > 1 else None,
         "pdserve.stream": record.is_stream,
         "pdserve.outcome": str(outcome),
@@ -194,6 +195,8 @@ def _leg_end(role: Role, attempt: AttemptTrace) -> tuple[Status, str]:
         return _error(failure.why), ""
     if attempt.status or (is_prefill and attempt.prefill_done_s is not None):
         return _UNSET, ""
+    if attempt.is_moved:
+        return _UNSET, "moved"
     return _UNSET, "aborted" if failure is None else "other leg failed"
 
 

@@ -42,7 +42,8 @@ class AttemptTrace(msgspec.Struct, eq=False):
 
     ``status`` is that of decode's answer. With neither it nor a failure the attempt was broken off: its
     client left or another sample failed. With both, decode has answered and prefill did not end well.
-    ``is_resumed``: it went on with an answer that its client has a part of.
+    ``is_resumed``: it went on with an answer that its client has a part of; ``is_moved``: another one did, by
+    somebody's wish.
     """
 
     run: RunTrace
@@ -55,6 +56,7 @@ class AttemptTrace(msgspec.Struct, eq=False):
     decode_id: int
     timeline: RequestTimeline
     is_resumed: bool = False
+    is_moved: bool = False
     prefill_done_s: float | None = None
     first_s: float | None = None
     ended_s: float | None = None

@@ -364,7 +364,7 @@ async def test_books() -> None:
         assert state["latency"]["resume_gap_s"]["count"] == 1
         assert any(event["event"] == "resumed" for event in state["events"])
         metrics = (await site.ask("GET", "/metrics")).body
-        assert b"pdserve:resumes_total 1" in metrics
+        assert b'pdserve:resumes_total{cause="failed"} 1' in metrics
         assert b"pdserve:resume_gap_seconds_count 1" in metrics
 
 
