@@ -86,8 +86,9 @@ class RequestRecord(msgspec.Struct, eq=False):
         fields = {"event": "request", **structs.asdict(self.render())}
         for name in ("first_token_s", "done_s"):  # the same as ttft_s and e2e_s
             del fields[name]
-        if not self.num_resumes:
-            del fields["resumes"]
+        for name in ("resumes", "moves"):
+            if not fields[name]:
+                del fields[name]
         fields |= {name: round(value, 6) for name, value in fields.items() if isinstance(value, float)}
         return {name: value for name, value in fields.items() if value not in ("", None)}
 
