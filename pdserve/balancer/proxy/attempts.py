@@ -148,7 +148,7 @@ class Attempts:
         answer, resumes = run.answer, self.resumes
         if answer is None or not answer.is_running or run.held is not None or not resumes.may_resume(run):
             return False
-        unable = exclude | resumes.unable() | run.exclude
+        unable = exclude | resumes.unable() | resumes.standing_still() | run.exclude
         run.held = self._reservations.take_now(resumes.rest_of(run), unable)
         if run.held is None:
             return False

@@ -128,6 +128,14 @@ class Resumes:
             if not (record.prefill.info.resume_id and record.decode.info.resume_id)
         }
 
+    def standing_still(self) -> set[PairKey]:
+        """Pairs of which a worker is paused or loads weights: what is moved there would wait."""
+        return {
+            record.key
+            for record in self._fleet.pairs()
+            if record.is_paused or record.prefill.num_updates or record.decode.num_updates
+        }
+
     def has_its_weights(self, run: Run) -> bool:
         """True if who serves now has the weights with which the answer was begun."""
         begun_with = run.answer.begun_with if run.answer is not None else None

@@ -238,6 +238,15 @@ async def test_a_stock_decode_server_beside_it_takes_nothing() -> None:
         await finishes_where_it_is(site, stream)
 
 
+@pytest.mark.parametrize("told", [{"is_paused": True}, {"num_updates": 1}], ids=["paused", "loads weights"])
+async def test_a_server_that_stands_still_takes_nothing(told: dict[str, Any]) -> None:
+    async with running_site(decode=2, resumes=True) as site, waiting(site) as stream:
+        (other,) = [fake for fake in site.decodes if fake is not stream.server]
+        for name, value in told.items():
+            setattr(member(site, other), name, value)
+        await finishes_where_it_is(site, stream)
+
+
 async def test_after_as_many_resumes_as_it_may_have_it_is_waited_for() -> None:
     async with running_site(decode=3, resumes=True, max_resumes=1) as site:
         for fake in site.decodes:

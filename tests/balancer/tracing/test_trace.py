@@ -183,6 +183,22 @@ async def test_an_answer_that_goes_on_has_legs_of_its_own(collector: Collector) 
     assert whole.start >= broken.start
 
 
+async def test_an_answer_that_is_moved_says_so_and_has_no_error(collector: Collector) -> None:
+    async with running_site(decode=2, resumes=True, otlp_endpoint=collector.url) as site:
+        site.decode.breaks.append(Break(2, how="hang"))
+        body = {"text": "hi", "stream": True}
+        async with site.exchange("POST", "/generate", body) as exchange:
+            await exchange.read_until(b"\n\n")
+            (server,) = [fake for fake in site.decodes if fake.requests]
+            await site.ask("PUT", f"/workers/{server.name}", {"draining": True, "move": True})
+            await exchange.read_until(b"0\r\n\r\n")
+    assert collector.server.attributes["pdserve.moves"] == 1
+    assert "pdserve.resumes" not in collector.server.attributes
+    left, whole = collector.named("decode leg")
+    assert left.attributes["pdserve.ended"] == "moved" and not left.why
+    assert whole.attributes["pdserve.resumed"] is True and not whole.why
+
+
 async def test_a_retry_has_legs_of_its_own_and_the_failed_ones_an_error(collector: Collector) -> None:
     async with running_site(prefill=2, otlp_endpoint=collector.url, policy="round_robin") as site:
         site.prefill.behaviour.status = 500
