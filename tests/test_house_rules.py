@@ -42,6 +42,7 @@ ALLOWED = {
     "model": {"errors", "config", "model"},
     "sim": VOCABULARY | {"sim", "scheduling", "balancer", "http"},
     "loadgen": VOCABULARY | {"loadgen", "http"},
+    "chaos": VOCABULARY | {"chaos", "http"},
     "doctor": VOCABULARY | {"doctor", "cluster", "kv", "transfer", "plugin", "model"},
     "process": VOCABULARY | {"balancer", "bootstrap"},
 }
@@ -52,7 +53,7 @@ FOREIGN = {
     "nixl": {"transfer"},
     "torch": {"kv", "plugin", "model"},
     "typer": {"cli"},
-    "rich": {"cli", "monitor"},
+    "rich": {"cli", "monitor", "chaos"},
     "openai": {"cli"},
 }
 """Which packages may import a foreign one."""

@@ -42,6 +42,7 @@ COMMANDS = (
     Command(commands.version, USE, ()),
     Command(commands.monitor, USE, ("pdserve.cli.commands:MonitorFlags",)),
     Command(commands.bench, USE, ("pdserve.loadgen.options:BenchOptions", "pdserve.cli.commands:BenchFlags")),
+    Command(commands.chaos, USE, ("pdserve.chaos.command:ChaosOptions",)),
     Command(commands.doctor, PLAN, ("pdserve.doctor.command:DoctorOptions",)),
     Command(
         commands.simulate, PLAN, ("pdserve.sim.command:SimulateOptions", "pdserve.cli.commands:SimulateFlags")

@@ -216,6 +216,15 @@ def bench(given: Given) -> int:
     return run_bench(BenchOptions(**{**chosen, "api_key": _client_key(given)}), typer.echo)
 
 
+def chaos(given: Given) -> int:
+    """Kill and stop servers of a launched fleet under load, and report what its clients noticed."""
+    from pdserve.chaos.command import ChaosOptions, run_chaos
+
+    options = given.make(ChaosOptions)
+    options = replace(options, api_key=settings.admin_key(options.api_key))
+    return run_chaos(options, typer.confirm, client_key=_client_key(given))
+
+
 def doctor(given: Given) -> int:
     """Check this machine and, given a URL, a running fleet: what is wrong, why it matters, what to do."""
     from pdserve.doctor.command import DoctorOptions, run_doctor
