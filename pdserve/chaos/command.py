@@ -20,12 +20,13 @@ from pdserve.chaos.faults import Faults
 from pdserve.chaos.load import ChaosLoad, questions
 from pdserve.chaos.process import LaunchedFleet
 from pdserve.config.setting import KEYS, LOAD, setting
-from pdserve.errors import ConfigError
+from pdserve.errors import ConfigError, WorkerError
 from pdserve.http.client import HttpClient
 from pdserve.state.client import StateClient
 from pdserve.state.document import RequestCounts, StateDocument
 
 POLL_S = 0.5
+ASK_S = 30.0
 WHOLE_S = 240.0
 """How long the launcher has to bring every server back, one that it had given up for a minute too."""
 SETTLE_S = 30.0
@@ -180,7 +181,7 @@ def run_chaos(options: ChaosOptions, confirm: Callable[[str], bool], *, client_k
     question = f"Kill and stop servers of this fleet for {options.duration_s:g} s?"
     if not (options.yes or confirm(question)):
         raise ConfigError("nothing was broken: not confirmed")
-    report = asyncio.run(_Run(options, fleet, client, console).run(client_key))
+    report = asyncio.run(_Run(options, fleet, client.url, console).run(client_key))
     print_report(report, console)
     console.out(report.as_json(), highlight=False)
     return int(bool(report.promises))
@@ -189,12 +190,10 @@ def run_chaos(options: ChaosOptions, confirm: Callable[[str], bool], *, client_k
 class _Run:
     """One run over a fleet that was found and may be broken."""
 
-    def __init__(
-        self, options: ChaosOptions, fleet: LaunchedFleet, client: StateClient, console: Console
-    ) -> None:
+    def __init__(self, options: ChaosOptions, fleet: LaunchedFleet, url: str, console: Console) -> None:
         self._options = options
         self._fleet = fleet
-        self._client = client
+        self._url = url
         self._say: Callable[[str], None] = lambda text: console.print(text, markup=False, highlight=False)
         self._resumed: set[str] = set()
         """Requests that went on elsewhere, by their clients' ids."""
@@ -206,8 +205,7 @@ class _Run:
         state = await self._state()
         before = state.requests or RequestCounts()
         asked = questions(options.seed, options.prompts, options.output, state.model)
-        url = self._client.url
-        load = ChaosLoad(url, asked, concurrency=options.concurrency, headers=headers)
+        load = ChaosLoad(self._url, asked, concurrency=options.concurrency, headers=headers)
         faults = Faults(
             self._fleet, random.Random(options.seed), options.every_s, not options.last_pair, self._say
         )
@@ -223,7 +221,8 @@ class _Run:
         tally = load.tally
         gaps = sorted(tally.silences[rid] for rid in self._resumed if rid in tally.silences)
         return Report(
-            url, options.seed, options.duration_s, dict(faults.done), faults.num_skipped, tally.requests,
+            self._url, options.seed, options.duration_s, dict(faults.done), faults.num_skipped,
+            tally.requests,
             tally.failed, tally.broken, tally.differing, load.is_comparable, after.resumed - before.resumed,
             after.retried - before.retried, tuple(gaps), kv_left, inflight, tuple(missing),
             dict(tally.errors.most_common(10)),
@@ -234,18 +233,11 @@ class _Run:
         watch = asyncio.create_task(self._watch())
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(faults.run(self._client_of_faults, until_s))
+                group.create_task(faults.run(self._read, until_s))
                 group.create_task(load.run(pool, random.Random(f"load {self._options.seed}"), until_s))
             await self._note_resumed()
         finally:
             watch.cancel()
-
-    def _client_of_faults(self) -> StateDocument:
-        client = StateClient(self._options.url, self._options.api_key)
-        try:
-            return client.fetch()
-        finally:
-            client.close()
 
     async def _watch(self) -> None:
         while True:
@@ -257,7 +249,25 @@ class _Run:
         self._resumed |= {row.request_id for row in state.recent if row.resumes}
 
     async def _state(self) -> StateDocument:
-        return await asyncio.to_thread(self._client.fetch)
+        return await asyncio.to_thread(self._read)
+
+    def _read(self) -> StateDocument:
+        """The state document, on a connection of its own: several threads ask. On a busy machine it is late.
+
+        Raises:
+            WorkerError: if the balancer says nothing for ``ASK_S``.
+        """
+        deadline_s = time.monotonic() + ASK_S
+        while True:
+            client = StateClient(self._options.url, self._options.api_key)
+            try:
+                return client.fetch()
+            except WorkerError:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(POLL_S)
+            finally:
+                client.close()
 
     async def _wait_whole(self) -> list[str]:
         """What is still missing after ``WHOLE_S``."""
@@ -274,7 +284,7 @@ class _Run:
         key = self._options.api_key
         headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
         while True:
-            await pool.fetch(self._client.url, "POST", "/flush_cache", headers=headers, timeout_s=SETTLE_S)
+            await pool.fetch(self._url, "POST", "/flush_cache", headers=headers, timeout_s=SETTLE_S)
             flushed_s = time.monotonic()
             await asyncio.sleep(POLL_S)
             state = await self._state()
