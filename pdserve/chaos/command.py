@@ -288,12 +288,12 @@ class _Run:
             flushed_s = time.monotonic()
             await asyncio.sleep(POLL_S)
             state = await self._state()
-            loads = {worker.worker_id: worker for worker in state.workers}
+            living = [worker for worker in state.workers if worker.state == "ready"]
             is_fresh = all(
                 worker.load_age_s is not None and worker.load_age_s < time.monotonic() - flushed_s
-                for worker in state.workers
+                for worker in living
             )
-            left = {name: worker.load.num_used_tokens for name, worker in loads.items() if worker.load}
+            left = {worker.worker_id: worker.load.num_used_tokens for worker in living if worker.load}
             inflight = state.requests.inflight if state.requests else 0
             is_over = is_fresh and not any(left.values()) and not inflight
             if is_over or time.monotonic() > deadline_s:
