@@ -1,6 +1,6 @@
 """What a failed request means: whose fault it was, and whether it may be tried again.
 
-failure ─► a server died under it?     for the second time: never again (500)
+failure ─► a server died under it?     the second of a role: never again (500)
         ─► rejected by a worker?       counted against that worker, once for equal requests
              └─ by a second one too    the request is at fault: forgiven to both
 served elsewhere ─► whoever rejected it was at fault
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 
 import msgspec
 
@@ -19,12 +20,13 @@ from pdserve.balancer.proxy.answer import LegFailed
 from pdserve.balancer.request.request import ParsedRequest, RequestRefused
 from pdserve.errors import WorkerError, WorkerRejected, WorkerTimeout, WorkerUnreachable
 from pdserve.http.client import HttpClient
-from pdserve.types import InstanceId, Pair, Role, WorkerId, WorkerInfo
+from pdserve.types import InstanceId, Pair, Role, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 2
-"""Attempts under which servers may die. Both servers of one are one death: it is their machine that died."""
+"""Servers of one role that may die under a request. One that kills prefill servers never comes to decode,
+and one that kills decode servers is passed on by prefill: a death in each role has other reasons."""
 INNOCENT_TOKENS = 16
 """A streamed answer that has so many more since a server died under it would have killed the next one
 sooner: both go on from the same token."""
@@ -74,17 +76,15 @@ def _is_own_error(status: int) -> bool:
 class History:
     """What became of one request so far, with all its samples.
 
-    ``exposed``: workers that had it when something broke. ``dead``: those of them that have died, at
-    ``num_deaths`` different times.
+    ``exposed``: workers that had it when something broke. ``dead``: those of them that have died.
     ``rejected_by``: workers that answered it with a server error.
     """
 
-    __slots__ = ("cause", "dead", "exposed", "num_deaths", "rejected_by")
+    __slots__ = ("cause", "dead", "exposed", "rejected_by")
 
     def __init__(self, request: ParsedRequest) -> None:
         self.cause = hash(request.raw or msgspec.json.encode(request.fields))
-        self.dead: dict[InstanceId, WorkerId] = {}
-        self.num_deaths = 0
+        self.dead: dict[InstanceId, WorkerInfo] = {}
         self.exposed: dict[InstanceId, WorkerInfo] = {}
         self.rejected_by: set[InstanceId] = set()
 
@@ -116,7 +116,6 @@ class FailureJudge:
     def went_on(self, history: History, num_tokens: int) -> None:
         """The answer had ``num_tokens`` more, of each prompt, when it failed again."""
         if num_tokens >= INNOCENT_TOKENS:
-            history.num_deaths = 0
             history.dead.clear()
             history.exposed.clear()
 
@@ -132,7 +131,7 @@ class FailureJudge:
         can tell them apart.
 
         Raises:
-            RequestRefused: if it happened ``MAX_DEATHS`` times.
+            RequestRefused: if ``MAX_DEATHS`` of one role have.
         """
         error = failure.error
         is_broken = isinstance(error, WorkerUnreachable) and error.was_sent
@@ -143,10 +142,10 @@ class FailureJudge:
         waiting = [worker for key, worker in history.exposed.items() if key not in history.dead]
         are_dead = await asyncio.gather(*(self._is_dead(worker) for worker in waiting))
         found = [worker for worker, is_dead in zip(waiting, are_dead, strict=True) if is_dead]
-        history.dead |= {worker.instance_id: worker.worker_id for worker in found}
-        history.num_deaths += bool(found)
-        if history.num_deaths >= MAX_DEATHS:
-            names = ", ".join(history.dead.values())
+        history.dead |= {worker.instance_id: worker for worker in found}
+        deaths = Counter(worker.role for worker in history.dead.values())
+        if max(deaths.values(), default=0) >= MAX_DEATHS:
+            names = ", ".join(worker.worker_id for worker in history.dead.values())
             logger.error("not tried again rid=%s: servers died under it: %s", name, names)
             raise RequestRefused(
                 f"request {name} was running on {names} when they died, so it is not tried again", DIED_STATUS

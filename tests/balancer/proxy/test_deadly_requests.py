@@ -75,7 +75,7 @@ async def test_a_request_that_shared_two_dying_servers_is_not_tried_a_third_time
         assert (reply.status, len(dead(site))) == (500, 2)
 
 
-async def test_both_servers_of_a_pair_that_die_together_are_one_death() -> None:
+async def test_both_servers_of_a_pair_may_die_together() -> None:
     """As when their machine goes down."""
     async with running_site(prefill=2, decode=2) as site:
         gate = asyncio.Event()
@@ -86,6 +86,30 @@ async def test_both_servers_of_a_pair_that_die_together_are_one_death() -> None:
         for fake in [fake for fake in site.fakes if fake.requests]:
             fake.kill()
         await until(lambda: sum(bool(fake.requests) for fake in site.fakes) == 4)
+        gate.set()
+        reply = await asked
+        assert (reply.status, len(dead(site))) == (200, 2)
+
+
+async def test_a_death_in_each_role_is_not_the_requests_doing() -> None:
+    """What kills prefill servers never comes to decode; what kills decode servers prefill passes on."""
+    async with running_site(prefill=2, decode=3, max_retries=5) as site:
+        for fake in site.decodes:
+            fake.behaviour.hang = True  # as decode waits for the KV
+        gate = site.prefill.behaviour.gate = site.prefills[1].behaviour.gate = asyncio.Event()
+        first, second = site.prefills
+        asked = asyncio.create_task(site.generate(DEADLY))
+        await until(lambda: bool(first.requests or second.requests))
+        (first if first.requests else second).kill()
+
+        def its_decode() -> list[FakeSGLang]:
+            rids = [r["rid"] for fake in site.prefills if not fake.is_dead for r in fake.requests]
+            return [fake for fake in site.decodes if any(r["rid"] in rids for r in fake.requests)]
+
+        await until(lambda: bool(its_decode()))
+        for fake in site.decodes:
+            fake.behaviour.hang = False
+        its_decode()[0].kill()
         gate.set()
         reply = await asked
         assert (reply.status, len(dead(site))) == (200, 2)
