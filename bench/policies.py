@@ -83,6 +83,7 @@ VARIANTS = (
     "cache_aware slo",
     "dynamo_kv queued",
 )
+POLL_S = BalancerConfig().load_poll_s
 AT_ONCE_S = 1e6
 """``prefill_queue_s`` of a row that holds nothing back."""
 STEP, TARGET, WARM, COOL = 1.08, 0.9, 0.1, 0.2
@@ -120,6 +121,8 @@ class Point:
     hit: float
     failed: int
     retractions: int
+    alone: float
+    """Share of requests that a decode server prefilled itself."""
 
 
 _TRACES: dict[str, list[TracedRequest]] = {}
@@ -154,9 +157,10 @@ def run_point(cell: Cell, row: str, rung: int, seed: int) -> Point:
     """One simulation."""
     policy, _, variant = row.partition(" ")
     slo, rate = SLOS[cell.trace], rate_at(cell, rung)
-    config = BalancerConfig(policy=policy)
-    if variant == "slo":
-        config = replace(config, slo_ttft_s=slo.ttft_s, slo_tpot_s=slo.tpot_s)
+    config = BalancerConfig(policy=policy, load_poll_s=POLL_S)
+    if variant.startswith("slo"):
+        deflect = "auto" if variant.endswith("deflect") else "off"
+        config = replace(config, slo_ttft_s=slo.ttft_s, slo_tpot_s=slo.tpot_s, deflect=deflect)
     elif variant == "plain" or (policy not in OURS and variant != "queued"):
         config = replace(config, queue_order="fcfs", prefill_queue_s=AT_ONCE_S)
     lengths = variant if variant in ("oracle", "useless") else "learned"
@@ -181,6 +185,7 @@ def run_point(cell: Cell, row: str, rung: int, seed: int) -> Point:
         report.cache_hit_rate(),
         len(counted) - len(served),
         report.use.retractions,
+        sum(record.prefill < 0 and not record.error for record in counted) / len(counted),
     )
 
 

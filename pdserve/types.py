@@ -25,6 +25,16 @@ MAX_ROOM = 2**63 - 1
 """Rooms are 1..MAX_ROOM: SGLang's metadata gate treats room 0 as 'not written yet' and hangs."""
 
 
+LOCAL_HOST = "prefill.pdserve.invalid"
+"""As ``bootstrap_host`` of a request: the decode server that gets it prefills it itself
+(plugin/local_prefill); ``bootstrap_port`` is then how long a pass that it shares with running requests may
+take, in milliseconds.
+
+The balancer sets both fields in every request it sends, so that no client can. The name never resolves
+(RFC 6761): a server that does not know it fails the request.
+"""
+
+
 class Role(enum.StrEnum):
     """What a worker does for a request."""
 
@@ -116,6 +126,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     resume_id: str = ""
     """Under this name it tells its tokens and goes on with others' answers (docs/resume.md); empty: it does
     not."""
+    prefills_locally: bool = False
+    """A decode worker that prefills requests itself where it is asked to (LOCAL_HOST)."""
     is_leaving: bool = False
     """It was told to stop: it finishes the requests it has and is given no other."""
 
@@ -187,6 +199,7 @@ class RequestShape(msgspec.Struct, frozen=True):
     template puts before them, enough to tell common prefixes; empty if nobody asked for it. ``priority``
     is the client's, None without one: whether higher or lower ones go first is the workers' setting.
     In a batch ``prompt_tokens`` is the sum, ``max_new_tokens`` and ``forecast`` are each prompt's.
+    ``needs_prefill_worker``: no decode worker could compute the prompt by itself (LOCAL_HOST).
     ``forecast`` is None until the balancer has made one. ``is_resumed``: a client has a part of its answer
     and waits for the rest, so that it goes before all others. ``route`` and ``user`` (the body's field of
     that name) are what answers of like requests are remembered by.
@@ -201,6 +214,7 @@ class RequestShape(msgspec.Struct, frozen=True):
     user: str = ""
     forecast: Forecast | None = None
     is_resumed: bool = False
+    needs_prefill_worker: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +228,13 @@ class Pair:
         return self.label
 
     @property
+    def is_alone(self) -> bool:
+        """True if a decode worker prefills the request itself: it stands on both sides."""
+        return self.prefill is self.decode
+
+    @property
     def label(self) -> str:
-        """``prefill-0>decode-1``: short form for logs and the state document."""
+        """``prefill-0>decode-1``: short form for logs and the state document; ``decode-1`` alone."""
+        if self.is_alone:
+            return str(self.decode.worker_id)
         return f"{self.prefill.worker_id}>{self.decode.worker_id}"

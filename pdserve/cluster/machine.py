@@ -12,6 +12,7 @@ from pdserve.cluster.gpus import choose_device, find_gpus
 from pdserve.cluster.ports import SystemPorts
 from pdserve.cluster.spec import ClusterSpec, ProcessSpec, http_url, plan_cluster, worker_spec
 from pdserve.cluster.worker_flags import WorkerPlan
+from pdserve.config.balancer import DEFLECT_AUTO
 from pdserve.config.launch import DEVICES, JoinConfig, LaunchConfig, check_port
 from pdserve.config.worker_env import environment
 from pdserve.errors import ConfigError
@@ -75,6 +76,7 @@ def plan_join(config: JoinConfig, gpus: Sequence[int], ports: SystemPorts) -> Pr
         args=config.sglang_args,
         environ=environment(),
         served_model_name=config.served_model_name,
+        prefills_locally=config.deflect == DEFLECT_AUTO,
     )
     return worker_spec(plan)
 

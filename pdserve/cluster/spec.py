@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pdserve.cluster.gpus import choose_device
 from pdserve.cluster.ports import SystemPorts
 from pdserve.cluster.worker_flags import WILDCARD_HOSTS, WorkerPlan, worker_environment, worker_flags
+from pdserve.config.balancer import DEFLECT_AUTO
 from pdserve.config.launch import LaunchConfig
 from pdserve.errors import ConfigError
 from pdserve.types import Role
@@ -173,6 +174,7 @@ def _plan_workers(
                 served_model_name=config.served_model_name,
                 fork_children=config.start_method != "spawn",
                 data_plane=config.data_plane_environment,
+                prefills_locally=config.deflect == DEFLECT_AUTO,
             )
         )
 
@@ -205,9 +207,11 @@ def _balancer_spec(config: LaunchConfig, port: int, url: str, bootstrap: str) ->
     listen = ("--host", config.host, "--port", str(port))
     expected = ("--expect-prefill", str(config.prefill), "--expect-decode", str(config.decode))
     fleet = ("--bootstrap", bootstrap, *expected, "--policy", config.policy)
+    options = ("--deflect", config.deflect) if config.deflect == DEFLECT_AUTO else ()
+    options = (*options, *_file_args(config))
     slo = ("--slo", config.slo) if config.slo else ()
     times = ("--shutdown-delay", f"{config.shutdown_delay_s:g}", "--drain", f"{config.drain_s:g}")
-    argv = (sys.executable, "-m", "pdserve", "balance", *listen, *times, *fleet, *slo, *_file_args(config))
+    argv = (sys.executable, "-m", "pdserve", "balance", *listen, *times, *fleet, *slo, *options)
     return ProcessSpec("balancer", ProcessKind.BALANCER, argv, {}, url + "/liveness")
 
 

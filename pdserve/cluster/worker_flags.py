@@ -63,6 +63,8 @@ class WorkerPlan:
     served_model_name: str = ""
     fork_children: bool = True
     data_plane: Mapping[str, str] = field(default_factory=dict)
+    prefills_locally: bool = False
+    """A decode server computes prompts itself where the balancer asks for it."""
 
 
 def worker_flags(plan: WorkerPlan) -> tuple[str, ...]:
@@ -116,6 +118,8 @@ def worker_environment(plan: WorkerPlan) -> dict[str, str]:
     env |= past_proxies((plan.host, urlsplit(plan.bootstrap_url).hostname or ""), plan.environ)
     if not plan.fork_children:
         env["PDSERVE_FORK_CHILDREN"] = "0"
+    if plan.role is Role.DECODE and plan.prefills_locally:
+        env["PDSERVE_LOCAL_PREFILL"] = "1"
     return {**env, **plan.data_plane}
 
 
@@ -174,6 +178,8 @@ def flag_name(arg: str) -> str:
 
 def _defaults(plan: WorkerPlan, given: set[str]) -> list[tuple[str, str]]:
     defaults = [(_BACKEND_FLAG, TRANSFER_BACKEND), ("--skip-server-warmup", "")]
+    if plan.role is Role.DECODE and plan.prefills_locally:
+        defaults.append(("--enable-mixed-chunk", ""))
     if plan.served_model_name:
         defaults.append(("--served-model-name", plan.served_model_name))
     if plan.device == "cpu":

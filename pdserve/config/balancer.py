@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pdserve.config.setting import FAILURES, FLEET, KEYS, LIMITS, LISTEN, ROUTING, RUN, setting
 
+DEFLECT_AUTO = "auto"
+DEFLECT = (DEFLECT_AUTO, "off")
 QUEUE_ORDERS = ("auto", "fcfs", "shortest")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -94,6 +96,14 @@ class BalancerConfig:
         "seconds",
         "",
         empty="no bound",
+    )
+    deflect: str = setting(
+        "off",
+        "auto: a decode server prefills a request itself, without a prefill server, where that is quicker "
+        "within the SLO or no prefill server is there.",
+        "name",
+        "--deflect",
+        choices=DEFLECT,
     )
     queue_order: str = setting(
         "auto",

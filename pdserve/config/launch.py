@@ -107,6 +107,7 @@ class LaunchConfig:
         "seconds",
         "--slo ttft=S,tpot=S",
     )
+    deflect: str = same_setting(BalancerConfig, "deflect")
     data_plane: str = setting(
         "on",
         "How KV travels; off: SGLang's own NIXL path.",
@@ -184,6 +185,7 @@ class JoinConfig:
     advertise_host: str = same_setting(BootstrapConfig, "advertise_host")
     device: str = same_setting(LaunchConfig, "device")
     tp: int = same_setting(LaunchConfig, "tp")
+    deflect: str = same_setting(LaunchConfig, "deflect")
     sglang_args: tuple[str, ...] = ()
     served_model_name: str = ""
 

@@ -80,6 +80,8 @@ class WorkerEnv:
     """On CPU, whether SGLang's own processes are forked from the server process, or spawned as stock does."""
     stock: bool = False
     """Only what SGLang cannot do without on CPU; everything else stays SGLang's own, for comparisons."""
+    local_prefill: bool = False
+    """A decode worker may prefill requests itself (plugin/local_prefill)."""
     advertise_host: str = ""
     """Host by which other machines reach this worker; empty: the host it listens on."""
     data_plane: DataPlaneConfig = field(default_factory=DataPlaneConfig)
@@ -109,6 +111,7 @@ class WorkerEnv:
             parent_pid=int(parent),
             fork_children=env.get("PDSERVE_FORK_CHILDREN", "1") == "1",
             stock=env.get("PDSERVE_STOCK", "") == "1",
+            local_prefill=env.get("PDSERVE_LOCAL_PREFILL", "") == "1",
             advertise_host=env.get("PDSERVE_ADVERTISE_HOST", ""),
             data_plane=DataPlaneConfig.from_environ(env),
         )

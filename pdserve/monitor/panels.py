@@ -100,6 +100,8 @@ def condition(snapshot: Snapshot, width: int) -> Line:
         parts.append((f"retried {format_count(requests.retried)}", "", 4))
         parts.append((f"resumed {format_count(requests.resumed)}" if requests.resumed else "", "", 4))
         parts.append((f"moved {format_count(requests.moved)}" if requests.moved else "", "", 4))
+        if requests.deflected:
+            parts.append((f"by decode alone {format_count(requests.deflected)}", "", 3))
     return joined([*parts, _membership(state)], width)
 
 

@@ -196,6 +196,48 @@ HOOKS: tuple[HookTarget, ...] = (
         "pdserve.plugin.children:watch_children",
         "a crashed scheduler closes the server's connections at once, not after seconds of silence",
     ),
+    HookTarget(
+        "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
+        "around",
+        "pdserve.plugin.local_prefill.hooks:queue_local",
+        "local prefill: a request that names LOCAL_HOST waits for no prefill server",
+    ),
+    HookTarget(
+        "sglang.srt.disaggregation.decode.SchedulerDisaggregationDecodeMixin.get_next_disagg_decode_batch_to_run",
+        "around",
+        "pdserve.plugin.local_prefill.hooks:next_batch",
+        "local prefill: decode's loop plans no prefill chunks",
+    ),
+    HookTarget(
+        "sglang.srt.managers.scheduler.Scheduler.abort_request",
+        "around",
+        "pdserve.plugin.local_prefill.hooks:abort_local",
+        "local prefill: SGLang does not know the queue",
+    ),
+    HookTarget(
+        "sglang.srt.managers.scheduler.Scheduler.is_fully_idle",
+        "around",
+        "pdserve.plugin.local_prefill.hooks:is_idle",
+        "local prefill: SGLang does not know the queue",
+    ),
+    HookTarget(
+        "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer.get_loads",
+        "around",
+        "pdserve.plugin.local_prefill.hooks:count_local",
+        "local prefill: SGLang does not know the queue",
+    ),
+    HookTarget(
+        "sglang.srt.disaggregation.decode.DecodePreallocQueue._allocatable_token_budgets",
+        "around",
+        "pdserve.plugin.local_prefill.hooks:leave_room",
+        "local prefill: requests from prefill servers leave a local prompt its KV",
+    ),
+    HookTarget(
+        "sglang.srt.disaggregation.decode.DecodePreallocQueue.hold_rebootstrap",
+        "around",
+        "pdserve.plugin.local_prefill.hooks:hold_local",
+        "local prefill: no prefill server can compute a local request's KV again",
+    ),
 )
 
 

@@ -22,6 +22,7 @@ from pdserve import __version__
 from pdserve.bootstrap.client import STOP_S, LeaseClient, LeaseKeeper
 from pdserve.config.worker_env import WorkerEnv
 from pdserve.errors import PdserveError
+from pdserve.plugin.local_prefill.hooks import unsupported
 from pdserve.plugin.stats import TransferStats, publish
 from pdserve.types import InstanceId, PriorityFlags, Role, WorkerId, WorkerInfo
 
@@ -69,6 +70,7 @@ class WorkerMembership:
             "instance_id": self._env.instance_id,
             "resumes": not self._env.stock,
             "worker_id": self._env.worker_id,
+            "prefills_locally": not unsupported(self._server_args, self._env),
             "role": self._env.role or "",
             "rank_ports": [int(route["rank_port"]) for route in routes],
             "pid": os.getpid(),
@@ -99,6 +101,7 @@ class WorkerMembership:
             low_priority_first=priorities.low_priority_first,
             default_priority=priorities.default_priority,
             resume_id="" if self._env.stock else self._env.instance_id,
+            prefills_locally=not unsupported(self._server_args, self._env),
         )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 
 from pdserve.config.balancer import BalancerConfig
 from pdserve.errors import NoWorkerError, RequestAborted
+from pdserve.scheduling.deflection import make_deflection
 from pdserve.scheduling.kv_room import ENDLESS, WorkerLimits
 from pdserve.scheduling.load import LoadTable
 from pdserve.scheduling.placement import Placement
@@ -35,7 +36,7 @@ from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.slo import make_objective
 from pdserve.scheduling.work import CompletionRate, WorkEstimate
 from pdserve.scheduling.workers import PairKey, WorkerSlots
-from pdserve.types import RequestShape
+from pdserve.types import InstanceId, RequestShape
 
 MAX_OVERTAKEN = 16
 """Requests that may be served before an earlier one that needs more room than there is. A pair kept
@@ -71,6 +72,7 @@ class Admission:
         self._config = config
         self._objective = make_objective(config.slo_ttft_s, self.work, clock)
         self.placement = Placement(table, policy, self._limits(), clock, predicts=config.predict_lengths)
+        self.deflection = make_deflection(config, self.placement, self.work, clock)
         self._max_open = config.max_concurrent_requests or ENDLESS
         self._clock = clock
         self._explain = explain
@@ -88,7 +90,13 @@ class Admission:
         """
         if shape.is_resumed and not self._is_stopping:
             return self._place(shape, exclude)
-        if self.queue or self._is_stopping or self.placement.num_open >= self._max_open:
+        if self._is_stopping or self.placement.num_open >= self._max_open:
+            return None
+        if self.deflection is not None:
+            pair_s = self.deflection.pair_s(shape, self.queue)
+            if (reservation := self.deflection.place(shape, exclude, pair_s=pair_s)) is not None:
+                return reservation
+        if self.queue:
             return None
         if self._objective.is_late(shape, self.placement):
             return None
@@ -127,7 +135,16 @@ class Admission:
         Raises:
             NoWorkerError: if the queue is full, or the first token would be late.
         """
-        waiter = self._join(shape, exclude, grant)
+        try:
+            waiter = self._join(shape, exclude, grant)
+        except NoWorkerError:
+            reservation = None
+            if self.deflection is not None and not self._is_stopping:
+                reservation = self.deflection.place(shape, exclude)
+            if reservation is None:
+                raise
+            grant.set_result(reservation)
+            return Waiter(shape, exclude, self._clock(), grant, self.work.of(shape), reservation.tokens)
         self.serve()
         return waiter
 
@@ -148,6 +165,8 @@ class Admission:
         if not self.queue:
             return
         self._shed_late()
+        if self.deflection is not None and not self.placement.ready_pairs.prefills:
+            self.deflection.serve(self.queue)
         placement, front = self.placement, None
         free, least = placement.most_free(), NOBODY
         for waiter in self.queue:
@@ -228,6 +247,8 @@ class Admission:
         self.placement.end_decode(reservation, is_whole=bool(decode_ok))
 
     def _end_prefill(self, reservation: Reservation, *, is_whole: bool) -> None:
+        if self.deflection is not None and reservation.is_alone:
+            self.deflection.prefilled(reservation, is_whole=is_whole)
         self._objective.prefill_ended(reservation, is_whole=is_whole)
         self.placement.end_prefill(reservation, is_whole=is_whole)
 
@@ -238,6 +259,12 @@ class Admission:
         if reservation is not None:
             self._objective.sent(reservation, shape)
         return reservation
+
+    def set_alone(self, instance_ids: Iterable[InstanceId]) -> None:
+        """These decode workers take traffic and prefill requests themselves where they are told to."""
+        if self.deflection is not None:
+            self.deflection.set_workers(instance_ids)
+            self.serve()
 
     def set_priorities(self, priorities: PriorityOrder) -> None:
         """Which priorities go first from now on, of those that wait already too."""
@@ -272,7 +299,8 @@ class Admission:
     def _shed_late(self) -> None:
         for waiter in self._objective.late_waiters(self.queue, self.placement):
             self.queue.leave(waiter)
-            waiter.grant.set_exception(self._too_late(waiter))
+            if self.deflection is None or not self.deflection.take(waiter):
+                waiter.grant.set_exception(self._too_late(waiter))
             if waiter is self._favoured:
                 self._favour(None)
 

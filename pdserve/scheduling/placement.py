@@ -26,7 +26,7 @@ from pdserve.scheduling.kv_room import (
     set_calm,
 )
 from pdserve.scheduling.load import LoadTable
-from pdserve.scheduling.policy import Candidates, Choice, Policy
+from pdserve.scheduling.policy import Candidates, Choice, PairView, Policy, Reason
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.work import queue_s
 from pdserve.scheduling.workers import PairKey, PairSlots, ReadyPairs, WorkerSlots
@@ -88,6 +88,10 @@ class Placement:
         pair = self._pairs.get(key)
         return pair.num_requests if pair is not None else 0
 
+    def workers(self, instance_ids: Iterable[InstanceId]) -> tuple[WorkerSlots, ...]:
+        """Those of them that are known."""
+        return tuple(self._workers[each] for each in instance_ids if each in self._workers)
+
     # -- what changes the room ---------------------------------------------------------------
 
     def limit(self, limits: WorkerLimits) -> None:
@@ -121,19 +125,22 @@ class Placement:
     def end_prefill(self, reservation: Reservation, *, is_whole: bool) -> None:
         """The prefill leg is over. ``is_whole``: it came to a normal end."""
         reservation.is_prefilling = False
-        if self._policy.needs_ends:
-            self._policy.leg_ended(reservation.choice, Role.PREFILL, is_whole=is_whole, now_s=self._clock())
-        prefill = reservation.slots.prefill
-        self._table.finish(prefill.view.info.instance_id, reservation.legs[0])
-        prefill.promised_tokens -= reservation.tokens[0]
-        prefill.num_inflight -= 1
+        if not reservation.is_alone:
+            if self._policy.needs_ends:
+                self._policy.leg_ended(
+                    reservation.choice, Role.PREFILL, is_whole=is_whole, now_s=self._clock()
+                )
+            prefill = reservation.slots.prefill
+            self._table.finish(prefill.view.info.instance_id, reservation.legs[0])
+            prefill.promised_tokens -= reservation.tokens[0]
+            prefill.num_inflight -= 1
         if self._predicts:
             reservation.slots.decode.growth.begin(reservation.legs[1], self._clock())
 
     def end_decode(self, reservation: Reservation, *, is_whole: bool) -> None:
         """The decode leg is over, and with it the request."""
         reservation.is_open = False
-        if self._policy.needs_ends:
+        if self._policy.needs_ends and not reservation.is_alone:
             self._policy.leg_ended(reservation.choice, Role.DECODE, is_whole=is_whole, now_s=self._clock())
         decode, tokens = reservation.slots.decode, reservation.tokens
         self.num_open -= 1
@@ -257,16 +264,35 @@ class Placement:
             self._table.dispatch(key[1], prompt_tokens, now_s),
         )
         prefill.promised_tokens += tokens[0]
-        decode.promised_tokens += tokens[1]
-        decode.reserved_tokens += tokens[1] - tokens[0]
         prefill.num_inflight += 1
-        decode.num_inflight += 1
         if not is_calm(prefill):
             self._tight.add(prefill)
-        grown = decode.growth.add(legs[1], shape, tokens) if self._predicts else 0
+        self._hold_decode(decode, shape, tokens, legs[1])
+        return Reservation(key, slots.pair, choice, slots, legs, tokens)
+
+    def _hold_decode(
+        self, decode: WorkerSlots, shape: RequestShape, tokens: tuple[int, int], leg: int
+    ) -> None:
+        decode.promised_tokens += tokens[1]
+        decode.reserved_tokens += tokens[1] - tokens[0]
+        decode.num_inflight += 1
+        grown = decode.growth.add(leg, shape, tokens) if self._predicts else 0
         if grown > decode.calm_tokens or not is_calm(decode):
             self._tight.add(decode)
-        return Reservation(key, slots.pair, choice, slots, legs, tokens)
+
+    def hold_alone(self, shape: RequestShape, decode: WorkerSlots, why: Reason) -> Reservation:
+        """Hold a decode worker for all of a request."""
+        instance_id, view = decode.instance_id, decode.view
+        key = instance_id, instance_id
+        slots = self._pairs.get(key)
+        if slots is None:
+            slots = self._pairs[key] = PairSlots(decode, decode)
+        slots.num_requests += 1
+        self.num_open += 1
+        tokens = self._promise(shape)
+        leg = self._table.dispatch(instance_id, shape.prompt_tokens, self._clock())
+        self._hold_decode(decode, shape, tokens, leg)
+        return Reservation(key, slots.pair, Choice(PairView(view, view), why), slots, (leg, leg), tokens)
 
     def _measure(self) -> None:
         workers = (*self.ready_pairs.prefills, *self.ready_pairs.decodes)

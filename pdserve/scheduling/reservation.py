@@ -16,6 +16,8 @@ class Reservation(msgspec.Struct, eq=False):
     time; ``choice`` is the policy's. ``legs`` are the load table's numbers, ``tokens`` what was
     promised of each worker's KV.
     ``is_open`` until the legs have ended. Not a dataclass: one is made for each request, in C.
+
+    A decode worker that prefills the request itself stands on both sides, and both legs are one.
     """
 
     key: PairKey
@@ -26,6 +28,11 @@ class Reservation(msgspec.Struct, eq=False):
     tokens: tuple[int, int]
     is_prefilling: bool = True
     is_open: bool = True
+
+    @property
+    def is_alone(self) -> bool:
+        """True if a decode worker does all of it."""
+        return self.key[0] == self.key[1]
 
     @property
     def why(self) -> Reason:

@@ -59,6 +59,7 @@ class Scheduler:
         self.try_now, self.wait, self.serve = admission.try_now, admission.wait, admission.serve
         self.prefill_finished, self.end = admission.prefill_finished, admission.end
         self.abort = admission.abort
+        self.set_alone = admission.set_alone
         self.enqueue, self.leave, self.timed_out = admission.enqueue, admission.leave, admission.timed_out
         self._why_none_ready = why_none_ready
         self._infos: dict[InstanceId, WorkerInfo] = {}
@@ -136,8 +137,16 @@ class Scheduler:
 
     @property
     def has_ready_pair(self) -> bool:
-        """True if some pair takes traffic; it may be full."""
-        return len(self.admission.placement.ready_pairs) > 0
+        """True if some pair, or decode worker alone, takes traffic; it may be full."""
+        deflection = self.admission.deflection
+        return len(self.admission.placement.ready_pairs) > 0 or bool(deflection and deflection.workers)
+
+    @property
+    def alone(self) -> set[PairKey]:
+        """The decode workers that serve requests alone, as pairs with themselves."""
+        deflection = self.admission.deflection
+        workers = () if deflection is None else deflection.workers
+        return {(worker.instance_id, worker.instance_id) for worker in workers}
 
     @property
     def num_waiting(self) -> int:

@@ -57,6 +57,11 @@ class WorkEstimate:
         if shares:
             self._decode_token_s = sum(shares) / len(shares)
 
+    @property
+    def prefill_token_s(self) -> float:
+        """Seconds in which a prefill worker computes a token."""
+        return self._prefill_token_s
+
     def of(self, shape: RequestShape) -> Work:
         """What this request will probably take."""
         forecast = shape.forecast

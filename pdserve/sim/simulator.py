@@ -31,12 +31,15 @@ from pdserve.sim.decode_server import GAP_BINS, DecodeServer
 from pdserve.sim.engine import Clock, SimRequest
 from pdserve.sim.forecasts import LENGTHS, OracleLengths, make_lengths
 from pdserve.sim.link import Port
+from pdserve.sim.local_decode import LocalDecodeServer
 from pdserve.sim.prefill_server import PrefillServer
 from pdserve.sim.report import SimReport, SimulatedRequest, UseReport, WorkerUse
 from pdserve.types import InstanceId, RequestShape, Role, WorkerId, WorkerInfo
 from pdserve.workload import TracedRequest, prompt_bytes
 
 ROUTE = "/v1/completions"
+NOBODY = -1
+"""``prefill`` of a request that a decode server prefilled itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +152,19 @@ class Simulation:
         self._trace = trace
         self._num_open = len(trace)
         self._records: list[SimulatedRequest] = []
-        self.decodes = [
-            DecodeServer(index, model, clock, self._has_pages, self._finished) for index in range(size[1])
-        ]
+        self.decodes = [self._decode_server(index) for index in range(size[1])]
+        self.scheduler.set_alone(info.instance_id for info in decodes)
         ports: list[Port] = [server.port for server in self.decodes]
         self.prefills = [
             PrefillServer(index, model, clock, ports, self._kv_arrived) for index in range(size[0])
         ]
+
+    def _decode_server(self, index: int) -> DecodeServer:
+        deflection = self.scheduler.admission.deflection
+        if deflection is None:
+            return DecodeServer(index, self._model, self.clock, self._has_pages, self._finished)
+        calls = self._has_pages, self._finished, self._prefilled_alone
+        return LocalDecodeServer(index, self._model, self.clock, calls, deflection.budget_s)
 
     def run(self) -> SimReport:
         """All requests to their ends."""
@@ -231,7 +240,7 @@ class Simulation:
     def _start(self, request: SimRequest, reservation: Reservation) -> None:
         request.reservation = reservation
         request.paired_s = self.clock.now_s
-        request.prefill = _index(reservation.pair.prefill)
+        request.prefill = NOBODY if reservation.is_alone else _index(reservation.pair.prefill)
         request.decode = _index(reservation.pair.decode)
         self.clock.at(self.clock.now_s + self._model.request_s, self._reach, request)
 
@@ -243,12 +252,20 @@ class Simulation:
             self._release(request, is_ok=None)
             self._fail(request, "longer than the KV pool")
             return
+        decode = self.decodes[request.decode]
+        if request.prefill == NOBODY and isinstance(decode, LocalDecodeServer):
+            decode.arrive_alone(request)
+            return
         self.prefills[request.prefill].num_bootstrapping += 1
         self.decodes[request.decode].arrive(request)
 
     def _has_pages(self, request: SimRequest) -> None:
         looked_s = self.decodes[request.decode].boundary_s()
         self.clock.at(looked_s + self._model.handshake_s, self.prefills[request.prefill].submit, request)
+
+    def _prefilled_alone(self, request: SimRequest) -> None:
+        if request.reservation is not None:
+            self.scheduler.prefill_finished(request.reservation)
 
     def _kv_arrived(self, request: SimRequest) -> None:
         assert request.reservation is not None

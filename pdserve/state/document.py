@@ -164,6 +164,9 @@ class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
     moved: Annotated[
         int, count("Streamed answers that went on on another pair by somebody's wish.", "answers")
     ] = 0
+    deflected: Annotated[
+        int, count("Attempts with a decode server that prefilled the request itself.", "attempts")
+    ] = 0
 
 
 class RequestEntry(msgspec.Struct, frozen=True, kw_only=True):

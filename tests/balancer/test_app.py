@@ -70,6 +70,7 @@ async def test_state_document_has_the_request() -> None:
         assert state["requests"] == {
             "total": 2, "inflight": 0, "completed": 2, "failed": 0, "aborted": 0, "shed": 0, "retried": 0,
             "resumed": 0, "moved": 0,
+            "deflected": 0,
         }  # fmt: skip
         plain, stream = state["recent"]
         sent = site.decode.requests[0]

@@ -192,6 +192,17 @@ def test_nixl_backend_may_be_named() -> None:
     assert sum("transfer-backend" in flag for flag in flags) == 1
 
 
+def test_decode_servers_that_may_prefill_are_told_so_and_the_balancer_that_it_may_ask() -> None:
+    off, auto = plan(deflect="off"), plan(deflect="auto")
+    for spec, is_on in ((off, False), (auto, True)):
+        prefill, decode = spec.workers
+        assert ("--enable-mixed-chunk" in decode.flags) is is_on
+        assert (decode.env.get("PDSERVE_LOCAL_PREFILL") == "1") is is_on
+        assert ("--deflect" in spec.balancer.argv) is is_on
+        assert "--enable-mixed-chunk" not in prefill.flags
+        assert "PDSERVE_LOCAL_PREFILL" not in prefill.env
+
+
 def test_gpus_are_dealt_out_consecutively() -> None:
     spec = plan(gpus=(1, 2, 5, 7), tp=2)
     assert [worker.gpus for worker in spec.workers] == [(1, 2), (5, 7)]

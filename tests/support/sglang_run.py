@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pdserve.types import Role
+from pdserve.types import LOCAL_HOST, Role
 from tests.support.resumable import HEADER, Break, Frame, error_frames, frames_of, rendered, rest_of, rids_in
 from tests.support.sglang_answers import (
     abort_event,
@@ -122,6 +122,9 @@ class Run:
 
     async def _serve(self) -> None:
         does, connection = self._does, self._connection
+        if self._request.get("bootstrap_host") == LOCAL_HOST and not self._worker.prefills_locally:
+            self._respond(501, b'{"error":{"message":"this server does not prefill the request itself"}}')
+            return
         if await self._point(Point.ADMITTED) or not await self._meet():
             return
         if does.gate is not None:

@@ -78,6 +78,8 @@ class FakeSGLang:
         self.weights = FakeWeights()
         self.poison = ""
         """Die of any request that has this text in it."""
+        self.prefills_locally = True
+        """A decode server that computes the prompts of requests that name LOCAL_HOST."""
         self.port = 0
         self._server: asyncio.Server | None = None
         self._connections: set[FakeConnection] = set()
@@ -258,7 +260,9 @@ class FakeSGLang:
             },
         }
         if self.resumes:
-            documents["/pdserve/instance"] = {"instance_id": self.instance_id, "resumes": True}
+            is_able = self.role is Role.DECODE and self.prefills_locally
+            about = {"instance_id": self.instance_id, "resumes": True, "prefills_locally": is_able}
+            documents["/pdserve/instance"] = about
         return documents.get(path)
 
     # -- one prompt --------------------------------------------------------------------------

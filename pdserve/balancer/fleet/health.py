@@ -75,6 +75,8 @@ class HealthTracker:
                     worker.breaker.succeed()
             return
         results = [(members.get(key[0]), prefill_ok), (members.get(key[1]), decode_ok)]
+        if key[0] == key[1]:
+            del results[0]
         if prefill_ok is False and decode_ok is False:
             known = [each for each in results if each[0] is None or not each[0].breaker.is_closed]
             if len(known) == 1:
@@ -117,7 +119,10 @@ class HealthTracker:
     def worker_learned(self, worker: Worker, info: WorkerInfo) -> None:
         """The worker's description has changed."""
         if worker in self._roster:
+            had = worker.info.prefills_locally
             self._scheduler.update_worker(info)
+            if info.prefills_locally is not had:
+                self.set_ready_pairs()
 
     def worker_sampled(self, worker: Worker, sample: Sample) -> None:
         """A load sample arrived."""
@@ -235,7 +240,8 @@ class HealthTracker:
                 record.state, record.error = PairState.UNTESTED, why
 
     def set_ready_pairs(self) -> None:
-        """Have the scheduler use the pairs that are ready now."""
+        """Have the scheduler use the pairs that are ready now, and the decode workers that need none."""
+        self._scheduler.set_alone([worker.instance_id for worker in self._roster.alone()])
         self._scheduler.set_ready_pairs([record.key for record in self._roster.ready_pairs()])
 
 

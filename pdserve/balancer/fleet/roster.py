@@ -63,6 +63,16 @@ class Roster:
             ready = [record for record in ready if apart.isdisjoint((record.prefill, record.decode))]
         return [record for record in ready if not record.is_paused] or ready
 
+    def alone(self) -> list[Worker]:
+        """The decode workers that may be given requests to prefill themselves."""
+        return [
+            worker
+            for worker in self.members.values()
+            if worker.info.prefills_locally
+            and worker.state is WorkerState.READY
+            and not (worker.mismatch or worker.is_paused or worker.weights != self.agreed)
+        ]
+
     def why_apart(self, worker: Worker) -> str:
         """Why the worker may not serve with the others: it has other weights. Empty if it has not."""
         if worker.weights == self.agreed:

@@ -181,9 +181,12 @@ class WorkerMonitor:
                 low_priority_first=server.low_priority_first, default_priority=server.default_priority,
             )  # fmt: skip
             self._health.worker_learned(worker, info)
-        resume_id = _decoded(instance.body, _Instance()).resume_id if instance.status == 200 else ""
-        if worker.info.resume_id != resume_id:
-            self._health.worker_learned(worker, msgspec.structs.replace(worker.info, resume_id=resume_id))
+        told = _decoded(instance.body, _Instance()) if instance.status == 200 else _Instance()
+        info = msgspec.structs.replace(
+            worker.info, resume_id=told.resume_id, prefills_locally=told.prefills_locally
+        )
+        if info != worker.info:
+            self._health.worker_learned(worker, info)
         return worker.mismatch
 
     def _why_another(self, about: _ModelInfo) -> str:
@@ -315,6 +318,7 @@ class _Instance(msgspec.Struct):
 
     instance_id: str = ""
     resumes: bool = False
+    prefills_locally: bool = False
 
     @property
     def resume_id(self) -> str:

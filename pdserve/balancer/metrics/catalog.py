@@ -154,6 +154,9 @@ RESUMES = _counter(
     "Streamed answers that went on on another pair: their server had failed, or they were moved on purpose.",
     ("cause",),
 )  # fmt: skip
+DEFLECTED = _counter(
+    "deflected_total", "attempts", "Attempts with a decode server that prefilled the request itself."
+)
 SHED = _counter("requests_shed_total", "requests", "Requests refused for want of a pair.", ("reason",))
 PROMPT_TOKENS = _counter("prompt_tokens_total", "tokens", "Prompt tokens of completed requests.")
 OUTPUT_TOKENS = _counter("generation_tokens_total", "tokens", "Tokens generated for completed requests.")
@@ -248,6 +251,7 @@ METRICS: tuple[Metric, ...] = (
     REQUESTS,
     RETRIES,
     RESUMES,
+    DEFLECTED,
     SHED,
     PROMPT_TOKENS,
     OUTPUT_TOKENS,

@@ -99,6 +99,7 @@ def _add_requests(page: _Page, ledger: RequestLedger) -> None:
     page.add(catalog.RETRIES, ledger.retried)
     page.add(catalog.RESUMES, ledger.resumed, _labels(catalog.RESUMES, "failed"))
     page.add(catalog.RESUMES, ledger.moved, _labels(catalog.RESUMES, "moved"))
+    page.add(catalog.DEFLECTED, ledger.deflected)
     page.add(catalog.PROMPT_TOKENS, ledger.prompt_tokens)
     page.add(catalog.OUTPUT_TOKENS, ledger.completion_tokens)
     page.add(catalog.INFLIGHT, ledger.inflight)

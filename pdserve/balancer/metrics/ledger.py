@@ -51,6 +51,8 @@ class RequestLedger:
     retried: int = 0
     resumed: int = 0
     moved: int = 0
+    deflected: int = 0
+    """Attempts with a decode worker that prefilled the request itself."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     """Of requests that ended."""
@@ -162,4 +164,5 @@ class RequestLedger:
             retried=self.retried,
             resumed=self.resumed,
             moved=self.moved,
+            deflected=self.deflected,
         )

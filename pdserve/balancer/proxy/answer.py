@@ -16,6 +16,8 @@ from pdserve.types import Role
 STUMBLED = b"Internal Server Error"
 """starlette's whole body for an exception that no handler knows."""
 
+UNABLE = 501
+"""How plugin/local_prefill refuses a request."""
 _NOT_RELAYED = frozenset(
     b"connection content-length date keep-alive proxy-connection server te trailer transfer-encoding upgrade"
     b" access-control-allow-credentials access-control-allow-origin access-control-expose-headers"
@@ -42,10 +44,12 @@ class LegFailed(PdserveError):
     ``is_prefill_done`` tells whether the prefill leg had ended well before, ``is_request_fault`` whether
     another worker has rejected the request too, ``is_late`` whether the worker was only silent for longer
     than a stream usually is, ``is_moved`` whether nothing failed: we have ended it, another pair goes on.
+    ``is_unable``: a decode worker that was to prefill the request itself said that it cannot; a pair can.
     """
 
     is_request_fault = False
     is_moved = False
+    is_unable = False
 
     def __init__(
         self, role: Role | None, error: WorkerError, *, is_prefill_done: bool = False, is_late: bool = False
@@ -67,6 +71,11 @@ class LegFailed(PdserveError):
     def is_stale(self) -> bool:
         """True if only a kept connection had been closed: nobody's fault, and no attempt really."""
         return isinstance(self.error, WorkerUnreachable) and self.error.is_stale
+
+    @property
+    def is_refusal(self) -> bool:
+        """True if the status says that the worker does no such thing."""
+        return isinstance(self.error, WorkerRejected) and self.error.status == UNABLE
 
     @property
     def is_client_fault(self) -> bool:

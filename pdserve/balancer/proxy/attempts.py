@@ -36,7 +36,7 @@ from pdserve.http.client import HttpClient
 from pdserve.scheduling.reservation import Reservation
 from pdserve.scheduling.workers import PairKey
 from pdserve.telemetry import RequestTimeline
-from pdserve.types import Pair, Role
+from pdserve.types import LOCAL_HOST, Pair, Role
 
 if TYPE_CHECKING:
     from pdserve.balancer.tracing.trace import AttemptTrace, RunTrace
@@ -60,7 +60,7 @@ class Aborter:
 
     def abort(self, pair: Pair, ids: RequestIds, lines: bytes) -> None:
         """Have both workers drop every rid; ``lines`` are the client's headers. Returns at once."""
-        for worker in (pair.prefill, pair.decode):
+        for worker in (pair.decode,) if pair.is_alone else (pair.prefill, pair.decode):
             task = asyncio.create_task(self._tell(worker.url, ids, self._lines or lines))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -131,7 +131,7 @@ class Attempts:
                     break
                 failure = exc
             await self._judge_failure(run, reservation, failure)
-            if failure.is_stale and num_stale < MAX_STALE:
+            if failure.is_unable or (failure.is_stale and num_stale < MAX_STALE):
                 num_stale += 1
                 self._ledger.retried += 1
                 continue
@@ -183,8 +183,10 @@ class Attempts:
 
     def _may_retry(self, run: Run) -> bool:
         """Some pair is left that serves or may soon, and the budget allows it."""
-        records = self._fleet.pairs()
-        if all(record.key in run.exclude or record.state is PairState.FAILED for record in records):
+        records, alone = self._fleet.pairs(), self._scheduler.alone
+        if alone <= run.exclude and all(
+            record.key in run.exclude or record.state is PairState.FAILED for record in records
+        ):
             return False
         if not self.budget.withdraw(time.monotonic()):
             logger.warning("no retry rid=%s: the retry budget is used up", run.record.rid)
@@ -211,7 +213,7 @@ class Attempts:
         except RequestAborted:
             return None
         except NoWorkerError:
-            if failure is not None:
+            if failure is not None and not failure.is_unable:
                 raise failure from None
             raise
         if run.is_aborted:  # in the moment in which it got its pair
@@ -253,7 +255,10 @@ class Attempts:
             if exc.is_moved and not is_moved:
                 raise RequestRefused("the request was aborted", 500) from None
             run.history = run.history or History(request)
-            if not run.is_unwanted:
+            if pair.is_alone and exc.is_refusal and run.whole_shape is not None:
+                exc.is_unable = True
+                run.whole_shape = msgspec.structs.replace(run.whole_shape, needs_prefill_worker=True)
+            elif not run.is_unwanted:
                 self._judge.rejected(run.history, pair, exc)
                 self._reservations.release_failed(reservation, exc)
             raise
@@ -276,7 +281,7 @@ class Attempts:
         record.rid, record.room, record.pair = ids.rids[0], ids.rooms[0], pair
         record.reason = reservation.why
         timeline, now_s = record.timeline, time.monotonic()
-        body = request.render_body(pair.prefill.bootstrap_host, pair.prefill.bootstrap_port, ids)
+        body = request.render_body(*self._bootstrap(pair), ids)
         if run.answer is not None and run.answer.has_begun:
             timeline = RequestTimeline(received_s=run.answer.heard_s)
             body = run.answer.resumed_body(body)
@@ -292,6 +297,14 @@ class Attempts:
             silence_s=self._config.request_s, on_prefilled=lambda: self._prefilled(run, reservation),
         )  # fmt: skip
         return relay, body, timeline
+
+    def _bootstrap(self, pair: Pair) -> tuple[str, int | None]:
+        """Host and port in the body: where decode finds the prefill worker, or that it needs none."""
+        deflection = self._scheduler.admission.deflection
+        if pair.is_alone and deflection is not None:
+            self._ledger.deflected += 1
+            return LOCAL_HOST, round(1000 * deflection.budget_s)
+        return pair.prefill.bootstrap_host, pair.prefill.bootstrap_port
 
     def _ended(self, run: Run, reservation: Reservation, relayed: Relayed) -> None:
         if run.is_unwanted:  # what came of it is nobody's fault

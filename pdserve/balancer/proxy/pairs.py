@@ -69,6 +69,8 @@ class Reservations:
         """End both legs; nothing happens if they have ended. Arguments as ``HealthTracker.legs_ended``."""
         if not reservation.is_open:
             return
+        if reservation.is_alone:
+            prefill_ok = decode_ok
         self._scheduler.end(reservation, prefill_ok=prefill_ok, decode_ok=decode_ok)
         self._fleet.legs_ended(reservation, prefill_ok, decode_ok, error)
         self._scheduler.serve()

@@ -151,9 +151,7 @@ class PairRelay:
         Raises:
             LegFailed: ``sink.has_begun`` tells whether the client has bytes already.
         """
-        pair, (to_prefill, to_decode) = self._pair, lines
-        prefill = self._prefill = _Leg(Role.PREFILL, self._send(pair.prefill.url, body, to_prefill))
-        decode = self._decode = _Leg(Role.DECODE, self._send(pair.decode.url, body, to_decode))
+        prefill, decode = self._begin(body, lines)
         try:
             await self._opened(prefill, decode)
             if self._is_aborted:
@@ -173,6 +171,17 @@ class PairRelay:
         finally:
             prefill.response.close()
             decode.response.close()
+
+    def _begin(self, body: bytes, lines: tuple[bytes, bytes]) -> tuple[_Leg, _Leg]:
+        """Send both legs. Of a decode worker alone there is one: the other counts as done."""
+        pair, (to_prefill, to_decode) = self._pair, lines
+        if pair.is_alone:
+            decode = self._decode = _Leg(Role.DECODE, self._send(pair.decode.url, body, to_decode))
+            prefill = self._prefill = _Leg(Role.PREFILL, decode.response, is_done=True)
+            return prefill, decode
+        prefill = self._prefill = _Leg(Role.PREFILL, self._send(pair.prefill.url, body, to_prefill))
+        decode = self._decode = _Leg(Role.DECODE, self._send(pair.decode.url, body, to_decode))
+        return prefill, decode
 
     def _send(self, url: str, body: bytes, lines: bytes) -> ClientResponse:
         response = self._pool.start(
@@ -206,6 +215,8 @@ class PairRelay:
         self._is_opening = False
         if prefill.error is not None or decode.error is not None:
             raise _first_failure(prefill, decode)
+        if self._pair.is_alone:  # its answer begins when the prompt is computed
+            self._on_prefilled()
 
     def _advance_legs(self) -> bool:
         """Take in what both legs have received; return True once the answer may begin or a leg has failed."""
@@ -340,5 +351,5 @@ def _first_failure(prefill: _Leg, decode: _Leg) -> LegFailed:
     is_unclear = isinstance(first.error, WorkerTimeout) and not other.response.status
     if isinstance(first.error, WorkerRejected):
         is_unclear = first.error.status >= 500 and bool(TRANSFER_FAILED.search(first.error.body))
-    role = None if is_unclear else first.role
+    role = None if is_unclear and other.response is not first.response else first.role
     return LegFailed(role, first.error, is_prefill_done=prefill.is_done)

@@ -50,10 +50,9 @@ def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
     Raises:
         RequestRefused: as ``parse_request``.
     """
-    fields = _document(body)
+    options = fields = _document(body)
     if route is Route.RESPONSES and fields.get("previous_response_id"):
         raise RequestRefused(_NO_EARLIER_ANSWER, 501)
-    options = fields
     if route is Route.VERTEX:
         fields = _vertex(fields)
         options = fields["parameters"]
@@ -62,17 +61,18 @@ def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
     sampling = sampling_of(route, options)
     samples = num_samples(route, options, sampling)
     prompt, (head, head_tokens) = prompt_of(fields), _head(route, body, options)
-    prompt_tokens = max(1, num_tokens(prompt) + head_tokens)
     _check_lists(route, options, samples, _num_prompts(fields) if route is Route.GENERATE else None)
     fields, num_prompts = _with_samples(route, fields, samples)
+    needs_prefill = needs_prefill_answer(route, options)
     shape = RequestShape(
-        prompt_tokens=prompt_tokens * (1 if num_prompts is None else samples),
+        prompt_tokens=max(1, num_tokens(prompt) + head_tokens) * (1 if num_prompts is None else samples),
         max_new_tokens=new_tokens(route, options, sampling),
         prompt=head + key_of(prompt) if wants_prompt else b"",
         priority=priority_of(options),
         num_prompts=num_prompts or 1,
         route=route,
         user=user_of(options),
+        needs_prefill_worker=needs_prefill or num_prompts is not None or samples > 1,
     )
     return ParsedRequest(
         route=route,
@@ -81,7 +81,7 @@ def rewrite(route: Route, body: bytes, wants_prompt: bool) -> ParsedRequest:
         fields=fields,
         num_prompts=num_prompts,
         num_samples=samples,
-        needs_prefill_answer=needs_prefill_answer(route, options),
+        needs_prefill_answer=needs_prefill,
         client_rid=options.get(route.rid_field) if route.rid_field else None,
     )
 

@@ -112,7 +112,8 @@ class _Specs:
         start_s, done_s, first_s = attempt.started_s, attempt.prefill_done_s, attempt.first_s
         end_s = ended_s if attempt.ended_s is None else attempt.ended_s
         yield self.queue(attempt.queued_s, start_s, labels)
-        yield self._leg(Role.PREFILL, attempt, labels, end_s if done_s is None else done_s)
+        if not attempt.pair.is_alone:
+            yield self._leg(Role.PREFILL, attempt, labels, end_s if done_s is None else done_s)
         yield self._leg(Role.DECODE, attempt, labels, end_s)
         if done_s is not None and first_s is not None:
             context, begun_s = self._context(new_id(64)), min(done_s, first_s)
