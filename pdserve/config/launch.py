@@ -15,7 +15,7 @@ from pdserve.config.setting import (
     same_setting,
     setting,
 )
-from pdserve.config.worker_env import SWITCH, TRANSFER_PATHS, DataPlaneConfig
+from pdserve.config.worker_env import LAYERWISE, SWITCH, TRANSFER_PATHS, DataPlaneConfig
 from pdserve.errors import ConfigError
 from pdserve.types import Role
 
@@ -123,6 +123,13 @@ class LaunchConfig:
         "--transfer-path",
         choices=TRANSFER_PATHS,
     )
+    layerwise: str = setting(
+        "off",
+        "A layer's KV leaves prefill while the next layers compute; auto: on a GPU where nothing hides them.",
+        "name",
+        "--layerwise",
+        choices=LAYERWISE,
+    )
     slab_mb: int = setting(0, "Slab of each rank.", "MiB", "--slab-mb", empty="64 on CPU, 256 on a GPU")
     start_method: str = setting(
         "auto",
@@ -157,7 +164,7 @@ class LaunchConfig:
         check_choices(self)
         if self.tp < 1:
             raise ConfigError(f"tp must be at least 1, got {self.tp}")
-        DataPlaneConfig(path=self.transfer_path, slab_mb=self.slab_mb)
+        DataPlaneConfig(path=self.transfer_path, slab_mb=self.slab_mb, layerwise=self.layerwise)
         for name in ("port", "bootstrap_port", "worker_base_port"):
             check_port(name, getattr(self, name))
 
@@ -168,6 +175,7 @@ class LaunchConfig:
             "PDSERVE_DATA_PLANE": (self.data_plane, "on"),
             "PDSERVE_TRANSFER_PATH": (self.transfer_path, "auto"),
             "PDSERVE_SLAB_MB": (str(self.slab_mb), "0"),
+            "PDSERVE_LAYERWISE": (self.layerwise, "off"),
         }
         return {name: value for name, (value, default) in wanted.items() if value != default}
 

@@ -17,6 +17,7 @@ from pdserve.types import Role
 
 SWITCH = ("on", "off")
 TRANSFER_PATHS = ("auto", "direct", "packed")
+LAYERWISE = ("auto", "on", "off")
 PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 NO_PROXY = ("no_proxy", "NO_PROXY")
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -32,12 +33,16 @@ class DataPlaneConfig:
     """``direct`` or ``packed`` force one path where the geometry allows it."""
     slab_mb: int = 0
     """Slab of each rank in MiB; 0: 64 on CPU, 256 on a GPU."""
+    layerwise: str = "off"
+    """``on``: a layer's KV leaves prefill while the next layers compute; ``auto``: if it can, on a GPU."""
     cache_dir: str = ""
     """Where built CUDA kernels are kept; empty: pdserve's cache folder."""
 
     def __post_init__(self) -> None:
         if self.path not in TRANSFER_PATHS:
             raise ConfigError(f"transfer path must be one of {', '.join(TRANSFER_PATHS)}, got {self.path!r}")
+        if self.layerwise not in LAYERWISE:
+            raise ConfigError(f"layerwise must be one of {', '.join(LAYERWISE)}, got {self.layerwise!r}")
         if not 0 <= self.slab_mb <= 65536:
             raise ConfigError(f"slab must be 0 (default) to 65536 MiB, got {self.slab_mb}")
 
@@ -47,7 +52,7 @@ class DataPlaneConfig:
 
     @classmethod
     def from_environ(cls, env: Mapping[str, str]) -> DataPlaneConfig:
-        """Read PDSERVE_DATA_PLANE (on, off), _TRANSFER_PATH, _SLAB_MB.
+        """Read PDSERVE_DATA_PLANE (on, off), _TRANSFER_PATH, _SLAB_MB, _LAYERWISE.
 
         Raises:
             ConfigError: naming the variable and what it may be.
@@ -62,6 +67,7 @@ class DataPlaneConfig:
             is_on=switch == "on",
             path=env.get("PDSERVE_TRANSFER_PATH", "") or "auto",
             slab_mb=int(slab_mb),
+            layerwise=env.get("PDSERVE_LAYERWISE", "") or "off",
             cache_dir=str(cache_dir() / "kernels"),
         )
 

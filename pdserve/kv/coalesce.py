@@ -42,6 +42,11 @@ class Piece:
     slice_bytes: int
 
     @property
+    def region_end(self) -> int:
+        """The first region behind the piece."""
+        return self.region_begin + self.num_regions
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the piece in the slab."""
         return self.num_regions * self.num_tokens * self.slice_bytes
@@ -78,10 +83,10 @@ def check_piece(regions: PagedRegions, pages: PageIds, piece: Piece) -> None:
     Raises:
         KVLayoutMismatch: naming the bound that is exceeded.
     """
-    last_region = piece.region_begin + piece.num_regions
-    if piece.region_begin < 0 or piece.num_regions < 1 or last_region > regions.num_regions:
+    if piece.region_begin < 0 or piece.num_regions < 1 or piece.region_end > regions.num_regions:
         raise KVLayoutMismatch(
-            f"regions {piece.region_begin}..{last_region} are not within the pool's {regions.num_regions}"
+            f"regions {piece.region_begin}..{piece.region_end} are not within "
+            f"the pool's {regions.num_regions}"
         )
     last_token = piece.first_token + piece.num_tokens
     if piece.first_token < 0 or piece.num_tokens < 1 or last_token > len(pages) * regions.page_size:
@@ -152,8 +157,7 @@ class HostPageCopier:
         views = self._pool_rows(unit, piece, word)
         slab = host_bytes(slab_address, piece.nbytes).view(f"u{word}")
         shape = (piece.num_regions, piece.num_tokens // unit, unit_bytes // word)
-        end = piece.region_begin + piece.num_regions
-        return views[piece.region_begin : end], index, slab.reshape(shape)
+        return views[piece.region_begin : piece.region_end], index, slab.reshape(shape)
 
     def _unit_tokens(self, piece: Piece) -> int:
         """Tokens that are contiguous in the pool and lie within one page."""

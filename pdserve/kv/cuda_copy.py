@@ -54,19 +54,20 @@ class DeviceRuntime(Protocol):
 
 
 class TorchRuntime:
-    """A stream of torch's high-priority pool.
+    """A stream of torch's high-priority pool, or one that is given.
 
     SGLang's streams come from the normal pool of 32, round robin; one of those could be
     the very stream that forwards run on. With priority a copy also starts between two
     kernels of a forward, not behind the whole of it.
     """
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, stream: Any = None) -> None:
+        """``stream``: ``torch.cuda.Stream`` of whoever else works there."""
         import torch
 
         self._torch = torch
         self._device = torch.device("cuda", device)
-        self._stream: Any = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+        self._stream: Any = stream or torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
 
     @property
     def stream(self) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 from pdserve import SUPPORTED_SGLANG
 from pdserve.config.worker_env import WorkerEnv
 from pdserve.errors import ProtocolMismatch
+from pdserve.types import Role
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class HookTarget:
     cpu_only: bool = False
     essential: bool = False
     """Kept in stock mode: without it SGLang does not serve on CPU at all."""
+    layerwise: bool = False
+    """Applied only where layers are sent as they come."""
 
 
 HOOKS: tuple[HookTarget, ...] = (
@@ -113,6 +116,13 @@ HOOKS: tuple[HookTarget, ...] = (
         "around",
         "pdserve.plugin.patches:name_forward_stream",
         "pages are not announced to prefill while a forward may still write them",
+    ),
+    HookTarget(
+        "sglang.srt.managers.scheduler.Scheduler.run_batch",
+        "around",
+        "pdserve.plugin.layers:send_layers",
+        "a layer's pages leave while the next layers compute",
+        layerwise=True,
     ),
     HookTarget(
         "sglang.srt.mem_cache.pool_host.common._cuda_host_register",
@@ -251,14 +261,22 @@ def register() -> None:
         return
     try:
         check_sglang_version(importlib.import_module("sglang.version").__version__)
-        hooks = tuple(hook for hook in HOOKS if hook.essential or not env.stock)
-        apply_hooks(hooks, on_cpu=not _has_cuda())
+        apply_hooks(wanted_hooks(env), on_cpu=not _has_cuda())
     except Exception as exc:
         # SGLang would log this and serve without us: stop here instead.
         logger.error("pdserve plugin could not be applied: %s", exc)
         sys.stderr.write(f"pdserve: plugin could not be applied: {exc}\n")
         sys.stderr.flush()
         os._exit(EXIT_HOOKS_FAILED)
+
+
+def wanted_hooks(env: WorkerEnv) -> tuple[HookTarget, ...]:
+    """What the worker's environment asks for."""
+    plane = env.data_plane
+    is_layerwise = plane.is_on and plane.layerwise != "off" and env.role is not Role.DECODE
+    return tuple(
+        hook for hook in HOOKS if hook.essential or not (env.stock or (hook.layerwise and not is_layerwise))
+    )
 
 
 def check_sglang_version(found: str) -> None:

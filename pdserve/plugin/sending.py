@@ -23,8 +23,10 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 
 from pdserve.errors import PdserveError, PeerLost, ProtocolMismatch
 from pdserve.kv.coalesce import PageCopier
+from pdserve.kv.cuda_copy import TorchRuntime
 from pdserve.plugin.dataplane import Endpoint, refuses_connections
 from pdserve.plugin.idle import wake_scheduler
+from pdserve.plugin.layers import LayerClock
 from pdserve.transfer.engine import MemoryKind, PeerName, Spans
 from pdserve.transfer.jobs import ChunkJob, Target, TransferRecord
 from pdserve.transfer.messages import Ask, Credit, PeerOffer, Void, decode_control, encode
@@ -106,8 +108,9 @@ class PrefillPlane:
 
     def __init__(
         self, manager: Any, engine: NixlEngine, copier: PageCopier, own: RankPool, slab: Slab,
-        *, forced_path: Path | None,
+        *, forced_path: Path | None, sends_layers: bool = False,
     ) -> None:  # fmt: skip
+        self.sends_layers = sends_layers
         self._manager = manager
         self._engine = engine
         self._own = own
@@ -130,6 +133,15 @@ class PrefillPlane:
     def is_gpu(self) -> bool:
         """The pools lie in GPU memory."""
         return self._own.kind is MemoryKind.VRAM
+
+    @property
+    def num_layers(self) -> int:
+        """Of this rank's pools."""
+        return self._own.regions.num_regions // self._own.regions.regions_per_layer
+
+    def recorder(self, stream: Any) -> Callable[[], Callable[[], bool]]:
+        """What marks a point of the forwards' ``torch.cuda.Stream``, as DeviceRuntime does."""
+        return TorchRuntime(self._own.device, stream).record if self.is_gpu else _at_once
 
     # Peers
 
@@ -179,9 +191,20 @@ class PrefillPlane:
 
     # Rooms
 
+    def serves(self, room: int) -> bool:
+        """True if all decode ranks of the room are known, and can be served from here."""
+        infos = [info for info in self._manager.transfer_infos.get(room, {}).values() if not info.is_dummy]
+        return bool(infos) and self.is_open(room) and all(info.agent_name in self._links for info in infos)
+
     def submit(self, room: int, infos: list[Any], *, kv_indices: Any, first_page: int, is_last: bool,
                aux_index: int | None, events: list[Any]) -> None:  # fmt: skip
-        """Queue one chunk of a room for every decode rank in ``infos`` (SGLang's TransferInfo)."""
+        """Queue one chunk of a room for every decode rank in ``infos`` (SGLang's TransferInfo).
+
+        Args:
+            events: what its pages wait for, CUDA events; a LayerClock among them tells of its layers.
+        """
+        clock = next((event for event in events if isinstance(event, LayerClock)), None)
+        events = [event for event in events if event is not clock]
         tables = [self._manager.decode_kv_args_table[info.agent_name] for info in infos]
         aux = None if aux_index is None else self._own_aux(aux_index, tables)
         targets = []
@@ -197,9 +220,13 @@ class PrefillPlane:
                 targets=targets,
                 aux=aux,
                 is_ready=lambda: all(event.query() for event in events),
+                num_filled=None if clock is None else self._regions_of(clock),
                 forced_path=self._forced_path,
             )
         )
+
+    def _regions_of(self, clock: LayerClock) -> Callable[[], int]:
+        return lambda: clock.num_done() * self._own.regions.regions_per_layer
 
     def remember_failure(self, room: int, reason: str) -> None:
         """Decode may ask for this room only later; then it must hear the reason, not wait for a time-out."""
@@ -312,10 +339,11 @@ class PrefillPlane:
 
     def forget_if_gone(self, agent: str, endpoint: Endpoint) -> None:
         """Drop all that is kept for a decode rank if its control port is closed: its process is gone."""
-        if not refuses_connections(endpoint) or self._links.pop(agent, None) is None:
+        if not refuses_connections(endpoint) or agent not in self._links:
             return
         reason = f"decode rank {agent} at {endpoint[0]}:{endpoint[1]} is gone"
-        self.refuse(agent, reason)
+        self.refuse(agent, reason)  # first: one that is neither known nor refused is served SGLang's way
+        self._links.pop(agent, None)
         self.outbox.remove_peer(PeerName(agent), reason)
 
     def _own_aux(self, index: int, tables: list[Any]) -> Spans:
@@ -327,6 +355,11 @@ class PrefillPlane:
     def _peer_aux(self, table: Any, index: int, count: int) -> Spans:
         # The stride is this side's item length, as SGLang's send_aux has it.
         return _rows(table.dst_aux_ptrs[:count], self._manager.kv_args.aux_item_lens, index)
+
+
+def _at_once() -> Callable[[], bool]:
+    """In host memory a layer is filled when the call returns."""
+    return lambda: True
 
 
 def _rows(pointers: list[int], lengths: list[int], index: int) -> Spans:

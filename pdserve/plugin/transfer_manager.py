@@ -31,6 +31,7 @@ from sglang.srt.disaggregation.nixl.conn import (
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.environ import envs
+from sglang.srt.runtime_context import get_exec, get_spec
 from sglang.srt.utils.network import NetworkAddress
 
 from pdserve.config.worker_env import WorkerEnv, ucx_transports
@@ -48,6 +49,7 @@ from pdserve.plugin.dataplane import (
     unsupported,
 )
 from pdserve.plugin.geometry import rank_index
+from pdserve.plugin.layers import hidden_layers, sends_layers
 from pdserve.plugin.receiving import DecodePlane
 from pdserve.plugin.sending import CONTROL_TAG, PrefillPlane
 from pdserve.plugin.stats import TransferStats
@@ -132,7 +134,14 @@ class TransferManager(NixlKVManager):
         pool = RankPool(regions, total_heads, tp_size, tp_rank, kind, device_id(kind, device), dtype)
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
             forced_path = None if config.path == "auto" else Path(config.path)
-            self.prefill_plane = PrefillPlane(self, engine, copier, pool, slab, forced_path=forced_path)
+            hidden = hidden_layers(
+                get_exec(), get_spec(), is_mla=is_mla, num_regions=regions.num_regions,
+                num_layers=int(model.num_hidden_layers),
+            )  # fmt: skip
+            self.prefill_plane = PrefillPlane(
+                self, engine, copier, pool, slab, forced_path=forced_path,
+                sends_layers=sends_layers(config.layerwise, hidden, is_gpu=kind is MemoryKind.VRAM),
+            )  # fmt: skip
         else:
             lender = SlotLender(slab)
             self.decode_plane = DecodePlane(self, engine, copier, pool, lender)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pdserve.kv.coalesce import Completion
 from pdserve.kv.layout import PageIds
@@ -90,7 +90,12 @@ class ChunkJob:
     aux: Spans | None = None
     """The own metadata row, last chunk only."""
     is_ready: Callable[[], bool] = lambda: True
-    """False while the forward pass that fills the pages still runs."""
+    """False while the page ids, or all that they hold, are not there yet."""
+    num_filled: Callable[[], int] | None = None
+    """Regions, from the first on, that the running forward has filled; None: all are, once it is ready.
+
+    Raises if the forward failed.
+    """
     forced_path: Path | None = None
     per_rank: list[RankWrites] = field(default_factory=list)
     record: TransferRecord = field(default_factory=TransferRecord)
@@ -139,6 +144,14 @@ class RoomGate(Protocol):
         """The chunk failed. ``settled``: none of its writes can land any more; uncount it only then."""
 
 
+class DirectSample(NamedTuple):
+    """What a direct write carries, and since when."""
+
+    num_descriptors: int
+    nbytes: int
+    started_s: float
+
+
 @dataclass(slots=True, eq=False)
 class Step:
     """One write: waiting for its gather (``handle`` None) or posted."""
@@ -150,7 +163,8 @@ class Step:
     """Slot of the own slab, while it is held."""
     grant: Grant | None = None
     """Slot of the peer's slab."""
-    is_direct: bool = False
+    sample: DirectSample | None = None
+    """Of a direct write that its cost law learns from."""
     is_settled: bool = False
     """The posted write is over: the transport neither reads its source nor writes its target any more."""
 
@@ -179,20 +193,29 @@ class RankWrites:
     blocked_since_s: float | None = None
     num_credits_due: int = 0
     num_planned: int = 0
-    """Descriptors (direct) or pieces (packed): the items of the cost law."""
-    is_mixed: bool = False
-    """Started packed and ended direct: neither cost law learns from it."""
+    """Pieces of a packed plan: the items of the cost law."""
+    teaches_packed: bool = True
+    """False if it ended direct, or waited for layers: the packed law does not learn from it."""
 
     @property
     def is_posted(self) -> bool:
         """True once nothing is left to post."""
         return self.stage is WriteStage.POSTED
 
+    @property
+    def is_filled(self) -> bool:
+        """The forward pass has filled what the next write reads; raises if it failed."""
+        if self.job.num_filled is None or self.stage is not WriteStage.PAYLOAD:
+            return True
+        if self.plan is None:
+            return self.job.num_filled() > 0
+        return not self.plan.pieces or self.plan.pieces[0].region_end <= self.job.num_filled()
+
     def advance(self) -> None:
         """Enter the next stage if this one has nothing left to post; called after each post."""
         assert self.plan is not None
         if self.stage is WriteStage.PAYLOAD:
-            if self.plan.path is Path.PACKED and self.plan.pieces:
+            if self.plan.pieces:
                 return
             self.stage = WriteStage.POSTED if self.job.aux is None else WriteStage.AUX
         else:

@@ -22,6 +22,7 @@ from pdserve.transfer.engine import PeerName
 from pdserve.transfer.jobs import ChunkJob, RankWrites, RoomGate, Step
 from pdserve.transfer.messages import Ask, Credit, Void
 from pdserve.transfer.peer import PeerLink
+from pdserve.transfer.plan import Path
 from pdserve.transfer.steps import StepRunner
 
 logger = logging.getLogger(__name__)
@@ -228,13 +229,16 @@ class Outbox:
             if job.has_failed or job.room in waiting:
                 continue
             try:
-                is_ready = job.is_entered or job.is_ready()
+                is_ready = (job.is_entered or job.is_ready()) and writes.is_filled
             except Exception as exc:  # a CUDA event reports errors of earlier kernels here
                 logger.exception("room=%s: the forward pass cannot be asked", job.room)
                 self._fail(job, f"the forward pass failed: {exc}")
                 return True
             if is_ready:
                 return self._step(lane, lane.link, writes)
+            if job.is_entered and not self._gate.is_open(job.room):
+                self._fail(job, "room was closed during the transfer", is_silent=True)
+                return True
             waiting.add(job.room)
         return False
 
@@ -264,8 +268,8 @@ class Outbox:
 
     def _ask(self, lane: _Lane, peer: PeerLink, writes: RankWrites) -> None:
         """Ask for slots if more pieces wait than there are grants for."""
-        pieces = 0 if writes.plan is None else len(writes.plan.pieces)
-        if pieces:
+        if writes.plan is not None and writes.plan.path is Path.PACKED and writes.plan.pieces:
+            pieces = len(writes.plan.pieces)
             number = peer.slots.shortage(max(pieces, len(lane.queue)), self._clock())
             if number:
                 self._send_control(peer.name, Ask(holder=peer.slots.holder, num_slots=number))

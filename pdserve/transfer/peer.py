@@ -10,6 +10,7 @@ What a chunk needs at the peer becomes *steps*; every step is one posted write::
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +33,9 @@ from pdserve.transfer.plan import GPU_COPY_S, HOST_COPY_S, Path, PathCosts, spli
 from pdserve.transfer.slots import GrantedSlots, SlotLender
 
 Indices = npt.NDArray[np.int32]
+
+PART_BYTES = 4 << 20
+"""Layers that are sent while later ones compute travel together up to so much: a post costs CPU time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,10 @@ class PeerLink:
         """Pages of both sides are the same bytes."""
         return self.blocks is not None
 
-    def plan(self, source: PageIds, target: PageIds, first_token: int, forced: Path | None) -> WritePlan:
+    def plan(
+        self, source: PageIds, target: PageIds, first_token: int, forced: Path | None,
+        *, is_layered: bool = False,
+    ) -> WritePlan:  # fmt: skip
         """Decide how ``source`` pages reach the room's ``target`` pages from token ``first_token`` on.
 
         Args:
@@ -108,6 +115,7 @@ class PeerLink:
             target: ``[m]`` all page ids the peer gave for the room.
             first_token: token position, counted from the first target page.
             forced: take this path where the geometry allows it.
+            is_layered: the layers are filled one after another, so that they do not travel as one write.
 
         Raises:
             KVLayoutMismatch: if there is no way to write there.
@@ -131,11 +139,9 @@ class PeerLink:
         count = num_tokens // regions.page_size
         pages = (source[:count], target[first : first + count])
         num_descriptors = num_runs(*pages) * regions.num_regions
-        path = Path.DIRECT
-        if pieces:
-            path = forced or self.costs.choose(nbytes, num_descriptors, len(pieces))
+        path = forced or self.costs.choose(nbytes, num_descriptors, len(pieces)) if pieces else Path.DIRECT
         if path is Path.DIRECT:
-            pieces.clear()
+            pieces = self._parts(self.slice, num_tokens, PART_BYTES if is_layered else nbytes)
         return WritePlan(path, nbytes=nbytes, pages=pages, num_descriptors=num_descriptors, pieces=pieces)
 
     def _pieces(self, part: HeadSlice, num_tokens: int) -> deque[Piece]:
@@ -152,27 +158,38 @@ class PeerLink:
             )
         )  # fmt: skip
 
-    def direct_indices(self, plan: WritePlan) -> tuple[Indices, Indices]:
-        """Block numbers of all pages, or of what is left of a packed plan, on both sides."""
-        source, target = plan.pages
+    def _parts(self, part: HeadSlice, num_tokens: int, nbytes: int) -> deque[Piece]:
+        """The chunk cut into groups of layers for direct writes of about ``nbytes``."""
+        regions = self.own.regions
+        layer_bytes = num_tokens * part.nbytes * regions.regions_per_layer
+        step = -(-nbytes // layer_bytes) * regions.regions_per_layer
+        return deque(
+            Piece(
+                begin, min(step, regions.num_regions - begin), 0, num_tokens, part.source_offset, part.nbytes
+            )
+            for begin in range(0, regions.num_regions, step)
+        )
+
+    def direct_indices(
+        self, pages: tuple[PageIds, PageIds], pieces: Iterable[Piece]
+    ) -> tuple[Indices, Indices]:
+        """Block numbers of the ``pages`` of ``pieces`` on both sides."""
+        source, target = pages
         here, there = self.own.regions.num_pages, self.offer.num_pages
-        if not plan.pieces:
-            regions = np.arange(self.own.regions.num_regions, dtype=np.int32)
-            return _blocks(regions, source, here), _blocks(regions, target, there)
         size = self.own.regions.page_size
         ours, theirs = [], []
-        for piece in plan.pieces:
-            regions = np.arange(piece.region_begin, piece.region_begin + piece.num_regions, dtype=np.int32)
+        for piece in pieces:
+            regions = np.arange(piece.region_begin, piece.region_end, dtype=np.int32)
             # Slots smaller than a page cut pieces inside pages: such a page goes whole, the same bytes again.
-            pages = slice(piece.first_token // size, -(-(piece.first_token + piece.num_tokens) // size))
-            ours.append(_blocks(regions, source[pages], here))
-            theirs.append(_blocks(regions, target[pages], there))
+            part = slice(piece.first_token // size, -(-(piece.first_token + piece.num_tokens) // size))
+            ours.append(_blocks(regions, source[part], here))
+            theirs.append(_blocks(regions, target[part], there))
         return np.concatenate(ours), np.concatenate(theirs)
 
 
 @dataclass(slots=True)
 class WritePlan:
-    """What is to be written for one chunk to one peer. ``pieces`` shrinks as they are posted."""
+    """What is to be written for one chunk to one peer."""
 
     path: Path
     nbytes: int
@@ -181,6 +198,7 @@ class WritePlan:
     )
     num_descriptors: int = 0
     pieces: deque[Piece] = field(default_factory=deque)
+    """What is left to post, a write each, in the order of layers; a direct chunk that is there is one."""
 
 
 def connect_peer(

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pdserve.errors import PeerLost, RegistrationFailed, TransferFailed
-from pdserve.kv.coalesce import PageCopier
+from pdserve.kv.coalesce import PageCopier, Piece
 from pdserve.kv.staging import SlotPool
 from pdserve.transfer.engine import MemoryKind, PeerName, TransferEngine, TransferState
-from pdserve.transfer.jobs import RankWrites, Step, WriteStage
+from pdserve.transfer.jobs import DirectSample, RankWrites, Step, WriteStage
 from pdserve.transfer.messages import Arrival, Credit, Grant, SlabPiece, encode
 from pdserve.transfer.peer import PeerLink
 from pdserve.transfer.plan import Path
@@ -63,17 +63,19 @@ class StepRunner:
         return self._source.num_held
 
     def post_next(self, peer: PeerLink, writes: RankWrites) -> bool:
-        """Post the next write; False if it must wait for slab space."""
+        """Post the next write; False if it must wait, for slab space or for more layers."""
         if writes.plan is None:
             self._plan(peer, writes)
+            if not writes.is_filled:
+                return False
         assert writes.plan is not None
         if writes.stage is WriteStage.AUX:
             self._post_aux(writes)
         elif writes.plan.path is Path.PACKED:
             if not self._start_piece(peer, writes):
                 return False
-        elif writes.plan.nbytes:
-            self._post_direct(peer, writes)
+        elif writes.plan.pieces:
+            self._post_direct(peer, writes, [writes.plan.pieces.popleft()])
         writes.advance()
         writes.posted_s = self._clock()
         return True
@@ -100,8 +102,9 @@ class StepRunner:
             raise PeerLost(f"a write to decode rank {writes.target.peer} failed")
         self._release(writes, step)
         now_s = self._clock()
-        if step.is_direct and peer is not None and writes.plan is not None and not writes.is_mixed:
-            peer.costs.observe(Path.DIRECT, writes.num_planned, writes.plan.nbytes, now_s - writes.started_s)
+        if step.sample is not None and peer is not None:
+            num_descriptors, nbytes, started_s = step.sample
+            peer.costs.observe(Path.DIRECT, num_descriptors, nbytes, now_s - started_s)
         if not writes.in_flight and writes.is_posted:
             writes.job.record.wait_s += now_s - writes.posted_s
         return True
@@ -127,7 +130,7 @@ class StepRunner:
 
     def _learn_packed(self, peer: PeerLink, writes: RankWrites, now_s: float) -> None:
         writes.num_credits_due -= 1
-        if writes.num_credits_due or writes.stage is WriteStage.PAYLOAD or writes.is_mixed:
+        if writes.num_credits_due or writes.stage is WriteStage.PAYLOAD or not writes.teaches_packed:
             return
         if writes.plan is not None:
             peer.costs.observe(Path.PACKED, writes.num_planned, writes.plan.nbytes, now_s - writes.started_s)
@@ -186,13 +189,16 @@ class StepRunner:
     def _plan(self, peer: PeerLink, writes: RankWrites) -> None:
         begin = self._clock()
         job = writes.job
-        plan = peer.plan(job.pages, writes.target.pages, job.first_token, job.forced_path)
+        is_layered = job.num_filled is not None
+        plan = peer.plan(
+            job.pages, writes.target.pages, job.first_token, job.forced_path, is_layered=is_layered
+        )
         if plan.path is Path.PACKED and peer.piece_bytes > self._source.slot_bytes:
             raise RegistrationFailed(
                 f"pieces of {peer.piece_bytes} bytes do not fit the own slots of {self._source.slot_bytes}"
             )
         writes.plan, writes.started_s = plan, begin
-        writes.num_planned = plan.num_descriptors if plan.path is Path.DIRECT else len(plan.pieces)
+        writes.num_planned, writes.teaches_packed = len(plan.pieces), not is_layered
         record = job.record
         record.nbytes += plan.nbytes
         if plan.nbytes:
@@ -211,18 +217,23 @@ class StepRunner:
             room=writes.job.room, rank=self._rank, seq=seq, total=seq + 1 if is_final else 0, slab=slab
         )
 
-    def _post_direct(self, peer: PeerLink, writes: RankWrites) -> None:
+    def _post_direct(self, peer: PeerLink, writes: RankWrites, pieces: list[Piece]) -> None:
+        """Write ``pieces``, which are no longer in the plan, without the slab."""
         assert peer.blocks is not None and writes.plan is not None
-        begin = self._clock()
-        source, target = peer.direct_indices(writes.plan)
-        job = writes.job
-        step = Step(self._message(writes, is_final=job.is_last and job.aux is None), is_direct=True)
+        begin, job, plan = self._clock(), writes.job, writes.plan
+        source, target = peer.direct_indices(plan.pages, pieces)
+        nbytes = sum(piece.nbytes for piece in pieces)
+        num_descriptors = plan.num_descriptors * nbytes // max(1, plan.nbytes)
+        is_final = job.is_last and job.aux is None and not plan.pieces
+        step = Step(self._message(writes, is_final=is_final))
+        if plan.path is Path.DIRECT:
+            started_s = writes.started_s if job.num_filled is None else begin
+            step.sample = DirectSample(num_descriptors, nbytes, started_s)
         step.handle = self._engine.write(
             (peer.blocks[0], source), (peer.blocks[1], target), encode(step.message)
         )
         writes.in_flight.append(step)
-        writes.plan.pieces.clear()
-        self._count(writes, post_s=self._clock() - begin, num_descriptors=writes.plan.num_descriptors)
+        self._count(writes, post_s=self._clock() - begin, num_descriptors=num_descriptors)
 
     def _post_aux(self, writes: RankWrites) -> None:
         assert writes.job.aux is not None and writes.target.aux is not None
@@ -311,12 +322,17 @@ class StepRunner:
                     writes.job.room, f"no slot of the slab {lacking} became free within {STARVED_S:.0f} s"
                 )
             return False
-        rest = sum(piece.nbytes for piece in writes.plan.pieces)
+        pieces, num_filled = writes.plan.pieces, writes.job.num_filled
+        end = pieces[-1].region_end if num_filled is None else num_filled()
+        filled = [piece for piece in pieces if piece.region_end <= end]
+        rest = sum(piece.nbytes for piece in filled)
         descriptors = writes.plan.num_descriptors * rest // max(1, writes.plan.nbytes)
         if now_s - writes.blocked_since_s < peer.costs.direct.predict_s(descriptors, rest):
             return False
-        writes.is_mixed = True
-        self._post_direct(peer, writes)
+        writes.teaches_packed = False
+        for _ in filled:
+            pieces.popleft()
+        self._post_direct(peer, writes, filled)
         return True
 
     @staticmethod
