@@ -80,6 +80,8 @@ class Room:
     num_tokens: int
     expected: list[np.ndarray] | None = None
     """Bytes per region, once the forward pass has run."""
+    num_filled: int = 0
+    """Regions that it has filled."""
     is_complete: bool = False
     is_closed: bool = False
     """Aborted, or failed on either side."""
@@ -148,9 +150,10 @@ class World:
     # What may happen
 
     def submit(
-        self, prefill: int, decode: int, num_tokens: int, *, num_chunks: int, path: Path | None
-    ) -> None:
-        """A new room, if both pools have the pages."""
+        self, prefill: int, decode: int, num_tokens: int, *, num_chunks: int, path: Path | None,
+        is_layered: bool = False,
+    ) -> None:  # fmt: skip
+        """A new room, if both pools have the pages; ``is_layered``: its regions leave one by one."""
         source_rank, target_rank = self.prefills[prefill], self.decodes[decode]
         ours, theirs = self.free_sources[id(source_rank)], self.free_targets[id(target_rank)]
         num_ours = -(-num_tokens // SOURCE.page_size)
@@ -172,23 +175,26 @@ class World:
                 source_rank.job(
                     room.number, source[begin:end], begin * SOURCE.page_size, is_last,
                     [Target(name, target, aux)], forced_path=path,
-                    is_ready=lambda room=room: room.expected is not None,
+                    is_ready=lambda room=room: is_layered or room.expected is not None,
+                    num_filled=(lambda room=room: room.num_filled) if is_layered else None,
                 )
             )  # fmt: skip
 
-    def forward(self, index: int) -> None:
-        """A forward pass computes a room's KV."""
+    def forward(self, index: int, num_regions: int = SOURCE.num_regions) -> None:
+        """A forward pass computes a room's KV, or only the next ``num_regions`` of it."""
         waiting = [room for room in self.rooms if room.expected is None and room.holds_source]
         if not waiting:
             return
         room = waiting[index % len(waiting)]
-        for region in range(SOURCE.num_regions):
+        end = min(SOURCE.num_regions, room.num_filled + num_regions)
+        for region in range(room.num_filled, end):
             size = SOURCE.page_size
             slots = (room.source[:, None] * size + np.arange(size)).reshape(-1)
             rows = room.prefill.pool.rows(region)
             rows[slots] = self.rng.integers(0, 256, (len(slots), *rows.shape[1:]), dtype=np.uint8)
-        pool = room.prefill.pool
-        room.expected = [pool.tokens(region, room.source, room.num_tokens) for region in range(2)]
+        room.num_filled, pool = end, room.prefill.pool
+        if end == SOURCE.num_regions:
+            room.expected = [pool.tokens(region, room.source, room.num_tokens) for region in range(end)]
 
     def copy(self, index: int) -> None:
         """A gather or scatter moves its bytes."""

@@ -14,12 +14,17 @@ from pdserve.transfer.jobs import RankWrites, Step
 from pdserve.transfer.peer import PeerLink
 from pdserve.transfer.plan import Path
 from pdserve.transfer.steps import StepRunner
-from tests.support.kv_world import World
+from tests.support.kv_world import SOURCE, World
 from tests.support.rows import rows
 
 INDEX = st.integers(0, 30)
 INDICES = st.lists(INDEX, min_size=1, max_size=8)
 PREFILL, DECODE = st.integers(0, 1), st.integers(0, 2)
+
+
+@pytest.fixture(autouse=True)
+def _each_region_is_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdserve.transfer.peer.PART_BYTES", 1)
 
 
 class Machine(RuleBasedStateMachine):
@@ -33,15 +38,22 @@ class Machine(RuleBasedStateMachine):
         self.world = World(*self.slots)
 
     @rule(prefill=PREFILL, decode=DECODE, sizes=st.lists(st.integers(1, 100), min_size=1, max_size=4),
-          num_chunks=st.integers(1, 3), path=st.sampled_from([None, Path.PACKED, Path.DIRECT]))  # fmt: skip
-    def submit(self, prefill: int, decode: int, sizes: list[int], num_chunks: int, path: Path | None) -> None:
+          num_chunks=st.integers(1, 3), path=st.sampled_from([None, Path.PACKED, Path.DIRECT]),
+          is_layered=st.booleans())  # fmt: skip
+    def submit(self, prefill: int, decode: int, sizes: list[int], num_chunks: int, path: Path | None,
+               is_layered: bool) -> None:  # fmt: skip
         for size in sizes:
-            self.world.submit(prefill, decode, size, num_chunks=num_chunks, path=path)
+            self.world.submit(prefill, decode, size, num_chunks=num_chunks, path=path, is_layered=is_layered)
 
     @rule(indices=INDICES)
     def forward(self, indices: list[int]) -> None:
         for index in indices:
             self.world.forward(index)
+
+    @rule(indices=INDICES)
+    def layer(self, indices: list[int]) -> None:
+        for index in indices:
+            self.world.forward(index, 1)
 
     @rule(prefill=PREFILL, count=st.integers(1, 6))
     def turn(self, prefill: int, count: int) -> None:
@@ -180,16 +192,28 @@ def _hang() -> None:
     world.check_progress()
 
 
+def _send_between_layers() -> None:
+    world = World(16, 16)
+    world.submit(0, 2, 60, num_chunks=1, path=Path.DIRECT, is_layered=True)
+    for _ in range(SOURCE.num_regions):
+        world.forward(0, 1)
+        for _ in range(4):
+            world.turn(0)
+            world.land(0)
+    world.rest()
+
+
 @rows(
     ("owner", "name", "fault", "events", "finding"),
     [
         (StepRunner, "_post_piece", _posts_as_settled, _reuse_while_in_flight, "wrong bytes"),
         (StepRunner, "give_up", _leaks_source, _refuse_after_gather, "never credited|never freed"),
         (SlotPool, "take", _takes_all, _hang, "is starved|never arrives"),
+        (RankWrites, "is_filled", property(lambda _: True), _send_between_layers, "before its forward pass"),
     ],
 )
 def test_the_simulation_finds_each_of_the_old_faults(
-    owner: type, name: str, fault: Callable[..., object], events: Callable[[], None], finding: str
+    owner: type, name: str, fault: object, events: Callable[[], None], finding: str
 ) -> None:
     events()
     with pytest.MonkeyPatch.context() as patch:
