@@ -147,7 +147,8 @@ def _open_transfers(scheduler: Any, batch: Any) -> LayerClock | None:
     # While pages are loaded back from host memory, SGLang sends none of them early either.
     if plane is None or not plane.sends_layers or batch.hicache_consumer_index >= 0:
         return None
-    if batch.forward_mode.name != "EXTEND":
+    # Nor when pages may be moved under a transfer (unified memory).
+    if batch.forward_mode.name != "EXTEND" or scheduler.enable_unified_memory:
         return None
     clock = LayerClock(plane.num_layers, plane.recorder(_forward_stream(scheduler, is_gpu=plane.is_gpu)))
     rooms = [req for req in batch.reqs if _open_room(scheduler, req, plane, clock)]

@@ -68,11 +68,8 @@ class Server:
             type("Scheduler", (SchedulerDisaggregationPrefillMixin,), {})  # the whole one needs a model
         )
         scheduler.disagg_prefill_bootstrap_queue = SimpleNamespace(kv_manager=manager)
-        scheduler.kv_checksum_computer, scheduler.enable_staging, scheduler.enable_overlap = (
-            None,
-            False,
-            False,
-        )
+        scheduler.kv_checksum_computer = None
+        scheduler.enable_staging = scheduler.enable_overlap = scheduler.enable_unified_memory = False
         scheduler.token_to_kv_pool_allocator = SimpleNamespace(
             page_size=PAGE, translate_kv_indices_for_transfer=lambda indices: indices
         )
@@ -198,6 +195,9 @@ def test_what_cannot_go_by_layer_goes_as_it_always_did() -> None:
     whole.extend_end = 10
     for mode in ("DECODE", "MIXED", "SPLIT_PREFILL", "TARGET_VERIFY", "IDLE"):
         server.run(whole, mode=mode)
+    server.scheduler.enable_unified_memory = True
+    server.run(whole)
+    server.scheduler.enable_unified_memory = False
     server.manager.prefill_plane.sends_layers = False
     server.run(whole)
     assert server.jobs == []
