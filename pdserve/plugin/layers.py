@@ -172,7 +172,9 @@ def _open_room(scheduler: Any, req: Any, plane: Any, clock: LayerClock) -> bool:
 
 
 def _forward_stream(scheduler: Any, *, is_gpu: bool) -> Any:
-    if not is_gpu or scheduler.enable_overlap:
+    if not is_gpu:
+        return None
+    if scheduler.enable_overlap:
         return scheduler.forward_stream
     import torch
 

@@ -77,7 +77,6 @@ class Server:
         scheduler.req_to_token_pool = SimpleNamespace(req_to_token=table)
         scheduler.disagg_metadata_buffers = SimpleNamespace(set_buf=lambda req: None)
         scheduler.disagg_prefill_pending_chunk_rids = set()
-        scheduler.forward_stream = None
         scheduler.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(attn_backend=Attention()))
         self.scheduler = scheduler
 
