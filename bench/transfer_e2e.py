@@ -1,17 +1,19 @@
-"""KV transfer through real servers: pdserve's data plane against SGLang's own NIXL path.
+"""KV transfer through real servers: pdserve's data plane against SGLang's own NIXL path, or by layer and not.
 
-Two fleets of one prefill and one decode server, alike but for
-``--data-plane``, stay up side by side; requests go to them in turn, one at a
-time, first with fresh pools, then after a churn of mixed requests has turned
-the pools over. The model is small in compute but keeps as much KV as the
-embedded SmolLM2-135M (30 layers, 3 heads of 128 bytes: 23 040 bytes a token),
-so that transfer is a visible part of the time to first token.
+Two fleets of one prefill and one decode server, alike but for one option
+(``--compare data-plane`` or ``layerwise``), stay up side by side; requests go to
+them in turn, one at a time, first with fresh pools, then after a churn of mixed
+requests has turned the pools over. The model is small in compute but keeps as much
+KV as the embedded SmolLM2-135M (30 layers, 3 heads of 128 bytes: 23 040 bytes a
+token), so that transfer is a visible part of the time to first token. ``--embedded``
+serves that model itself, with fresh pools only.
 
-    transfer_ms   SGLang's own figure: first chunk handed over -> transfer a success at prefill
+    transfer_ms   SGLang's own figure: prompt handed over when its forward has ended -> transfer a success
+                  at prefill; by layer only what was left then is handed over
     ttft_ms       first streamed byte at the client
     cpu_ms        CPU time of the prefill scheduler's other threads (transfer, transport) per request
 
-    python bench/transfer_e2e.py [--tokens 500,2048] [--requests 12]
+    python bench/transfer_e2e.py [--tokens 500,2048] [--requests 12] [--compare layerwise] [--embedded]
 """
 
 from __future__ import annotations
@@ -35,12 +37,16 @@ from statistics import median
 from typing import Any
 
 import psutil
-from common import describe_setup, print_result, print_setup
+from common import describe_setup, print_result, print_setup, spread
 
 from pdserve.cluster.ports import SystemPorts
 from pdserve.model.tiny import TinyShape, write_tiny_model
 
-SIDES = ("stock", "pdserve")
+COMPARISONS = {
+    "data-plane": {"stock": ("--data-plane", "off"), "pdserve": ("--data-plane", "on")},
+    "layerwise": {"off": ("--layerwise", "off"), "on": ("--layerwise", "on")},
+}
+"""What is compared -> side -> its options of ``pdserve launch``."""
 POOL_TOKENS = 24_576
 CHURN_REQUESTS = 60
 READY_S = 300.0
@@ -71,14 +77,18 @@ def main() -> None:
     parser.add_argument("--tokens", default="500,2048", help="prompt lengths (tokens)")
     parser.add_argument("--requests", type=int, default=12, help="measured requests per cell (count)")
     parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--compare", choices=COMPARISONS, default="data-plane")
+    parser.add_argument("--embedded", action="store_true", help="serve the embedded model, with fresh pools")
     options = parser.parse_args()
     lengths = [int(text) for text in options.tokens.split(",")]
+    sides, states = COMPARISONS[options.compare], ("fresh",) if options.embedded else ("fresh", "churned")
+    small = "30 layers, hidden 96, 3 KV heads of 32, float32"
     setup = describe_setup(
-        model="30 layers, hidden 96, 3 KV heads of 32, float32: 23040 KV bytes a token",
+        model=f"{'embedded SmolLM2-135M' if options.embedded else small}: 23040 KV bytes a token",
         pool=f"{POOL_TOKENS} tokens a server, pages of 16",
         requests=options.requests,
         seed=options.seed,
-        sides="pdserve launch --data-plane off (SGLang's transfer) / on, interleaved",
+        sides=f"pdserve launch {' / '.join(' '.join(flags) for flags in sides.values())}, interleaved",
     )
     print_setup(setup)
     rng = random.Random(options.seed)
@@ -86,9 +96,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         shape = TinyShape(layers=30, hidden=96, heads=3, kv_heads=3, max_position=32768, dtype="float32")
-        model = write_tiny_model(folder / "model", shape)
-        fleets = [stack.enter_context(_fleet(side, model, folder)) for side in SIDES]
-        for state in ("fresh", "churned"):
+        model = None if options.embedded else write_tiny_model(folder / "model", shape)
+        fleets = [
+            stack.enter_context(_fleet(side, flags, model, folder / side, 17_000 + 300 * number))
+            for number, (side, flags) in enumerate(sides.items())
+        ]
+        for state in states:
             if state == "churned":
                 for fleet in fleets:
                     _churn(fleet, options.seed)
@@ -99,58 +112,47 @@ def main() -> None:
                         if turn >= 0:
                             samples[state, length, fleet.side].append(sample)
         counters = {fleet.side: _instance(fleet)["transfer"] for fleet in fleets}
-    rows = _report(samples, lengths)
+    rows = _report(samples, list(sides))
     print_result({"bench": "transfer_e2e", "setup": setup, "rows": rows, "counters": counters})
 
 
-def _report(samples: dict[tuple[str, int, str], list[Sample]], lengths: list[int]) -> list[dict[str, Any]]:
+def _report(samples: dict[tuple[str, int, str], list[Sample]], sides: list[str]) -> list[dict[str, Any]]:
     heads = (("transfer ms", 22), ("ttft ms", 20), ("cpu ms", 18))
     print(f"{'pools':8} {'tokens':>6}" + "".join(f"  {head:>{width}} {'ratio':>6}" for head, width in heads))
     rows = []
-    for state in ("fresh", "churned"):
-        for length in lengths:
-            row: dict[str, Any] = {"pools": state, "tokens": length}
-            text = f"{state:8} {length:6d}"
-            for field, width in (("transfer_ms", 22), ("ttft_ms", 20), ("cpu_ms", 18)):
-                stock, ours = (
-                    median(getattr(sample, field) for sample in samples[state, length, side])
-                    for side in SIDES
-                )
-                row[field] = {
-                    "stock": round(stock, 3),
-                    "pdserve": round(ours, 3),
-                    "ratio": round(ours / max(stock, 1e-9), 3),
-                }
-                text += f"  {f'{stock:.2f} -> {ours:.2f}':>{width}} {ours / max(stock, 1e-9):6.2f}"
-            rows.append(row)
-            print(text)
+    for state, length in dict.fromkeys((state, length) for state, length, _ in samples):
+        row: dict[str, Any] = {"pools": state, "tokens": length}
+        text = f"{state:8} {length:6d}"
+        for field, width in (("transfer_ms", 22), ("ttft_ms", 20), ("cpu_ms", 18)):
+            values = [[getattr(one, field) for one in samples[state, length, side]] for side in sides]
+            here, there = (median(side) for side in values)
+            row[field] = {side: spread(found) for side, found in zip(sides, values, strict=True)}
+            row[field]["ratio"] = round(there / max(here, 1e-9), 3)
+            text += f"  {f'{here:.2f} -> {there:.2f}':>{width}} {there / max(here, 1e-9):6.2f}"
+        rows.append(row)
+        print(text)
     print(flush=True)
     return rows
 
 
 @contextlib.contextmanager
-def _fleet(side: str, model: Path, folder: Path) -> Iterator[Fleet]:
-    ports = SystemPorts()
-    port = ports.pick("127.0.0.1", 17_000 + 300 * SIDES.index(side))
-    command = [sys.executable, "-m", "pdserve", "launch", str(model), "--port", str(port)]
-    command += ["--data-plane", "off" if side == "stock" else "on", "--log-dir", str(folder / side)]
-    command += [
-        "--",
-        "--max-total-tokens",
-        str(POOL_TOKENS),
-        "--chunked-prefill-size",
-        "8192",
-        "--dtype",
-        "float32",
-    ]
-    with (folder / f"{side}.log").open("wb") as log:
+def _fleet(
+    side: str, flags: tuple[str, ...], model: Path | None, folder: Path, base_port: int
+) -> Iterator[Fleet]:
+    port = SystemPorts().pick("127.0.0.1", base_port)
+    command = [sys.executable, "-m", "pdserve", "launch", *([] if model is None else [str(model)])]
+    command += ["--port", str(port), *flags, "--log-dir", str(folder), "--"]
+    command += ["--max-total-tokens", str(POOL_TOKENS), "--chunked-prefill-size", "8192"]
+    command += [] if model is None else ["--dtype", "float32"]
+    output = folder.with_suffix(".log")
+    with output.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         fleet = Fleet(side, port)
         deadline = time.monotonic() + READY_S
         while not fleet.prefill_url:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{side}: not ready\n" + (folder / f"{side}.log").read_text()[-2000:])
+                raise SystemExit(f"{side}: not ready\n" + output.read_text()[-2000:])
             time.sleep(0.5)
             with contextlib.suppress(OSError, ValueError, KeyError, http.client.HTTPException):
                 state = _call(port, "GET", "/pdserve/state")

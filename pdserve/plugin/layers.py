@@ -78,7 +78,7 @@ def hidden_layers(config: Any, spec: Any, *, is_mla: bool, num_regions: int, num
     checks = (
         (graphs and graphs.prefill.backend == "full", "a full prefill graph runs all layers as one"),
         (is_mla, "MLA attention may be called more than once a layer"),
-        (spec.speculative_algorithm, "a draft model runs the same layers"),
+        (spec.speculative_algorithm, "speculative decoding may run layers again"),
         (num_regions != 2 * num_layers, "the KV pools are not two for each layer of the model"),
         (config.overlap.enable_two_batch_overlap, "two batches overlap in one forward"),
     )
@@ -164,10 +164,15 @@ def _open_room(scheduler: Any, req: Any, plane: Any, clock: LayerClock) -> bool:
     end = (prompt - 1 if req.extend_end >= prompt else req.extend_end) // size * size
     if end <= req.start_send_idx:
         return False
-    req.disagg_kv_sender._early_send_wait_event = clock
+    sender = req.disagg_kv_sender
+    sender._early_send_wait_event = clock
     scheduler.send_kv_chunk(req, last_chunk=False, end_idx=end)
-    is_taken = req.disagg_kv_sender._early_send_wait_event is None
-    req.disagg_kv_sender._early_send_wait_event = None
+    is_taken = sender._early_send_wait_event is None
+    sender._early_send_wait_event = None
+    if is_taken:
+        sender._transfer_start_time = (
+            None  # the time of a transfer counts from the next send: no forward is in it
+        )
     return is_taken
 
 

@@ -152,9 +152,13 @@ class Fleet:
 @contextlib.contextmanager
 def launch_fleet(
     model: Path, folder: Path, *, prefill: int, decode: int, flags: Sequence[str] = (),
-    environ: Mapping[str, str] | None = None,
+    engine_flags: Sequence[str] = (), environ: Mapping[str, str] | None = None,
 ) -> Iterator[Fleet]:  # fmt: skip
-    """``pdserve launch`` with these counts; ended by Ctrl-C and checked to leave nothing."""
+    """``pdserve launch`` with these counts; ended by Ctrl-C and checked to leave nothing.
+
+    Args:
+        flags: of pdserve; ``engine_flags`` those of SGLang, after ``ENGINE_FLAGS``.
+    """
     port, bootstrap = free_port(), free_port()
     command = [sys.executable, "-m", "pdserve", "launch", str(model), "-p", str(prefill), "-d", str(decode)]
     command += [
@@ -167,7 +171,8 @@ def launch_fleet(
     ]
     with (folder / "launch.log").open("wb") as log:
         launcher = subprocess.Popen(
-            [*command, *flags, "--", *ENGINE_FLAGS], stdout=log, stderr=log, start_new_session=True,
+            [*command, *flags, "--", *ENGINE_FLAGS, *engine_flags],
+            stdout=log, stderr=log, start_new_session=True,
             env={**os.environ, **(environ or {})},
         )  # fmt: skip
     fleet = Fleet(f"http://127.0.0.1:{port}", launcher, folder / "logs", f"http://127.0.0.1:{bootstrap + 1}")
@@ -233,10 +238,10 @@ def _wait_listening(url: str) -> None:
 class Reference:
     """One plain SGLang server of the same model: what disaggregation must not change."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, *flags: str) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self._process = _start_server(folder / "reference.log", port, "--model-path", str(model))
+        self._process = _start_server(folder / "reference.log", port, "--model-path", str(model), *flags)
 
     def __enter__(self) -> Reference:
         _wait_listening(self.url)

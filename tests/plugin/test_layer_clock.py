@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path as FilePath
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,7 +129,7 @@ def _hidden(**changes: object) -> str:
         ({"prefill": "disabled"}, ""),
         ({"prefill": "full"}, "full prefill graph"),
         ({"is_mla": True, "num_regions": 4}, "MLA"),
-        ({"algorithm": "EAGLE", "num_regions": 10}, "draft model"),
+        ({"algorithm": "EAGLE", "num_regions": 10}, "speculative decoding"),
         ({"num_regions": 6}, "not two for each layer"),
         ({"tbo": True}, "two batches"),
     ],
@@ -136,6 +137,35 @@ def _hidden(**changes: object) -> str:
 def test_what_hides_the_layers_is_named(changes: dict[str, object], reason: str) -> None:
     assert reason in _hidden(**changes)
     assert bool(_hidden(**changes)) == bool(reason)
+
+
+@pytest.mark.slow
+@rows(
+    ("flags", "reason"),
+    [
+        ([], ""),
+        (["--cuda-graph-backend-prefill", "breakable"], ""),
+        (["--cuda-graph-backend-prefill", "full"], "full prefill graph"),
+        (["--cuda-graph-config", '{"prefill": {"backend": "full"}}'], "full prefill graph"),
+        (["--enable-two-batch-overlap"], "two batches"),
+        (["--speculative-algorithm", "NGRAM"], "speculative decoding"),
+    ],
+)
+def test_sglangs_own_flags_are_read_as_it_resolves_them(
+    tmp_path: FilePath, flags: list[str], reason: str
+) -> None:
+    from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
+    from sglang.srt.runtime_context import _build_config_bags
+    from sglang.srt.server_args import prepare_server_args
+
+    args = prepare_server_args(
+        ["--model-path", str(tmp_path), "--device", "cpu", "--disaggregation-mode", "prefill", *flags]
+    )
+    parse_cuda_graph_config(args)
+    bags = _build_config_bags(args)
+    found = hidden_layers(bags["exec"], bags["spec"], is_mla=False, num_regions=8, num_layers=4)
+    assert reason in found
+    assert bool(found) == bool(reason)
 
 
 @rows(

@@ -175,6 +175,19 @@ def test_chunks_of_a_prompt_and_what_the_cache_had_are_sent_once_each() -> None:
     assert server.jobs[0].num_filled is None, "what the cache had is there already"
 
 
+def test_the_transfers_time_counts_from_the_last_send_so_no_forward_is_in_it() -> None:
+    server = Server()
+    req = server.request(1, 30, prefix=8)
+    req.extend_end = 18
+    server.run(req)
+    server.after(req, last_chunk=False)
+    req.extend_end = 30
+    server.run(req)
+    assert req.disagg_kv_sender._transfer_start_time is None
+    server.after(req, last_chunk=True)
+    assert req.disagg_kv_sender._transfer_start_time is not None
+
+
 def test_requests_of_a_batch_share_the_forwards_clock() -> None:
     server = Server()
     first, second = server.request(1, 10), server.request(2, 14)
