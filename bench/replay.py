@@ -83,21 +83,21 @@ def servers(model: str, prefill: int, decode: int, folder: Path, flags: Sequence
 
 
 @contextlib.contextmanager
-def balancer(fleet: Servers, policy: str, folder: Path) -> Iterator[str]:
-    """``pdserve balance`` over the fleet's servers; yields its URL once every pair is ready."""
+def balancer(fleet: Servers, policy: str, folder: Path, *flags: str) -> Iterator[tuple[str, int]]:
+    """``pdserve balance`` over the fleet's servers; its URL, once every pair is ready, and its process id."""
     port = PORTS.pick("127.0.0.1", 16_600)
-    command = [sys.executable, "-m", "pdserve", "balance", "--port", str(port), "--policy", policy]
+    command = [sys.executable, "-m", "pdserve", "balance", "--port", str(port), "--policy", policy, *flags]
     for url, bootstrap in fleet.prefill:
         command += ["--prefill", url, str(bootstrap)]
     for url in fleet.decode:
         command += ["--decode", url]
-    log_path = folder / f"balance-{policy}.log"
+    log_path = folder / f"balance-{policy}{len(list(folder.glob('balance*')))}.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(lambda: _ready_pairs(url) == len(fleet.prefill) * len(fleet.decode), process, log_path)
-        yield url
+        yield url, process.pid
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(30)

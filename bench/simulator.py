@@ -141,7 +141,7 @@ def _run_setup(setup: Setup, options: argparse.Namespace, folder: Path) -> dict[
             for workload in setup.rate:
                 trace = _workload(workload, setup, options, turn)
                 for policy in setup.policies if turn % 2 == 0 else setup.policies[::-1]:
-                    with balancer(fleet, policy, folder) as url:
+                    with balancer(fleet, policy, folder) as (url, _):
                         run = replay(fleet, url, trace)
                     real[workload, policy].append(_observed(run, trace, len(fleet.prefill), models[-1]))
                     _print_run(workload, policy, run, real[workload, policy][-1])
