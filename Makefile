@@ -15,6 +15,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check uv==0.13.8
 	$(UV) pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[dev]'
+	-$(PY) -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1  # servers start sooner where Python writes no bytecode
 	touch $@
 
 options:  ## write configs/*.toml and docs/options.md from the settings
