@@ -4,8 +4,8 @@
             and 0 (stock frames), in turn: TPOT at the client, CPU time of balancer and decode servers a frame
     gap     one stream; its decode server gives it up after so many frames; the client's longest silence, with
             prefill's cache as it is ("hit": the prompt's pages are there) and flushed ("cold")
-    rate    fake workers give as many legs up as there are answers; CPU time of the balancer for one resume is
-            what such a round takes more than an undisturbed one; resumes a second is one core's worth
+    rate    fake workers give each answer up once, one answer at a time; CPU time of the balancer for a resume
+            is what such a round takes more than an undisturbed one; resumes a second is one core's worth
 
 The servers run the tiny model in float32; TPOT is a few ms, so telling takes a far larger share of it than
 behind a GPU.
@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIDES = {"on": "3", "off": "0"}
 STREAMS, FRAMES = (1, 8), 200
 PROMPTS, EMITTED = (200, 1000, 3000), (20, 200)
-FAKE_ANSWERS, FAKE_FRAMES, CLIENTS = 200, 20, 16
+FAKE_ANSWERS, FAKE_FRAMES = 200, 60
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "24576", "--chunked-prefill-size", "2048")
 
 
@@ -186,7 +186,7 @@ def _give_up(fleet: Servers, url: str, ids: list[int], emitted: int, is_cold: bo
 
 def _resumes(url: str) -> int:
     text = urllib.request.urlopen(url + "/metrics", timeout=10).read().decode()
-    lines = [line for line in text.splitlines() if line.startswith("pdserve:resumes_total ")]
+    lines = [line for line in text.splitlines() if line.startswith("pdserve:resumes_total")]
     return int(sum(float(line.rpartition(" ")[2]) for line in lines))
 
 
@@ -212,7 +212,7 @@ async def serve_fakes() -> None:
     while line := await asyncio.to_thread(sys.stdin.readline):
         breaks.clear()
         for _ in range(int(line)):
-            breaks.extend((Break(FAKE_FRAMES // 2, how="0"), None))
+            breaks.extend((Break(FAKE_FRAMES // 3, how="0"), None))
         print("ready", flush=True)
 
 
@@ -230,8 +230,8 @@ def rate(folder: Path, rounds: int) -> dict[str, Any]:
             for is_cut in (False, True) if turn % 2 else (True, False):
                 fakes.give_up(FAKE_ANSWERS * is_cut)
                 begun, cpu = _resumes(url), _cpu_us(pid)
-                with ThreadPoolExecutor(CLIENTS) as threads:
-                    list(threads.map(lambda _: _stream(url, [1] * 100, FAKE_FRAMES), range(FAKE_ANSWERS)))
+                for _ in range(FAKE_ANSWERS):
+                    _stream(url, [1] * 100, FAKE_FRAMES)
                 spent[is_cut] = _cpu_us(pid) - cpu
                 resumes = max(resumes, _resumes(url) - begun)
             if turn >= 0:
@@ -254,7 +254,7 @@ class Fakes:
         self.fleet = Servers("", ((prefill, 9000),), tuple(decodes), self._process)
 
     def give_up(self, count: int) -> None:
-        """Of the next answers, so many legs end half-way."""
+        """Of the next answers, so many legs end after a third."""
         assert self._process.stdin is not None
         self._process.stdin.write(b"%d\n" % count)
         self._process.stdin.flush()
