@@ -57,7 +57,7 @@ def ask(fleet: Fleet, name: str, model: str, begun: threading.Barrier | None = N
         *frames, tail = (tail + data).split(b"\n\n")
         for frame in frames:
             answer.take(frame + b"\n\n")
-        if begun is not None and len(answer.frames) > 4:
+        if begun is not None and answer.frames:  # a busy server may tell much in few frames
             begun.wait(60)
             begun = None
     connection.close()

@@ -99,15 +99,21 @@ def test_tokens_equal_one_servers_whatever_way_kv_takes(
 
 
 def test_direct_chunks_take_one_descriptor_per_run_and_region(fleet: Fleet) -> None:
-    """A lone request in an empty pool gets one run on both sides: 2 layers x K and V, plus metadata."""
-    fleet.wait_empty()
-    before = _transfer(fleet, "prefill-0")
+    """A lone request in an empty pool gets one run on both sides: 2 layers x K and V, plus metadata.
+
+    On a busy machine the planner may have found the slab quicker: then it tries direct once in a while.
+    """
     prompt = next(prompt for prompt in CORPUS if len(prompt.input_ids) > 200)
     body = {"input_ids": list(prompt.input_ids), "sampling_params": {"temperature": 0, "max_new_tokens": 2}}
-    status, answer = call(fleet.url, "POST", "/generate", body)
-    assert status == 200, answer
-    fleet.wait_empty()
-    after = _transfer(fleet, "prefill-0")
+    for _ in range(400):
+        fleet.wait_empty()
+        before = _transfer(fleet, "prefill-0")
+        status, answer = call(fleet.url, "POST", "/generate", body)
+        assert status == 200, answer
+        fleet.wait_empty()
+        after = _transfer(fleet, "prefill-0")
+        if after["packed_chunks"] == before["packed_chunks"]:
+            break
     chunks = after["direct_chunks"] - before["direct_chunks"]
     descriptors = after["descriptors"] - before["descriptors"]
     assert chunks >= 1

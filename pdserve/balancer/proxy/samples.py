@@ -145,6 +145,7 @@ class _Gathering:
         self._answers: list[Answer | None] = [None] * size
         self._sinks: list[SampleSink] = []
         self._rid = ""
+        self._created: int | None = None
         self._last_usage: dict[str, Any] | None = None
         self._usages: list[dict[str, Any]] = []
         self._extras: dict[int, dict[str, Any]] = {}
@@ -182,19 +183,26 @@ class _Gathering:
             return b""
         for choice in document.get("choices") or ():
             choice["index"] = index
+        return self._event(document)
+
+    def _event(self, document: dict[str, Any]) -> bytes:
+        """Id and time are one for all, as in a stream of one server."""
         if "id" in document:
             document["id"] = self._rid
+        if "created" in document:
+            if self._created is None:
+                self._created = document["created"]
+            document["created"] = self._created
         return render_event(msgspec.json.encode(document))
 
     def end(self, request: ParsedRequest) -> None:
         """The stream's end but for the connection's: the usage of all, and the mark."""
         if self._extras:
             extras = [self._extras[index]["sglext"] for index in sorted(self._extras)]
-            document = {**self._extras[min(self._extras)], "id": self._rid, "sglext": join_extras(extras)}
-            self._client.push(render_event(msgspec.json.encode(document)))
+            document = {**self._extras[min(self._extras)], "sglext": join_extras(extras)}
+            self._client.push(self._event(document))
         if self._last_usage is not None:
-            document = {**self._last_usage, "id": self._rid, "usage": sum_usage(self._usages)}
-            self._client.push(render_event(msgspec.json.encode(document)))
+            self._client.push(self._event({**self._last_usage, "usage": sum_usage(self._usages)}))
         self._client.push(DONE_EVENT)
         self._client.on_writable = None
 

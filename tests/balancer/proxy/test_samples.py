@@ -59,6 +59,18 @@ async def test_streamed_samples_are_numbered_and_end_once() -> None:
         assert everything_is_given_back(site)
 
 
+async def test_streamed_samples_began_at_one_time() -> None:
+    """Their requests may begin in different seconds."""
+    event = '{"id":"x","created":%d,"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}'
+    async with running_site(decode=2) as site:
+        for second, decode in enumerate(site.decodes):
+            text = f"data: {event % (1764525600 + second)}\n\ndata: [DONE]\n\n"
+            decode.behaviour.segments = (text.encode(),)
+        reply = await site.ask("POST", CHAT, chat(4, stream=True))
+        assert all(decode.requests for decode in site.decodes)
+        assert len({json.loads(event)["created"] for event in reply.events[:-1]}) == 1
+
+
 async def test_other_samples_wait_until_the_first_ones_prompt_is_computed() -> None:
     async with running_site() as site:
         site.prefill.behaviour.gate = asyncio.Event()
