@@ -75,14 +75,9 @@ SMALL_ROWS = ("random", "round_robin", "router_power_of_two", "pair_cost oracle"
 """Rows that only the smallest fleet runs."""
 OURS = ("pair_cost", "least_load")
 VARIANTS = (
-    "pair_cost plain",
-    "pair_cost oracle",
-    "pair_cost useless",
-    "pair_cost slo",
-    "cache_aware queued",
-    "cache_aware slo",
-    "dynamo_kv queued",
-)
+    "pair_cost plain", "pair_cost oracle", "pair_cost useless", "pair_cost slo",
+    "cache_aware queued", "cache_aware slo", "dynamo_kv queued",
+)  # fmt: skip
 POLL_S = BalancerConfig().load_poll_s
 AT_ONCE_S = 1e6
 """``prefill_queue_s`` of a row that holds nothing back."""
@@ -121,8 +116,7 @@ class Point:
     hit: float
     failed: int
     retractions: int
-    alone: float
-    """Share of requests that a decode server prefilled itself."""
+    alone: float  # share of requests that a decode server prefilled itself
 
 
 _TRACES: dict[str, list[TracedRequest]] = {}

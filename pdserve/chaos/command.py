@@ -19,7 +19,7 @@ from rich.table import Table
 from pdserve.chaos.faults import Faults
 from pdserve.chaos.load import ChaosLoad, questions
 from pdserve.chaos.process import LaunchedFleet
-from pdserve.config.setting import KEYS, LOAD, setting
+from pdserve.config.setting import LOAD, admin_key_setting, setting
 from pdserve.errors import ConfigError, WorkerError
 from pdserve.http.client import HttpClient
 from pdserve.state.client import StateClient
@@ -51,13 +51,7 @@ class ChaosOptions:
     concurrency: int = setting(8, "Requests at once.", "count", "-c --concurrency", panel=LOAD)
     prompts: int = setting(16, "Different requests, in turn of four kinds.", "count", "--prompts")
     output: int = setting(200, "Longest answer.", "tokens", "--output")
-    api_key: str = setting(
-        "",
-        "Admin key of the service; or PDSERVE_ADMIN_API_KEY, PDSERVE_API_KEY.",
-        "text",
-        "--api-key KEY",
-        panel=KEYS,
-    )
+    api_key: str = admin_key_setting()
 
     def __post_init__(self) -> None:
         for name in ("duration_s", "every_s", "concurrency", "prompts", "output"):

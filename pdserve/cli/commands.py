@@ -20,7 +20,16 @@ from pdserve.cli.router_flags import ROUTER_DEFAULTS, RouterOptions
 from pdserve.config.balancer import BalancerConfig
 from pdserve.config.file import merge
 from pdserve.config.launch import BootstrapConfig, LaunchConfig
-from pdserve.config.setting import KEYS, LISTEN, OUTPUT, ROUTING, RUN, same_setting, setting
+from pdserve.config.setting import (
+    KEYS,
+    LISTEN,
+    OUTPUT,
+    ROUTING,
+    RUN,
+    admin_key_setting,
+    same_setting,
+    setting,
+)
 from pdserve.config.worker_env import keys_from_environment
 from pdserve.types import Role
 
@@ -95,13 +104,7 @@ class MonitorFlags:
     once: bool = setting(False, "Print one frame and leave.", "flag", "--once/--live", panel=OUTPUT)
     as_json: bool = setting(False, "Print the state document.", "flag", "--json/--frames")
     interval_s: float = setting(0.5, "Between two polls, 0.1 to 60.", "seconds", "--interval")
-    api_key: str = setting(
-        "",
-        "Admin key of the service; or PDSERVE_ADMIN_API_KEY, PDSERVE_API_KEY.",
-        "text",
-        "--api-key KEY",
-        panel=KEYS,
-    )
+    api_key: str = admin_key_setting()
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,12 @@ def setting(
     return field(default=default, metadata=about)
 
 
+def admin_key_setting() -> Any:
+    """The key that a tool sends to a service's control routes."""
+    help = "Admin key of the service; or PDSERVE_ADMIN_API_KEY, PDSERVE_API_KEY."
+    return setting("", help, "text", "--api-key KEY", panel=KEYS)
+
+
 def same_setting(config: type[Any], name: str) -> Any:
     """A dataclass field like the one of ``config``: the same setting of another command."""
     known = next(known for known in settings_of(config) if known.name == name)

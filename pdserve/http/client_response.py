@@ -49,6 +49,10 @@ class Wakeup:
         self._is_set = False
 
 
+def _tell_nobody() -> None:
+    """What a closed response calls."""
+
+
 class ClientResponse:
     """A request that was sent and what has come back: ``async for chunk in response``.
 
@@ -209,14 +213,17 @@ class ClientResponse:
         await self.wakeup.wait()
 
     def close(self) -> None:
-        """Stop here: if the response has not ended, its socket is closed. Idempotent, never blocks."""
-        if self.has_ended:
-            return
-        self.is_closed = True
-        self._end()
-        if self.connecting is not None:
-            self.connecting.cancel()
-        self._abort()
+        """Stop here: if the response has not ended, its socket is closed. Idempotent, never blocks.
+
+        Nobody is told of anything any more, so that a consumer is freed although its response refers to it.
+        """
+        if not self.has_ended:
+            self.is_closed = True
+            self._end()
+            if self.connecting is not None:
+                self.connecting.cancel()
+            self._abort()
+        self.on_change = _tell_nobody
 
     # -- for the connection ------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pdserve.config.setting import FLEET, KEYS, MODEL, OUTPUT, RUN, setting
+from pdserve.config.setting import FLEET, MODEL, OUTPUT, RUN, admin_key_setting, setting
 from pdserve.errors import ConfigError, WorkerError
 from pdserve.sim.cost import CostModel
 from pdserve.sim.fits import Fit, Row, fit
@@ -48,13 +48,7 @@ class CalibrationOptions:
     budget_s: float = setting(60.0, "Time to measure.", "seconds", "--budget-s", panel=RUN)
     max_tokens: int = setting(4096, "Longest prompt tried.", "tokens", "--max-tokens")
     max_batch: int = setting(16, "Largest batch tried.", "count", "--max-batch")
-    api_key: str = setting(
-        "",
-        "Admin key of the service; or PDSERVE_ADMIN_API_KEY, PDSERVE_API_KEY.",
-        "text",
-        "--api-key KEY",
-        panel=KEYS,
-    )
+    api_key: str = admin_key_setting()
     seed: int = field(default_factory=lambda: random.SystemRandom().getrandbits(32))
     """Of the prompts' tokens; another seed every time, or prefix caches would know them."""
 

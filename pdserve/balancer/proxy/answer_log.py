@@ -65,9 +65,10 @@ class AnswerLog:
         Once ``aborted`` is set nothing is returned any more. What has changed the ends of lines on the way
         may have changed more: such an answer is not resumed.
         """
-        if frames.startswith(MARK) and frames.find(EVENT_END) == len(frames) - 2:
+        end = frames.index(b"\n") + 1 if frames.startswith(MARK) else 0
+        # One byte is found much sooner than two, and frames of /generate bear the whole text.
+        if end and (frames.find(b"\n", end) == len(frames) - 2 or frames.find(EVENT_END) == len(frames) - 2):
             # One frame, as nearly always: _take_one, but for the rare words. Its line's end parts the words.
-            end = frames.index(b"\n") + 1
             words = frames[_SKIP:end]
             if _ABORTED in words or _NOT_RESUMABLE in words or self.aborted is not None:
                 return self._take_one(frames)

@@ -111,6 +111,13 @@ class Attempts:
             LegFailed: if every attempt failed, or one did after the first byte and no other can go on.
             RequestRefused: if two servers died under it, or it was aborted between two of them.
         """
+        try:
+            return await self._serve(run)
+        finally:
+            if run.answer is not None:
+                run.answer.forget()
+
+    async def _serve(self, run: Run) -> Relayed:
         failure: LegFailed | None = None
         retries, num_stale = self._config.max_retries, 0
         trace = None if run.trace is None else run.trace.begin_run(run.record.timeline)
@@ -129,7 +136,7 @@ class Attempts:
                     raise final from None
                 if run.is_unwanted:
                     break
-                failure = exc
+                failure = exc.with_traceback(None)  # its frames hold it, as a cycle
             await self._judge_failure(run, reservation, failure)
             if failure.is_unable or (failure.is_stale and num_stale < MAX_STALE):
                 num_stale += 1

@@ -198,6 +198,10 @@ class ClientAnswer:
             return b""
         return self.log.give_in()
 
+    def forget(self) -> None:
+        """Nothing of it is to come: whoever decided for it is let go, for that refers to it."""
+        self.may_leave = self._may_resume = self._went_on = self._weights_now = None
+
     def end(self, push: Push) -> Usage:
         """The last leg has ended well: send what is left; return what was counted."""
         tally, tail = self._tally, self._splitter.tail
