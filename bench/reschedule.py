@@ -24,7 +24,7 @@ ids of their own, so that prefill's cache may still have the prompt of a moved r
 requests. TPOT includes the gaps of moves and the waits of retracted requests. Ratios are to the default row
 at the same seed and rate; intervals: Student's t over the seeds, 95 %.
 
-Policy and moves are in bench/moves.py. Output: set-up, a table for each scene and rate, one JSON object as the last line.
+Output: set-up, a table for each scene and rate, one JSON object as the last line. Moves: bench/moves.py.
 
     python bench/reschedule.py --traces FOLDER [--only SCENE,…] [--thin N]
 """
